@@ -1,0 +1,1 @@
+"""Mesh, settings, shared types and errors: what every other room stands on."""

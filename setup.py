@@ -1,0 +1,51 @@
+"""Packaging. Runtime dependencies live in requirements.txt, so that `pip install -r` and `pip install .` agree."""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+
+
+def _requirements() -> list[str]:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    stripped = (line.split("#", 1)[0].strip() for line in lines)
+    return [line for line in stripped if line]
+
+
+def _version() -> str:
+    source = (ROOT / "dmosnet_jax" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'__version__ = "([^"]+)"', source)
+    if match is None:
+        raise RuntimeError("dmosnet_jax/__init__.py has no __version__")
+    return match.group(1)
+
+
+# The CPU build is a third of the size and all that conversion needs; it exists for Linux and Windows on x86-64 only.
+_CPU_WHEEL = "platform_machine == 'x86_64' and sys_platform == 'linux'"
+_NO_CPU_WHEEL = "platform_machine != 'x86_64' or sys_platform != 'linux'"
+CONVERT = [
+    f"tensorflow-cpu>=2.20; {_CPU_WHEEL}",
+    f"tensorflow>=2.20; {_NO_CPU_WHEEL}",
+    "apache-beam>=2.65",
+]
+TEST = ["pytest>=8.3", "ruff>=0.9", "mypy>=1.14", "scikit-learn>=1.6"]
+
+setuptools.setup(
+    name="dmosnet_jax",
+    version=_version(),
+    description="DM-OSNet person re-identification with SpCL self-supervised pre-training, in JAX",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=setuptools.find_packages(include=["dmosnet_jax", "dmosnet_jax.*", "data_prep", "data_prep.*", "configs"]),
+    python_requires=">=3.11",
+    install_requires=_requirements(),
+    extras_require={
+        "convert": CONVERT,
+        "test": [*TEST, *CONVERT],
+        # Only to compare with the PyTorch implementations; torchreid itself is loaded by file path.
+        "peers": ["torch>=2.6"],
+    },
+)
