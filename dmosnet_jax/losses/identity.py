@@ -1,0 +1,78 @@
+"""Identity classification: cross-entropy with label smoothing, and top-1 accuracy."""
+
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, epsilon: float = 0.1, mask: jax.Array | None = None
+) -> jax.Array:
+    """Mean cross-entropy against smoothed labels.
+
+    The smoothing is fast-reid's (`fastreid/modeling/losses/cross_entroy_loss.py`): the target keeps `1 - epsilon` and each
+    of the other C - 1 classes gets `epsilon / (C - 1)`. Szegedy et al. 2016 (and torchreid) spread epsilon over all C.
+
+    Args:
+      logits: [B, C] floating point, any float dtype; computed in float32.
+      labels: [B] integers in [0, C). Another value makes the loss NaN, because a traced value cannot raise: the training
+        loop stops on it, where a silently absent target would teach the model nonsense.
+      epsilon: smoothing mass, in [0, 1).
+      mask: [B] bool, False rows count for nothing (their labels may be anything); all rows count when None.
+
+    Returns:
+      float32 scalar, the mean over the counted rows (0 when there are none).
+
+    Raises:
+      ValueError: shapes or dtypes do not fit, or epsilon is outside [0, 1); raised while tracing.
+    """
+    _check(logits, labels, mask)
+    classes = logits.shape[1]
+    if not 0.0 <= epsilon < 1.0:
+        raise ValueError(f"cross_entropy: epsilon={epsilon} is outside [0, 1)")
+    if epsilon > 0.0 and classes < 2:
+        raise ValueError(f"cross_entropy: logits of shape {logits.shape} leave no other class to smooth over")
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=1)
+    # A comparison instead of a gather: it stays local when the batch is sharded, and labels outside the range hit nothing.
+    hits = labels[:, None] == jnp.arange(classes, dtype=labels.dtype)[None, :]
+    target = jnp.sum(jnp.where(hits, log_probs, 0.0), axis=1)
+    loss = -(1.0 - epsilon) * target
+    if epsilon > 0.0:
+        loss -= epsilon / (classes - 1) * (jnp.sum(log_probs, axis=1) - target)
+    loss = jnp.where(jnp.any(hits, axis=1), loss, jnp.nan)
+    return _mean(loss, mask)
+
+
+def accuracy(logits: jax.Array, labels: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+    """Fraction of rows whose largest logit is the label's.
+
+    Args:
+      logits: [B, C] floating point.
+      labels: [B] integers.
+      mask: [B] bool, False rows do not count.
+
+    Returns:
+      float32 scalar in [0, 1] (0 when no row counts).
+
+    Raises:
+      ValueError: shapes or dtypes do not fit; raised while tracing.
+    """
+    _check(logits, labels, mask)
+    right = jnp.argmax(logits, axis=1).astype(labels.dtype) == labels
+    return _mean(right.astype(jnp.float32), mask)
+
+
+def _check(logits: jax.Array, labels: jax.Array, mask: jax.Array | None) -> None:
+    if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(f"logits must be floating point [B, C], got {logits.dtype}{list(logits.shape)}")
+    if labels.shape != logits.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels must be integers [{logits.shape[0]}], got {labels.dtype}{list(labels.shape)}")
+    if mask is not None and (mask.shape != logits.shape[:1] or mask.dtype != jnp.bool_):
+        raise ValueError(f"mask must be bool [{logits.shape[0]}], got {mask.dtype}{list(mask.shape)}")
+
+
+def _mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    if mask is None:
+        return jnp.mean(values)
+    # where, not a product: 0 * NaN of a padded row would still be NaN.
+    total = jnp.sum(jnp.where(mask, values, 0.0))
+    return total / jnp.maximum(jnp.sum(mask.astype(jnp.float32)), 1.0)

@@ -1,0 +1,61 @@
+"""Batch-hard triplet loss (Hermans et al. 2017, "In Defense of the Triplet Loss", eq. 5) as fast-reid computes it."""
+
+import jax
+import jax.numpy as jnp
+
+
+def batch_hard(
+    embeddings: jax.Array, pids: jax.Array, *, margin: float | None = 0.3, norm_feat: bool = False
+) -> jax.Array:
+    """Mean over anchors of the hinge (or softplus) of hardest positive minus hardest negative Euclidean distance.
+
+    Follows `fastreid/modeling/losses/triplet_loss.py` with hard mining: the anchor is among its own positives (an identity
+    with a single image has positive distance 0), and distances are `sqrt(max(d^2, 1e-12))`, whose gradient at coincident
+    embeddings is 0 rather than infinite. An anchor without any negative in the batch, where fast-reid fails, adds 0.
+
+    Args:
+      embeddings: [B, D] floating point, before BNNeck; computed in float32.
+      pids: [B] integer identities.
+      margin: hinge margin, > 0; None for the soft margin `log(1 + exp(d_ap - d_an))`.
+      norm_feat: L2-normalise the embeddings first.
+
+    Returns:
+      float32 scalar, the mean over all B anchors.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit, or the margin is not positive; raised while tracing.
+    """
+    if embeddings.ndim != 2 or not jnp.issubdtype(embeddings.dtype, jnp.floating):
+        raise ValueError(f"embeddings must be floating point [B, D], got {embeddings.dtype}{list(embeddings.shape)}")
+    if pids.shape != embeddings.shape[:1] or not jnp.issubdtype(pids.dtype, jnp.integer):
+        raise ValueError(f"pids must be integers [{embeddings.shape[0]}], got {pids.dtype}{list(pids.shape)}")
+    if margin is not None and not margin > 0.0:
+        raise ValueError(f"margin={margin} must be positive, or None for the soft margin")
+    embeddings = embeddings.astype(jnp.float32)
+    if norm_feat:
+        embeddings = _normalise(embeddings)
+    distances = pairwise_distances(embeddings)
+    same = pids[:, None] == pids[None, :]
+    # The fill values lose every comparison and, being constants, take no gradient.
+    hardest_positive = jnp.max(jnp.where(same, distances, 0.0), axis=1)
+    hardest_negative = jnp.min(jnp.where(same, jnp.finfo(jnp.float32).max, distances), axis=1)
+    difference = hardest_positive - hardest_negative
+    per_anchor = jax.nn.softplus(difference) if margin is None else jax.nn.relu(difference + margin)
+    return jnp.mean(jnp.where(jnp.all(same, axis=1), 0.0, per_anchor))
+
+
+def pairwise_distances(embeddings: jax.Array) -> jax.Array:
+    """Euclidean distances between all rows, float32 [B, B] from float32 [B, D]; at least 1e-6 everywhere."""
+    squares = jnp.sum(jnp.square(embeddings), axis=1)
+    # Subtracting nearly equal numbers: the reduced precision that accelerators default to would be all error.
+    products = jnp.matmul(embeddings, embeddings.T, precision=jax.lax.Precision.HIGHEST)
+    squared = squares[:, None] + squares[None, :] - 2.0 * products
+    # Rounding leaves about 1e-7 |x|^2 on the diagonal, which the square root would turn into a visible distance.
+    squared = jnp.where(jnp.eye(embeddings.shape[0], dtype=jnp.bool_), 0.0, squared)
+    return jnp.sqrt(jnp.maximum(squared, 1e-12))
+
+
+def _normalise(embeddings: jax.Array) -> jax.Array:
+    # The clip is inside the root, so a zero row has a finite (zero) gradient.
+    norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(embeddings), axis=1, keepdims=True), 1e-24))
+    return embeddings / norm
