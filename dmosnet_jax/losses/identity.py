@@ -9,13 +9,13 @@ def cross_entropy(
 ) -> jax.Array:
     """Mean cross-entropy against smoothed labels.
 
-    The smoothing is fast-reid's (`fastreid/modeling/losses/cross_entroy_loss.py`): the target keeps `1 - epsilon` and each
-    of the other C - 1 classes gets `epsilon / (C - 1)`. Szegedy et al. 2016 (and torchreid) spread epsilon over all C.
+    The smoothing is fast-reid's (`fastreid/modeling/losses/cross_entroy_loss.py`): the target keeps `1 - epsilon` and
+    each of the other C - 1 classes gets `epsilon / (C - 1)`. Szegedy et al. 2016 (and torchreid) spread epsilon over C.
 
     Args:
       logits: [B, C] floating point, any float dtype; computed in float32.
-      labels: [B] integers in [0, C). Another value makes the loss NaN, because a traced value cannot raise: the training
-        loop stops on it, where a silently absent target would teach the model nonsense.
+      labels: [B] integers in [0, C). Another value makes the loss NaN, because a traced value cannot raise: the
+        training loop stops on it, where a silently absent target would teach the model nonsense.
       epsilon: smoothing mass, in [0, 1).
       mask: [B] bool, False rows count for nothing (their labels may be anything); all rows count when None.
 
@@ -32,7 +32,7 @@ def cross_entropy(
     if epsilon > 0.0 and classes < 2:
         raise ValueError(f"cross_entropy: logits of shape {logits.shape} leave no other class to smooth over")
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=1)
-    # A comparison instead of a gather: it stays local when the batch is sharded, and labels outside the range hit nothing.
+    # A comparison instead of a gather: it stays local when the batch is sharded, and labels out of range hit nothing.
     hits = labels[:, None] == jnp.arange(classes, dtype=labels.dtype)[None, :]
     target = jnp.sum(jnp.where(hits, log_probs, 0.0), axis=1)
     loss = -(1.0 - epsilon) * target

@@ -9,9 +9,9 @@ def batch_hard(
 ) -> jax.Array:
     """Mean over anchors of the hinge (or softplus) of hardest positive minus hardest negative Euclidean distance.
 
-    Follows `fastreid/modeling/losses/triplet_loss.py` with hard mining: the anchor is among its own positives (an identity
-    with a single image has positive distance 0), and distances are `sqrt(max(d^2, 1e-12))`, whose gradient at coincident
-    embeddings is 0 rather than infinite. An anchor without any negative in the batch, where fast-reid fails, adds 0.
+    Follows `fastreid/modeling/losses/triplet_loss.py` with hard mining: the anchor is among its own positives (an
+    identity with a single image has positive distance 0), and distances are `sqrt(max(d^2, 1e-12))`, whose gradient at
+    coincident embeddings is 0, not infinite. An anchor without a negative in the batch, where fast-reid fails, adds 0.
 
     Args:
       embeddings: [B, D] floating point, before BNNeck; computed in float32.
