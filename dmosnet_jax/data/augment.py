@@ -1,0 +1,152 @@
+"""Augmentation on the device: pure functions of a key, part of the jitted training step.
+
+Order and figures are fast-reid's (`fastreid/data/transforms/{build,transforms}.py`): horizontal flip, zero padding with
+a random crop back to the input size, normalisation, random erasing. Every image has its own key, folded from its
+position in the global batch, so what happens to it depends neither on the batch size nor on how the batch is sharded.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# fast-reid's RandomErasing: share of the area, height over width, and how many shapes are drawn until one fits.
+ERASE_AREA = (0.02, 0.4)
+ERASE_ASPECT = (0.3, 1.0 / 0.3)
+ERASE_ATTEMPTS = 100
+
+
+def normalise(
+    images: jax.Array,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """`(images / 255 - mean) / std`.
+
+    Args:
+      images: uint8 [..., 3] RGB.
+      mean: per channel, in [0, 1] units.
+      std: per channel, in [0, 1] units, > 0.
+      dtype: of the result; computed in float32.
+
+    Returns:
+      dtype [..., 3].
+
+    Raises:
+      ValueError: images are not uint8 RGB, or mean or std do not have three values.
+    """
+    if images.dtype != jnp.uint8 or images.shape[-1:] != (3,):
+        raise ValueError(f"images must be uint8 [..., 3], got {images.dtype}{list(images.shape)}")
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"mean={tuple(mean)} and std={tuple(std)} must be three values each, std positive")
+    scale = np.asarray(1.0 / (255.0 * np.asarray(std, np.float64)), np.float32)
+    shift = np.asarray(np.asarray(mean, np.float64) / np.asarray(std, np.float64), np.float32)
+    broadcast = (1,) * (images.ndim - 1) + (3,)
+    return (images.astype(jnp.float32) * scale.reshape(broadcast) - shift.reshape(broadcast)).astype(dtype)
+
+
+def augment(
+    key: jax.Array,
+    images: jax.Array,
+    *,
+    flip: float = 0.5,
+    pad: int = 10,
+    erase: float = 0.5,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> jax.Array:
+    """Flips, pads and crops, normalises and erases each image at random.
+
+    Padding is black before normalisation; the erased rectangle is filled with the mean (0 after normalisation).
+    `flip=0, pad=0, erase=0` is exactly `normalise`. The options are Python numbers, fixed at tracing.
+
+    Args:
+      key: a PRNG key for this step.
+      images: uint8 [B, H, W, 3] RGB, sharded over B or not.
+      flip: probability of a horizontal flip.
+      pad: pixels of zero padding on each side before a crop of H x W at a uniform offset.
+      erase: probability of random erasing (Zhong et al. 2020): area uniform in 0.02-0.4 of the image, height over width
+        uniform in 0.3-3.33.
+      mean: see `normalise`.
+      std: see `normalise`.
+
+    Returns:
+      float32 [B, H, W, 3].
+
+    Raises:
+      ValueError: images are not uint8 [B, H, W, 3], or an option is out of range; raised while tracing.
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images must be uint8 [B, H, W, 3], got {images.dtype}{list(images.shape)}")
+    if not 0.0 <= flip <= 1.0 or not 0.0 <= erase <= 1.0 or pad < 0:
+        raise ValueError(f"flip={flip} and erase={erase} must be in [0, 1], pad={pad} must not be negative")
+    batch, height, width = images.shape[:3]
+    keys = jax.vmap(jax.random.split, (0, None))(jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)), 3)
+    if flip > 0.0:
+        flipped = jax.vmap(lambda k: jax.random.bernoulli(k, flip))(keys[:, 0])
+        images = jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+    if pad > 0:
+        offsets = jax.vmap(lambda k: jax.random.randint(k, (2,), 0, 2 * pad + 1))(keys[:, 1])
+        images = _pad_crop(images, offsets, pad)
+    floats = normalise(images, mean, std)
+    if erase > 0.0:
+        rectangles = jax.vmap(lambda k: erase_rectangle(k, height, width, erase))(keys[:, 2])
+        floats = jnp.where(_inside(rectangles, height, width)[..., None], 0.0, floats)
+    return floats
+
+
+def erase_rectangle(key: jax.Array, height: int, width: int, probability: float) -> jax.Array:
+    """Draws one rectangle to erase as fast-reid does: the first of up to 100 drawn shapes smaller than the image.
+
+    Args:
+      key: a PRNG key.
+      height: of the image, pixels.
+      width: of the image, pixels.
+      probability: of erasing at all.
+
+    Returns:
+      int32 [4]: top, left, height, width; height and width 0 when nothing is erased.
+    """
+    on_key, area_key, aspect_key, top_key, left_key = jax.random.split(key, 5)
+    area = jax.random.uniform(area_key, (ERASE_ATTEMPTS,), minval=ERASE_AREA[0], maxval=ERASE_AREA[1]) * (
+        height * width
+    )
+    aspect = jax.random.uniform(aspect_key, (ERASE_ATTEMPTS,), minval=ERASE_ASPECT[0], maxval=ERASE_ASPECT[1])
+    heights = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
+    widths = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
+    fits = (heights < height) & (widths < width)
+    first = jnp.argmax(fits)
+    erase = jax.random.bernoulli(on_key, probability) & fits[first]
+    h = jnp.where(erase, heights[first], 0)
+    w = jnp.where(erase, widths[first], 0)
+    top = jax.random.randint(top_key, (), 0, height - h + 1)
+    left = jax.random.randint(left_key, (), 0, width - w + 1)
+    return jnp.stack([top, left, h, w])
+
+
+def _pad_crop(images: jax.Array, offsets: jax.Array, pad: int) -> jax.Array:
+    """uint8 [B, H, W, 3] padded by `pad` and cut at int32 [B, 2] offsets (rows, columns)."""
+    _, height, width, channels = images.shape
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+    # One whole-image slice per image: 5 ms for 64 x 256 x 128 on two CPU cores, a gather of pixels takes 15.
+    def crop(image: jax.Array, offset: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (offset[0], offset[1], jnp.int32(0)), (height, width, channels))
+
+    return jax.vmap(crop)(padded, offsets)
+
+
+def _inside(rectangles: jax.Array, height: int, width: int) -> jax.Array:
+    """Bool [B, H, W]: pixels inside the int32 [B, 4] rectangles."""
+    top, left, h, w = (rectangles[:, i, None] for i in range(4))
+    y = jnp.arange(height)[None, :]
+    x = jnp.arange(width)[None, :]
+    rows = (y >= top) & (y < top + h)
+    columns = (x >= left) & (x < left + w)
+    return rows[:, :, None] & columns[:, None, :]
