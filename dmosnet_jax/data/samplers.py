@@ -1,0 +1,289 @@
+"""Which images make up each batch: index plans, computed at once per epoch with NumPy.
+
+Every plan is a pure function of its arguments: the same (seed, epoch) gives the same plan in every process and after a
+restart. Rows are positions in the split; plans are int32.
+"""
+
+import numpy as np
+
+from dmosnet_jax.core.errors import ConfigError
+
+# The samplers draw from unrelated streams even for equal (seed, epoch).
+_IDENTITY, _CLASS, _SHUFFLE = 1, 2, 3
+
+
+def identity_epoch(
+    pids: np.ndarray,
+    camids: np.ndarray | None = None,
+    *,
+    batch_size: int,
+    instances: int,
+    seed: int,
+    epoch: int,
+    steps: int | None = None,
+) -> np.ndarray:
+    """P x K batches: P = batch_size / instances identities with K = instances images each, contiguous.
+
+    The semantics of torchreid's RandomIdentitySampler and fast-reid's NaiveIdentitySampler: the shuffled images of an
+    identity are cut into chunks of K (an incomplete last chunk is left out; an identity with fewer than K images gives
+    one chunk drawn with replacement); each batch takes one chunk from each of P random identities that have chunks left,
+    and the pass ends when fewer than P have. Images with a negative pid are never drawn.
+
+    Args:
+      pids: int [N], the identity of each image.
+      camids: accepted so that all samplers are called alike; this one does not look at cameras.
+      batch_size: images per batch, a multiple of `instances`.
+      instances: images per identity in a batch (K).
+      seed: of the run.
+      epoch: number of the epoch; another epoch gives another plan.
+      steps: number of batches. None: as many as one pass has, which varies a little from epoch to epoch. Otherwise
+        passes are repeated, and the last one is cut.
+
+    Returns:
+      int32 [steps, batch_size].
+
+    Raises:
+      ConfigError: batch_size is not a multiple of instances, or the data has fewer than P identities.
+    """
+    _check_camids(pids, camids)
+    per_batch = _classes_per_batch(batch_size, instances)
+    rng = _generator(seed, epoch, _IDENTITY)
+    order, starts, counts = _group(pids)
+    if len(counts) < per_batch:
+        raise ConfigError(
+            f"batch_size={batch_size} with instances={instances} needs {per_batch} identities per batch, the data has "
+            f"{len(counts)}: lower batch_size or raise instances"
+        )
+    if steps is None:
+        return _identity_pass(rng, order, starts, counts, per_batch, instances)
+    plan = np.empty((0, batch_size), np.int32)
+    while len(plan) < steps:
+        plan = np.concatenate([plan, _identity_pass(rng, order, starts, counts, per_batch, instances)])
+    return plan[:steps]
+
+
+def class_epoch(
+    labels: np.ndarray,
+    camids: np.ndarray | None,
+    *,
+    batch_size: int,
+    instances: int,
+    seed: int,
+    epoch: int,
+    steps: int,
+) -> np.ndarray:
+    """Class-balanced batches: the semantics of SpCL's RandomMultipleGallerySampler (`spcl/utils/data/sampler.py`).
+
+    A pass visits every class once in random order. A class gives one random image and `instances - 1` others: from
+    other cameras than that image's when the class has any, from the rest of the class otherwise; with replacement when
+    there are fewer than `instances` to choose from. A class of a single image gives that image alone, so groups do not
+    align with batches. Passes follow each other without a gap until `steps` batches are full (SpCL drops the incomplete
+    batch at the end of each pass, and cannot run when a pass is smaller than a batch).
+
+    Args:
+      labels: int [N], the class of each image; negative labels are never drawn.
+      camids: int [N], or None to choose within the class regardless of cameras.
+      batch_size: images per batch, a multiple of `instances`.
+      instances: images per class (K).
+      seed: of the run.
+      epoch: number of the epoch.
+      steps: number of batches.
+
+    Returns:
+      int32 [steps, batch_size].
+
+    Raises:
+      ConfigError: batch_size is not a multiple of instances, or no label is >= 0.
+    """
+    _check_camids(labels, camids)
+    _classes_per_batch(batch_size, instances)
+    rng = _generator(seed, epoch, _CLASS)
+    order, starts, counts = _group(labels, camids)
+    if not len(counts):
+        raise ConfigError("no image has a class (all labels are negative): there is nothing to train on")
+    sorted_camids = None if camids is None else np.asarray(camids)[order]
+    needed = steps * batch_size
+    parts: list[np.ndarray] = []
+    while needed > 0:
+        # Every class gives at least one image, so more classes than images still needed are never looked at.
+        classes = rng.permutation(len(counts))[:needed]
+        images = _class_pass(rng, order, sorted_camids, starts[classes], counts[classes], instances)[:needed]
+        parts.append(images)
+        needed -= len(images)
+    return np.concatenate([np.empty(0, np.int32), *parts]).reshape(steps, batch_size)
+
+
+def shuffled_epoch(n: int, *, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Every image at most once, in random order; the last incomplete batch is dropped.
+
+    Args:
+      n: number of images.
+      batch_size: images per batch.
+      seed: of the run.
+      epoch: number of the epoch.
+
+    Returns:
+      int32 [n // batch_size, batch_size].
+
+    Raises:
+      ConfigError: batch_size is not in 1..n.
+    """
+    if not 1 <= batch_size <= n:
+        raise ConfigError(f"batch_size={batch_size} must be between 1 and the number of images, {n}")
+    steps = n // batch_size
+    permutation = _generator(seed, epoch, _SHUFFLE).permutation(np.arange(n, dtype=np.int32))
+    return permutation[: steps * batch_size].reshape(steps, batch_size)
+
+
+def evaluation_order(n: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """All images in order, the last batch padded by repeating the last image.
+
+    Args:
+      n: number of images.
+      batch_size: images per batch.
+
+    Returns:
+      int32 [steps, batch_size] and bool [steps, batch_size], False where padded; steps = ceil(n / batch_size).
+
+    Raises:
+      ConfigError: batch_size is not positive.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} must be positive")
+    steps = -(-n // batch_size)
+    rows = np.arange(steps * batch_size, dtype=np.int32).reshape(steps, batch_size)
+    return np.minimum(rows, n - 1).astype(np.int32), rows < n
+
+
+def _identity_pass(
+    rng: np.random.Generator,
+    order: np.ndarray,
+    starts: np.ndarray,
+    counts: np.ndarray,
+    per_batch: int,
+    instances: int,
+) -> np.ndarray:
+    """One pass: int32 [steps, per_batch * instances]."""
+    # Random keys sorted within each identity shuffle all identities at once; the groups stay where they are.
+    group = np.repeat(np.arange(len(counts)), counts)
+    shuffled = order[np.lexsort((rng.random(len(order)), group))]
+    chunks_of = np.maximum(counts // instances, 1)
+    first_chunk = np.cumsum(chunks_of) - chunks_of
+    owner = np.repeat(np.arange(len(counts)), chunks_of)
+    number = np.arange(len(owner)) - first_chunk[owner]
+    within = number[:, None] * instances + np.arange(instances)[None, :]
+    short = counts < instances
+    within[first_chunk[short]] = rng.integers(0, counts[short, None], (int(short.sum()), instances))
+    chunks = shuffled[starts[owner][:, None] + within].astype(np.int32)
+    picked = _random_order(rng, chunks_of, per_batch)
+    # The i-th time an identity is picked it gives its i-th chunk.
+    by_identity = np.argsort(picked.ravel(), kind="stable")
+    times = np.bincount(picked.ravel(), minlength=len(counts))
+    chunk = np.empty(picked.size, np.int64)
+    chunk[by_identity] = np.arange(picked.size) - np.repeat(np.cumsum(times) - times - first_chunk, times)
+    return chunks[chunk].reshape(len(picked), per_batch * instances)
+
+
+def _random_order(rng: np.random.Generator, chunks_of: np.ndarray, per_batch: int) -> np.ndarray:
+    """Identities of each batch, int64 [steps, per_batch]: distinct, uniform over those with chunks left."""
+    left = chunks_of.copy()
+    available = np.arange(len(left))
+    remaining = len(left)
+    batches: list[np.ndarray] = []
+    while remaining >= per_batch:
+        places = rng.choice(remaining, per_batch, replace=False)
+        chosen = available[places]
+        batches.append(chosen)
+        left[chosen] -= 1
+        # Identities used up are overwritten by the last ones; from the back, so that none moved is one to remove.
+        for place in sorted(places[left[chosen] == 0], reverse=True):
+            remaining -= 1
+            available[place] = available[remaining]
+    return np.stack(batches)
+
+
+def _class_pass(
+    rng: np.random.Generator,
+    order: np.ndarray,
+    sorted_camids: np.ndarray | None,
+    starts: np.ndarray,
+    counts: np.ndarray,
+    instances: int,
+) -> np.ndarray:
+    """Images of the given classes in their order, int32 [between len(starts) and len(starts) * instances]."""
+    anchor = starts + rng.integers(0, counts)
+    # Within a class the images are sorted by camera, so those of the anchor's camera are one run [low, high), and the
+    # others are numbered 0..others-1 by stepping over it.
+    low, high = anchor, anchor + 1
+    others = counts - 1
+    if sorted_camids is not None:
+        run_low, run_high = _camera_runs(sorted_camids, order.size, starts, counts)
+        run_low, run_high = run_low[anchor], run_high[anchor]
+        elsewhere = counts - (run_high - run_low)
+        low, high = np.where(elsewhere > 0, run_low, low), np.where(elsewhere > 0, run_high, high)
+        others = np.where(elsewhere > 0, elsewhere, others)
+    draws = _subsets(rng, np.maximum(others, 1), instances - 1, others < instances)
+    position = starts[:, None] + draws
+    position += np.where(position >= low[:, None], (high - low)[:, None], 0)
+    table = np.concatenate([anchor[:, None], position], axis=1)
+    present = np.ones(table.shape, bool)
+    present[:, 1:] = (others > 0)[:, None]
+    return order[table[present]].astype(np.int32)
+
+
+def _camera_runs(
+    sorted_camids: np.ndarray, size: int, starts: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each position inside the given classes, the bounds of the run of equal cameras around it in its class."""
+    begins = np.zeros(size, bool)
+    begins[1:] = sorted_camids[1:] != sorted_camids[:-1]
+    begins[starts] = True
+    ends = starts + counts
+    begins[ends[ends < size]] = True
+    begins[0] = True
+    edges = np.flatnonzero(begins)
+    run = np.cumsum(begins) - 1
+    return edges[run], np.append(edges[1:], size)[run]
+
+
+def _subsets(rng: np.random.Generator, n: np.ndarray, k: int, replace: np.ndarray) -> np.ndarray:
+    """Draws k times from range(n[i]) in each row: with replacement where told, otherwise distinct (then n[i] >= k)."""
+    draws = rng.integers(0, n[:, None], (len(n), k))
+    distinct = ~replace
+    # Floyd's algorithm (Bentley 1987), all rows at once: draw from the first j + 1 numbers, take j itself on a repeat.
+    for i in range(k):
+        last = n - k + i
+        draw = rng.integers(0, np.where(distinct, last, 0) + 1)
+        repeated = np.any(draws[:, :i] == draw[:, None], axis=1)
+        draws[:, i] = np.where(distinct, np.where(repeated, last, draw), draws[:, i])
+    return draws
+
+
+def _group(labels: np.ndarray, camids: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions with label >= 0 sorted by label (then camera), and where each label's group starts and its size."""
+    labels = np.asarray(labels)
+    order = np.flatnonzero(labels >= 0)
+    keys = (labels[order],) if camids is None else (np.asarray(camids)[order], labels[order])
+    order = order[np.lexsort(keys)]
+    _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    return order, starts, counts
+
+
+def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
+    if seed < 0 or epoch < 0:
+        raise ConfigError(f"seed={seed} and epoch={epoch} must not be negative")
+    return np.random.default_rng([seed, epoch, stream])
+
+
+def _classes_per_batch(batch_size: int, instances: int) -> int:
+    if instances < 1 or batch_size < 1 or batch_size % instances:
+        raise ConfigError(
+            f"batch_size={batch_size} is not a multiple of instances={instances}: use "
+            f"{max(1, batch_size // max(1, instances)) * max(1, instances)}, or change instances"
+        )
+    return batch_size // instances
+
+
+def _check_camids(labels: np.ndarray, camids: np.ndarray | None) -> None:
+    if np.ndim(labels) != 1 or (camids is not None and np.shape(camids) != np.shape(labels)):
+        raise ValueError("labels and camids must be vectors of the same length")
