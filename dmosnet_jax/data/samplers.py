@@ -26,7 +26,7 @@ def identity_epoch(
 
     The semantics of torchreid's RandomIdentitySampler and fast-reid's NaiveIdentitySampler: the shuffled images of an
     identity are cut into chunks of K (an incomplete last chunk is left out; an identity with fewer than K images gives
-    one chunk drawn with replacement); each batch takes one chunk from each of P random identities that have chunks left,
+    one chunk drawn with replacement); each batch takes one chunk from each of P random identities that still have some,
     and the pass ends when fewer than P have. Images with a negative pid are never drawn.
 
     Args:
