@@ -1,0 +1,213 @@
+"""Naming rules of the PyTorch code bases whose weights we read.
+
+A layout is recognised by the names in a state dict and renames them into torchreid's (OSNet) or torchvision's (ResNet)
+names, which are also ours; what a leaf called `weight` becomes, and how it is transposed, is the same for all of them.
+Adding a layout means adding an entry to `LAYOUTS`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+
+from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.export.inert_pickle import printable
+
+# Wrappers (DataParallel, torch.compile) that put one more level before every name.
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Renames what `pattern` matches to `target`; None drops the entry, which no model of ours has.
+
+    Patterns are anchored at both ends; the first rule that matches decides.
+    """
+
+    pattern: str
+    target: str | None
+
+    def apply(self, name: str) -> tuple[bool, str | None]:
+        """Whether the rule matches, and the new name."""
+        match = re.fullmatch(self.pattern, name)
+        if match is None:
+            return False, name
+        return True, None if self.target is None else match.expand(self.target)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """One code base's names.
+
+    Attributes:
+        name: short name, used in messages.
+        source: the code that writes it.
+        marks: regular expressions; the layout is recognised where each matches some name.
+        rules: renaming; a name that no rule matches stays.
+    """
+
+    name: str
+    source: str
+    marks: tuple[str, ...]
+    rules: tuple[Rule, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Where a PyTorch leaf goes: the tree and the possible names there, and how it is transposed by rank."""
+
+    tree: str
+    names: tuple[str, ...]
+
+
+# Convolution [O, I, kh, kw] -> [kh, kw, I, O] (depthwise [C, 1, kh, kw] too), linear [O, I] -> [I, O].
+KERNEL_AXES: Mapping[int, tuple[int, ...]] = {4: (2, 3, 1, 0), 2: (1, 0)}
+LEAVES: Mapping[str, Leaf] = {
+    "weight": Leaf("params", ("kernel", "scale")),
+    "bias": Leaf("params", ("bias",)),
+    "p": Leaf("params", ("p",)),
+    "running_mean": Leaf("stats", ("mean",)),
+    "running_var": Leaf("stats", ("var",)),
+}
+
+# A batch counter that torch keeps for cumulative averages; nothing reads it at a fixed momentum.
+_COUNTER = Rule(r"(?:.*\.)?num_batches_tracked", None)
+
+# Order matters: more specific layouts first. Teacher-student pairs (OpenUnReID's MMT) are tested by their teacher.
+LAYOUTS: tuple[Layout, ...] = (
+    Layout(
+        "openunreid",
+        "OpenUnReID models/builder.py (ReIDBaseModel, TeacherStudentNetwork)",
+        (r"(?:mean_net\.(?:module\.)?)?backbone\..*", r"(?:mean_net\.(?:module\.)?)?head\.feat_bn\..*"),
+        (
+            _COUNTER,
+            Rule(r"net\..*", None),
+            Rule(r"(?:mean_net\.(?:module\.)?)?backbone\.(.+)", r"\1"),
+            Rule(r"(?:mean_net\.(?:module\.)?)?head\.feat_bn\.(.+)", r"bottleneck.\1"),
+            Rule(r"(?:mean_net\.(?:module\.)?)?global_pooling\.(.+)", r"pool.\1"),
+            Rule(r"mean_net\.(?:module\.)?(.+)", r"\1"),
+        ),
+    ),
+    Layout(
+        "fastreid",
+        "fast-reid modeling/meta_arch/baseline.py, modeling/heads/embedding_head.py",
+        (r"backbone\..*",),
+        (
+            _COUNTER,
+            Rule(r"pixel_(?:mean|std)", None),
+            Rule(r"backbone\.(.+)", r"\1"),
+            Rule(r"heads\.bottleneck\.0\.(.+)", r"bottleneck.\1"),
+            Rule(r"heads\.bnneck\.(.+)", r"bottleneck.\1"),
+            Rule(r"heads\.pool_layer\.(.+)", r"pool.\1"),
+            Rule(r"heads\.(?:classifier\.)?weight", r"classifier.weight"),
+        ),
+    ),
+    Layout(
+        "spcl",
+        "SpCL spcl/models/resnet.py, resnet_ibn.py (torchvision's stages in an nn.Sequential)",
+        (r"base\.0\.weight", r"base\.4\..*"),
+        (
+            _COUNTER,
+            Rule(r"base\.0\.(.+)", r"conv1.\1"),
+            Rule(r"base\.1\.(.+)", r"bn1.\1"),
+            Rule(r"base\.4\.(.+)", r"layer1.\1"),
+            Rule(r"base\.5\.(.+)", r"layer2.\1"),
+            Rule(r"base\.6\.(.+)", r"layer3.\1"),
+            Rule(r"base\.7\.(.+)", r"layer4.\1"),
+            Rule(r"feat_bn\.(.+)", r"bottleneck.\1"),
+        ),
+    ),
+    Layout(
+        "torchvision",
+        "torchvision models/resnet.py",
+        (r"layer1\.0\.conv1\.weight", r"fc\.weight"),
+        (_COUNTER, Rule(r"fc\.(weight|bias)", r"classifier.\1")),
+    ),
+    Layout(
+        "torchreid",
+        "torchreid models/osnet.py, osnet_ain.py, resnet.py",
+        (r"conv1\.conv\.weight|layer1\.0\.conv1\.weight",),
+        (_COUNTER,),
+    ),
+)
+
+
+def unwrap(names: Iterable[str]) -> dict[str, str]:
+    """Maps names to themselves without the wrapper levels (`module.`) that all of them share."""
+    result = {name: name for name in names}
+    while result:
+        wrapper = next((w for w in _WRAPPERS if all(name.startswith(w) for name in result.values())), None)
+        if wrapper is None:
+            break
+        result = {name: short.removeprefix(wrapper) for name, short in result.items()}
+    return result
+
+
+def recognise(names: Iterable[str]) -> Layout:
+    """The layout that a state dict's names are in.
+
+    Raises:
+        DataError: none of the known ones.
+    """
+    short = list(unwrap(names).values())
+    for candidate in LAYOUTS:
+        if all(any(re.fullmatch(mark, name) for name in short) for mark in candidate.marks):
+            return candidate
+    first = ", ".join(printable(name) for name in short[:3]) or "none"
+    known = ", ".join(layout.name for layout in LAYOUTS)
+    raise DataError(
+        f"checkpoint: the names of its {len(short)} tensors ({first}, ...) follow no known layout ({known})"
+    )
+
+
+def rename(names: Iterable[str], layout: Layout, domain: int = -1) -> dict[str, str | None]:
+    """New name of every entry, None for those dropped by rule.
+
+    Args:
+        names: names in the file.
+        layout: their layout.
+        domain: which domain's norms to take where a model keeps one set per domain (`dsbn.<i>` in OpenUnReID, `BN_S`
+            and `BN_T` in SpCL); -1 is the last, the target in both.
+
+    Raises:
+        DataError: there is no such domain.
+    """
+    short = unwrap(names)
+    chosen = _choose_domain(short.values(), domain)
+    result: dict[str, str | None] = {}
+    for name, current in short.items():
+        kept = _one_domain(current, chosen)
+        result[name] = None if kept is None else _first_match(kept, layout.rules)
+    return result
+
+
+def _first_match(name: str, rules: Iterable[Rule]) -> str | None:
+    for rule in rules:
+        matched, target = rule.apply(name)
+        if matched:
+            return target
+    return name
+
+
+_DOMAIN = re.compile(r"(?:(?<=\.)|^)(?:dsbn\.(\d{1,3})|BN_([ST]))\.")
+
+
+def _domain_of(name: str) -> int | None:
+    match = _DOMAIN.search(name)
+    if match is None:
+        return None
+    return int(match.group(1)) if match.group(1) else "ST".index(match.group(2))
+
+
+def _choose_domain(names: Iterable[str], domain: int) -> int:
+    count = 1 + max((index for index in map(_domain_of, names) if index is not None), default=-1)
+    if count and not -count <= domain < count:
+        raise DataError(f"checkpoint: domain={domain} asked for, but its norms have domains 0 to {count - 1}")
+    return domain % count if count else 0
+
+
+def _one_domain(name: str, chosen: int) -> str | None:
+    """The name without its domain level, None for a norm of another domain."""
+    index = _domain_of(name)
+    if index is None:
+        return name
+    return _DOMAIN.sub("", name, count=1) if index == chosen else None

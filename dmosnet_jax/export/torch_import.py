@@ -1,0 +1,327 @@
+"""PyTorch weights as `(params, stats)` of our models, without torch.
+
+    state_dict = torch_import.load("osnet_x0_25_market1501.pth")
+    model = models.build("osnet_x0_25", neck=torch_import.infer_neck(state_dict))
+    params, stats = torch_import.convert(state_dict, model)
+
+`load` never executes what is in the file (see `inert_pickle`); `convert` checks names and shapes in both directions and
+reports all differences at once.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.export import layouts
+from dmosnet_jax.export.inert_pickle import printable
+from dmosnet_jax.export.torch_file import read_tensors
+from dmosnet_jax.export.torch_pickle import TensorRef
+
+Tree = dict[str, Any]
+StateDict = Mapping[str, np.ndarray]
+# Path in a tree, and which of the two trees ("params" or "stats").
+_Target = tuple[str, str]
+
+# What a backbone trained elsewhere need not share with the model that starts from it.
+HEADS = ("fc", "bottleneck", "classifier", "pool")
+# Where trainers keep the weights, most specific first.
+_WRAPPER_KEYS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "state_dict_1",
+    "net",
+    "network",
+    "weights",
+    "params",
+    "module",
+)
+_MAX_DEPTH = 4
+
+
+class Model(Protocol):
+    """What `convert` needs of a model; `dmosnet_jax.models.Model` has it."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def num_classes(self) -> int:
+        """Classifier size, 0 for none."""
+
+    def init(self, key: jax.Array) -> tuple[Tree, Tree]:
+        """Fresh `(params, stats)`; only their shapes are used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What became of a state dict.
+
+    Attributes:
+        params: nested dict of float arrays in the model's layout, without what `left_out` names.
+        stats: same for batch statistics.
+        layout: the recognised layout.
+        left_out: the model's leaves that the file does not give, as `missing_ok` permits; `fill` takes them from a
+            fresh initialisation.
+        unused: entries of the file that were not taken although they are weights: a classifier for a model without
+            one, or with another number of classes, and what `unexpected_ok` permits.
+    """
+
+    params: Tree
+    stats: Tree
+    layout: str
+    left_out: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Reads the weights in a PyTorch (`.pth`, `.pth.tar`, `.pt`, any version) or `.safetensors` file.
+
+    The state dict is found inside a trainer checkpoint, and prefixes that all names share (`module.`) are removed.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Arrays by name in the file's order, in the file's element type (bfloat16 as float32).
+
+    Raises:
+        DataError: no such file, damaged, refused because it refers to code that has no place among weights, or without
+            tensors.
+    """
+    where = str(path)
+    tensors = read_tensors(path, lambda root: _find_state_dict(root, where))
+    if not tensors:
+        raise DataError(f"{where}: holds no tensors; give a file with a state dict")
+    return {short: tensors[name] for name, short in layouts.unwrap(tensors).items()}
+
+
+def _find_state_dict(root: Any, where: str) -> dict[str, TensorRef]:
+    """The named tensors of a bare or wrapped state dict."""
+    found = _search(root, 0, set())
+    if not found:
+        raise DataError(f"{where}: holds no state dict with named tensors; save model.state_dict() with torch.save")
+    return found
+
+
+def _search(node: Any, depth: int, seen: set[int]) -> dict[str, TensorRef]:
+    # `seen`: a pickle can hold the same dict many times, and itself.
+    if not isinstance(node, dict) or depth > _MAX_DEPTH or id(node) in seen:
+        return {}
+    seen.add(id(node))
+    for key in _WRAPPER_KEYS:
+        if found := _search(node.get(key), depth + 1, seen):
+            return found
+    return {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, TensorRef)}
+
+
+def layout(state_dict: StateDict) -> str:
+    """Name of the layout: "torchreid", "fastreid", "openunreid", "spcl" or "torchvision".
+
+    Raises:
+        DataError: the names follow none of them.
+    """
+    return layouts.recognise(state_dict).name
+
+
+def infer_neck(state_dict: StateDict) -> str | None:
+    """The neck that the weights have: "fc", "bnneck", or None for a backbone alone."""
+    names = _target_names(state_dict)
+    if "fc.0.weight" in names:
+        return "fc"
+    return "bnneck" if "bottleneck.running_mean" in names else None
+
+
+def infer_pool(state_dict: StateDict) -> str:
+    """The pooling that the weights have: "gem" (a learned exponent) or "avg"."""
+    return "gem" if "pool.p" in _target_names(state_dict) else "avg"
+
+
+def infer_num_classes(state_dict: StateDict) -> int:
+    """Number of classes of the classifier in the file, 0 for none."""
+    source = _target_names(state_dict).get("classifier.weight")
+    return 0 if source is None or state_dict[source].ndim != 2 else int(state_dict[source].shape[0])
+
+
+def _target_names(state_dict: StateDict, domain: int = -1) -> dict[str, str]:
+    """Names in the file by their common name."""
+    renamed = layouts.rename(state_dict, layouts.recognise(state_dict), domain)
+    return {target: name for name, target in renamed.items() if target is not None}
+
+
+def convert(
+    state_dict: StateDict,
+    model: Model,
+    *,
+    missing_ok: Sequence[str] = (),
+    unexpected_ok: Sequence[str] = (),
+    domain: int = -1,
+) -> tuple[Tree, Tree]:
+    """Weights in the model's layout; see `plan` for the arguments and for what was left out.
+
+    Returns:
+        `(params, stats)`: nested dicts of NumPy arrays.
+
+    Raises:
+        DataError: the file does not fit the model; lists every difference.
+    """
+    result = plan(state_dict, model, missing_ok=missing_ok, unexpected_ok=unexpected_ok, domain=domain)
+    return result.params, result.stats
+
+
+def plan(
+    state_dict: StateDict,
+    model: Model,
+    *,
+    missing_ok: Sequence[str] = (),
+    unexpected_ok: Sequence[str] = (),
+    domain: int = -1,
+) -> Conversion:
+    """Converts a state dict and tells what was not used.
+
+    For a whole model give neither list. To start a model from a backbone trained with another head, as pre-training and
+    fine-tuning do, give `missing_ok=HEADS, unexpected_ok=HEADS` and complete the result with `fill`.
+
+    Args:
+        state_dict: arrays by name, in any known layout.
+        model: the target.
+        missing_ok: top-level names of the model ("classifier") that the file may lack or have in another shape; such
+            leaves are absent from the result.
+        unexpected_ok: top-level names that the file may have and the model not. A classifier may always be left behind
+            by a model without one.
+        domain: which domain's norms to take where the file has several; -1 is the last, the target.
+
+    Raises:
+        DataError: missing, unexpected, misshapen, doubled or non-finite entries: all of them, in one line.
+    """
+    found = layouts.recognise(state_dict)
+    surplus = (*unexpected_ok, *(() if model.num_classes else ("classifier",)))
+    matcher = _Matcher(_leaf_shapes(model), tuple(missing_ok), surplus)
+    for source, name in layouts.rename(state_dict, found, domain).items():
+        if name is not None:
+            matcher.take(source, name, state_dict[source])
+    left_out = matcher.finish(f"checkpoint (layout {found.name}) does not fit model {model.name}")
+    params, stats = (_nested(matcher.leaves, tree) for tree in ("params", "stats"))
+    return Conversion(params, stats, found.name, left_out, tuple(matcher.unused))
+
+
+def fill(fresh: Tree, loaded: Tree) -> Tree:
+    """`fresh` with every leaf of `loaded` in its place; neither is changed.
+
+    Raises:
+        DataError: `loaded` has a leaf that `fresh` has not.
+    """
+    unknown = set(dict(_walk(loaded))) - set(dict(_walk(fresh)))
+    if unknown:
+        raise DataError(f"checkpoint: leaves that the model does not have: {', '.join(sorted(unknown))}")
+    return _overlay(fresh, loaded)
+
+
+def _overlay(fresh: Any, loaded: Any) -> Any:
+    if not isinstance(loaded, Mapping):
+        return loaded
+    return {key: _overlay(value, loaded[key]) if key in loaded else value for key, value in fresh.items()}
+
+
+class _Matcher:
+    """Puts entries of a file into the leaves of a model and collects everything that does not fit."""
+
+    def __init__(
+        self,
+        targets: Mapping[_Target, jax.ShapeDtypeStruct],
+        missing_ok: tuple[str, ...],
+        unexpected_ok: tuple[str, ...],
+    ):
+        self.targets = targets
+        self.missing_ok = missing_ok
+        self.unexpected_ok = unexpected_ok
+        self.leaves: dict[_Target, np.ndarray] = {}
+        self.unused: list[str] = []
+        self._named: set[_Target] = set()
+        self._problems: dict[str, list[str]] = {}
+
+    def take(self, source: str, name: str, value: np.ndarray) -> None:
+        """Takes the entry `source` of the file, whose common name is `name`."""
+        target = _target_of(name, self.targets)
+        if target is None:
+            if _part_of(name) in self.unexpected_ok:
+                self.unused.append(printable(source))
+            else:
+                self._problem("unexpected", printable(source))
+            return
+        expected = self.targets[target]
+        axes = layouts.KERNEL_AXES.get(value.ndim) if target[1].endswith(".kernel") else None
+        ours = value if axes is None else value.transpose(axes)
+        if ours.shape != expected.shape and _part_of(name) in self.missing_ok:
+            self.unused.append(printable(source))
+            return
+        if ours.shape != expected.shape:
+            self._problem("misshapen", f"{printable(source)} {value.shape} for {target[1]} {expected.shape}")
+        elif target in self._named:
+            self._problem("doubled", printable(source))
+        elif not np.isfinite(ours).all():
+            self._problem("not finite", printable(source))
+        else:
+            self.leaves[target] = np.ascontiguousarray(ours, dtype=expected.dtype)
+        self._named.add(target)
+
+    def finish(self, headline: str) -> tuple[str, ...]:
+        """The leaves that the file did not give and need not; raises one error with all problems, counts first."""
+        absent = [path for tree, path in self.targets if (tree, path) not in self._named]
+        left_out = tuple(path for path in absent if _part_of(path) in self.missing_ok)
+        missing = [path for path in absent if _part_of(path) not in self.missing_ok]
+        problems = {"missing": missing, **self._problems} if missing else self._problems
+        if problems:
+            counts = ", ".join(f"{len(names)} {kind}" for kind, names in problems.items())
+            lists = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items())
+            raise DataError(f"{headline}: {counts}; {lists}; check model.name, model.neck and model.num_classes")
+        return left_out
+
+    def _problem(self, kind: str, text: str) -> None:
+        self._problems.setdefault(kind, []).append(text)
+
+
+def _leaf_shapes(model: Model) -> dict[_Target, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every leaf of the model."""
+    params, stats = jax.eval_shape(model.init, jax.random.key(0))
+    return {(tree, path): leaf for tree, root in (("params", params), ("stats", stats)) for path, leaf in _walk(root)}
+
+
+def _walk(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _walk(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _part_of(name: str) -> str:
+    return name.split(".", 1)[0]
+
+
+def _target_of(name: str, targets: Mapping[_Target, Any]) -> _Target | None:
+    """The model's leaf for a common name, None where there is none."""
+    module, _, last = name.rpartition(".")
+    leaf = layouts.LEAVES.get(last)
+    if leaf is None:
+        return None
+    candidates = ((leaf.tree, f"{module}.{ours}") for ours in leaf.names)
+    return next((candidate for candidate in candidates if candidate in targets), None)
+
+
+def _nested(leaves: Mapping[_Target, np.ndarray], tree: str) -> Tree:
+    root: Tree = {}
+    for (kind, path), value in leaves.items():
+        if kind == tree:
+            *modules, last = path.split(".")
+            node = root
+            for module in modules:
+                node = node.setdefault(module, {})
+            node[last] = value
+    return root
