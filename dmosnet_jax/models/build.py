@@ -1,0 +1,207 @@
+"""Model registry: a name and a few options give pure functions."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.models.attention import GRID
+from dmosnet_jax.models.functional import Functional, Tree
+from dmosnet_jax.models.heads import Head, HeadSettings
+from dmosnet_jax.models.osnet import CHANNELS, OSNet, OSNetSettings
+
+NECKS = ("bnneck", "fc")
+POOLS = ("avg", "gem")
+DTYPES = ("float32", "bfloat16")
+
+
+def _registry() -> dict[str, OSNetSettings]:
+    models = {}
+    for width, channels in CHANNELS.items():
+        models[f"osnet_{width}"] = OSNetSettings(channels)
+        models[f"osnet_ibn_{width}"] = OSNetSettings(channels, ibn=True)
+        models[f"dmosnet_{width}"] = OSNetSettings(channels, attention=(1, 0, 0))
+        models[f"dmosnet_ibn_{width}"] = OSNetSettings(channels, ibn=True, attention=(1, 0, 0))
+    return models
+
+
+_MODELS = _registry()
+
+
+def names() -> list[str]:
+    """All model names that `build` knows."""
+    return sorted(_MODELS)
+
+
+class _Network(nnx.Module):
+    """Backbone and head; the reference keeps both in one namespace, so they are attributes of one module there too."""
+
+    def __init__(self, backbone: OSNetSettings, head: HeadSettings, dtype: str, rngs: nnx.Rngs):
+        self.backbone = OSNet(backbone, rngs=rngs)
+        self.head = Head(self.backbone.width, head, rngs=rngs)
+        self.dtype = dtype
+
+    def __call__(self, images: jax.Array, *, train: bool, stages: bool = False) -> dict[str, Any]:
+        features, maps = self.backbone(images.astype(jnp.dtype(self.dtype)), train=train)
+        outputs = self.head(features, train=train)
+        return {**outputs, "stages": maps} if stages else outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network as pure functions, and what a caller must know of it.
+
+    Attributes:
+        name: registry name.
+        attention: DL-MHSA mask over conv2, conv3, conv4.
+        neck: "fc" or "bnneck".
+        pool: "avg" or "gem".
+        num_classes: classifier size, 0 for none.
+        bn_group_size: images that share batch statistics.
+        dtype: compute dtype; parameters and statistics stay float32.
+        image_size: (height, width) in pixels.
+    """
+
+    name: str
+    attention: tuple[int, int, int]
+    neck: str
+    pool: str
+    num_classes: int
+    bn_group_size: int | None
+    dtype: str
+    image_size: tuple[int, int]
+
+    @functools.cached_property
+    def _functional(self) -> Functional:
+        base = _MODELS[self.name]
+        backbone = dataclasses.replace(base, attention=self.attention, bn_group_size=self.bn_group_size)
+        head = HeadSettings(self.neck, self.pool, self.num_classes, self.bn_group_size)
+        return Functional(lambda rngs: _Network(backbone, head, self.dtype, rngs))
+
+    @property
+    def feature_dim(self) -> int:
+        """Size E of the test-time feature."""
+        return 512 if self.neck == "fc" else _MODELS[self.name].channels[-1]
+
+    def init(self, key: jax.Array) -> tuple[Tree, Tree]:
+        """Fresh float32 `(params, stats)`, nested dicts named as in the reference implementations."""
+        params, stats = self._functional.init(key)
+        return _join(params), _join(stats)
+
+    def shapes(self) -> tuple[Tree, Tree]:
+        """`init` as `jax.ShapeDtypeStruct` leaves."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def apply(
+        self, params: Tree, stats: Tree, images: jax.Array, *, train: bool, stages: bool = False
+    ) -> tuple[dict[str, Any], Tree]:
+        """Runs the network.
+
+        Args:
+            params: parameter tree.
+            stats: batch statistics tree.
+            images: normalised `[B, H, W, 3]`, float.
+            train: use batch statistics and move the running ones.
+            stages: also return the map after each backbone stage, by name, under "stages".
+
+        Returns:
+            `(outputs, stats)`: see `Head.__call__`; `stats` is unchanged without `train`.
+        """
+        outputs, moved = self._functional.apply(_part(params), _part(stats), images, train=train, stages=stages)
+        return outputs, _join(moved)
+
+
+_HEAD_PARTS = ("pool", "fc", "bottleneck", "classifier")
+
+
+def _join(tree: Tree) -> Tree:
+    """Backbone and head side by side, as torchreid names them."""
+    return {**tree.get("backbone", {}), **tree.get("head", {})}
+
+
+def _part(tree: Tree) -> Tree:
+    head = {key: value for key, value in tree.items() if key in _HEAD_PARTS}
+    return {"backbone": {key: value for key, value in tree.items() if key not in _HEAD_PARTS}, "head": head}
+
+
+def _one_of(field: str, value: Any, known: Sequence[Any]) -> Any:
+    if value not in known:
+        raise ConfigError(f"model.{field}={value!r} is not known: use one of {', '.join(map(str, known))}")
+    return value
+
+
+def check_image_size(image_size: Sequence[int], attention: Sequence[int]) -> tuple[int, int]:
+    """Validates an input size.
+
+    The stem and the transitions halve the map four times; a stage with attention needs a map of whole 8x8 windows.
+
+    Raises:
+        ConfigError: the size is not a multiple of what the network needs; names the nearest sizes that are.
+    """
+    if len(tuple(image_size)) != 2:
+        raise ConfigError(f"image_size={tuple(image_size)} must be (height, width), e.g. (256, 128)")
+    height, width = (int(side) for side in image_size)
+    strides = [GRID * 4 * 2**stage for stage, used in enumerate(attention) if used]
+    unit = max([16, *strides])
+    wrong = [(name, side) for name, side in (("height", height), ("width", width)) if side < unit or side % unit]
+    if wrong:
+        name, side = wrong[0]
+        below, above = max(side // unit, 1) * unit, (side // unit + 1) * unit
+        near = f"{below}" if below == above else f"{below} or {above}"
+        raise ConfigError(
+            f"image_size={(height, width)}: the {name} must be a multiple of {unit} for attention={tuple(attention)}: "
+            f"the nearest that work are {near}"
+        )
+    return height, width
+
+
+def build(
+    name: str,
+    *,
+    attention: Sequence[int] | None = None,
+    neck: str | None = None,
+    pool: str = "avg",
+    num_classes: int = 0,
+    bn_group_size: int | None = None,
+    dtype: str = "float32",
+    image_size: Sequence[int] = (256, 128),
+) -> Model:
+    """Builds a model by name.
+
+    Args:
+        name: one of `names()`.
+        attention: DL-MHSA mask over conv2, conv3, conv4; the default is the paper's (1, 0, 0) for `dmosnet_*` and none
+            for `osnet_*`.
+        neck: "fc" (torchreid's 512-d embedding) or "bnneck"; default "bnneck".
+        pool: "avg" or "gem".
+        num_classes: classifier size, 0 for none.
+        bn_group_size: images that share batch statistics in training, None for the whole batch.
+        dtype: compute dtype, "float32" or "bfloat16".
+        image_size: (height, width).
+
+    Raises:
+        ConfigError: an unknown name or option, or an input size that the network can't take.
+    """
+    base = _MODELS[_one_of("name", name, names())]
+    mask = tuple(int(bool(flag)) for flag in (base.attention if attention is None else attention))
+    if len(mask) != 3:
+        raise ConfigError(f"model.attention={attention!r} must be three flags for conv2, conv3, conv4, e.g. (1, 0, 0)")
+    if num_classes < 0:
+        raise ConfigError(f"model.num_classes={num_classes} must be 0 (no classifier) or more")
+    if bn_group_size is not None and bn_group_size < 2:
+        raise ConfigError(f"model.bn_group_size={bn_group_size} must be at least 2, or None for the whole batch")
+    return Model(
+        name=name,
+        attention=mask,
+        neck=_one_of("neck", neck or "bnneck", NECKS),
+        pool=_one_of("pool", pool, POOLS),
+        num_classes=int(num_classes),
+        bn_group_size=bn_group_size,
+        dtype=_one_of("dtype", dtype, DTYPES),
+        image_size=check_image_size(image_size, mask),
+    )

@@ -1,0 +1,55 @@
+"""From an NNX module to pure functions over nested dicts.
+
+Outside `models/` nothing knows NNX: a training step over plain dicts costs a quarter of one over NNX state on the host.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+Tree = dict[str, Any]
+
+
+def _to_tree(state: Any) -> Tree:
+    """A plain nested dict with string keys; list positions become "0", "1", ..."""
+
+    def convert(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {str(key): convert(value) for key, value in node.items()}
+        return node
+
+    return convert(nnx.to_pure_dict(state))
+
+
+class Functional:
+    """Pure `init` and `apply` of a module made by `create(rngs)`."""
+
+    def __init__(self, create: Callable[[nnx.Rngs], nnx.Module]):
+        self._create = create
+        abstract = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
+        self._graph, self._params, self._stats = nnx.split(abstract, nnx.Param, nnx.BatchStat)
+
+    def init(self, key: jax.Array) -> tuple[Tree, Tree]:
+        """Fresh `(params, stats)`."""
+        _, params, stats = nnx.split(self._create(nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
+        return _to_tree(params), _to_tree(stats)
+
+    def apply(self, params: Tree, stats: Tree, *args: Any, method: str = "__call__", **kwargs: Any) -> tuple[Any, Tree]:
+        """Runs the module; returns its output and the statistics after it."""
+        # copy=True: the module writes its statistics, and inside jax.grad the inputs must stay untouched.
+        module = nnx.merge(self._graph, _fill(self._params, params), _fill(self._stats, stats), copy=True)
+        outputs = getattr(module, method)(*args, **kwargs)
+        return outputs, _to_tree(nnx.state(module, nnx.BatchStat))
+
+
+def _fill(template: nnx.State, tree: Tree) -> nnx.State:
+    """The template's variables holding the tree's leaves."""
+    flat = []
+    for path, variable in nnx.to_flat_state(template):
+        node: Any = tree
+        for key in path:
+            node = node[str(key)]
+        flat.append((path, variable.replace(node)))
+    return nnx.from_flat_state(flat)

@@ -1,0 +1,105 @@
+"""Convolutions, linear maps and pooling, NHWC, with the parameter names of the tree that weight import fills.
+
+Parameters are float32 whatever the compute dtype: a layer casts its weights to the dtype of its input.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from dmosnet_jax.models.convolution import depthwise3x3, pointwise
+
+
+def _kaiming_fan_out(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """He et al. (2015) normal init over the outgoing connections, as torchreid initialises its convolutions."""
+    height, width, _, outputs = shape
+    return math.sqrt(2.0 / (height * width * outputs)) * jax.random.normal(key, shape, jnp.float32)
+
+
+class Conv(nnx.Module):
+    """Convolution with "SAME"-style explicit padding `(size - 1) // 2`.
+
+    A 1x1 convolution runs as a matrix product and a depthwise 3x3 one as shifted sums: see `models/convolution.py`.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        *,
+        stride: int = 1,
+        depthwise: bool = False,
+        bias: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        if depthwise and (inputs != outputs or size != 3 or stride != 1):
+            raise ValueError(f"depthwise needs 3x3, stride 1 and as many outputs as inputs, got {size=} {stride=}")
+        fan_in = 1 if depthwise else inputs
+        self.kernel = nnx.Param(_kaiming_fan_out(rngs.params(), (size, size, fan_in, outputs)))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
+        self.size, self.stride, self.depthwise, self.has_bias = size, stride, depthwise, bias
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[B, H, W, inputs]` to `[B, H', W', outputs]`, dtype kept."""
+        kernel = self.kernel[...].astype(x.dtype)
+        if self.depthwise:
+            y = depthwise3x3(x, kernel)
+        elif self.size == 1 and self.stride == 1:
+            y = pointwise(x, kernel[0, 0])
+        else:
+            pad = (self.size - 1) // 2
+            y = lax.conv_general_dilated(
+                x,
+                kernel,
+                (self.stride, self.stride),
+                [(pad, pad), (pad, pad)],
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+        if self.has_bias:
+            y = y + self.bias[...].astype(y.dtype)[None, None, None, :]
+        return y
+
+
+class Linear(nnx.Module):
+    """Affine map of the last axis, normal(0, 0.01) initialised as in torchreid."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, std: float = 0.01, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
+        self.has_bias = bias
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[B, inputs]` to `[B, outputs]`, dtype kept."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y + self.bias[...].astype(y.dtype)[None, :] if self.has_bias else y
+
+
+def _halve_by_max(x: jax.Array, axis: int) -> jax.Array:
+    """Maximum over windows of three with stride 2 and padding 1 along one axis of even length."""
+    even, odd = (lax.slice_in_dim(x, start, None, 2, axis) for start in (0, 1))
+    last = lax.slice_in_dim(odd, 0, odd.shape[axis] - 1, axis=axis)
+    border = jnp.full_like(lax.slice_in_dim(odd, 0, 1, axis=axis), -jnp.inf)
+    before = lax.concatenate([border, last], axis)
+    return jnp.maximum(jnp.maximum(before, even), odd)
+
+
+def max_pool3x3(x: jax.Array) -> jax.Array:
+    """Max pooling 3x3, stride 2, padding 1 over `[B, H, W, C]` with even H and W.
+
+    One axis after the other: the gradient of a windowed reduction is a scatter, this one's is selection.
+    """
+    return _halve_by_max(_halve_by_max(x, 2), 1)
+
+
+def average_pool(x: jax.Array, size: int) -> jax.Array:
+    """Average pooling with kernel and stride `size` over `[B, H, W, C]`; a rest smaller than `size` is dropped."""
+    batch, height, width, channels = x.shape
+    rows, columns = height // size, width // size
+    cut = x[:, : rows * size, : columns * size]
+    return jnp.mean(cut.reshape(batch, rows, size, columns, size, channels), axis=(2, 4))

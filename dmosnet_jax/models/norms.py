@@ -1,0 +1,125 @@
+"""Batch and instance normalisation, NHWC, in float32 whatever the compute dtype."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+NORM_EPSILON = 1e-5
+
+
+@jax.custom_vjp
+def normalise_groups(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalises groups by their own statistics.
+
+    Args:
+        x: `[groups, size, ..., C]` float32.
+        scale: `[C]`.
+        bias: `[C]`.
+
+    Returns:
+        The normalised array, and the groups' means and biased variances `[groups, C]`, which carry no gradient.
+    """
+    return _normalise_forward(x, scale, bias)[0]
+
+
+def _wide(per_group: jax.Array, like: jax.Array) -> jax.Array:
+    """`[groups, C]` shaped to broadcast against `[groups, size, ..., C]`."""
+    return per_group.reshape(per_group.shape[0], *(1,) * (like.ndim - 2), per_group.shape[1])
+
+
+def _normalise_forward(x, scale, bias):
+    axes = tuple(range(1, x.ndim - 1))
+    mean = jnp.mean(x, axis=axes)
+    # One pass over the data; the clamp guards the cancellation of two nearly equal squares.
+    var = jnp.maximum(jnp.mean(jnp.square(x), axis=axes) - jnp.square(mean), 0.0)
+    inverse = lax.rsqrt(var + NORM_EPSILON)
+    factor = scale[None, :] * inverse
+    y = x * _wide(factor, x) + _wide(bias[None, :] - mean * factor, x)
+    return (y, mean, var), (x, scale, mean, inverse)
+
+
+def _normalise_backward(saved, gradients):
+    x, scale, mean, inverse = saved
+    axes = tuple(range(1, x.ndim - 1))
+    # Fused into the sums below, whatever produces these two would be computed once for each sum.
+    x, gradient = lax.optimization_barrier((x, gradients[0]))
+    count = x.size // mean.size
+    total = jnp.sum(gradient, axis=axes)
+    weighted = (jnp.sum(gradient * x, axis=axes) - mean * total) * inverse
+    factor = scale[None, :] * inverse
+    slope = factor * weighted * inverse / count
+    offset = slope * mean - factor * total / count
+    dx = gradient * _wide(factor, x) - x * _wide(slope, x) + _wide(offset, x)
+    return dx, jnp.sum(weighted, axis=0), jnp.sum(total, axis=0)
+
+
+normalise_groups.defvjp(_normalise_forward, _normalise_backward)
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation over groups of `group_size` images, whatever the number of devices.
+
+    Each group is normalised by its own statistics; the running ones follow the average of the groups', with PyTorch's
+    momentum 0.1 and unbiased running variance. The group is part of the algorithm: SpCL's accuracy moves by 6 to 20
+    points of mAP with the number of images that share statistics.
+    """
+
+    def __init__(self, channels: int, *, group_size: int | None = None, momentum: float = 0.1):
+        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
+        self.mean = nnx.BatchStat(jnp.zeros((channels,), jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones((channels,), jnp.float32))
+        self.group_size, self.momentum = group_size, momentum
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Normalises `[B, ..., C]`, dtype kept; with `train` it also moves the running statistics."""
+        scale, bias = self.scale[...], self.bias[...]
+        shape = x.shape
+        if not train:
+            factor = scale * lax.rsqrt(self.var[...] + NORM_EPSILON)
+            offset = bias - self.mean[...] * factor
+            broadcast = (1,) * (x.ndim - 1) + shape[-1:]
+            y = x.astype(jnp.float32) * factor.reshape(broadcast) + offset.reshape(broadcast)
+            return y.astype(x.dtype)
+        size = group_of(shape[0], self.group_size)
+        grouped = x.astype(jnp.float32).reshape(shape[0] // size, size, *shape[1:])
+        y, mean, var = normalise_groups(grouped, scale, bias)
+        self._move(mean, var, grouped.size // mean.size)
+        return y.reshape(shape).astype(x.dtype)
+
+    def _move(self, mean: jax.Array, var: jax.Array, count: int) -> None:
+        unbiased = jnp.mean(var, axis=0) * (count / max(count - 1, 1))
+        self.mean[...] = lax.stop_gradient(
+            (1 - self.momentum) * self.mean[...] + self.momentum * jnp.mean(mean, axis=0)
+        )
+        self.var[...] = lax.stop_gradient((1 - self.momentum) * self.var[...] + self.momentum * unbiased)
+
+
+def group_of(batch: int, group_size: int | None) -> int:
+    """Images that share statistics in a batch of `batch`; a batch smaller than the group is one group.
+
+    Raises:
+        ValueError: the batch is not a whole number of groups.
+    """
+    size = batch if group_size is None else min(group_size, batch)
+    if batch % size:
+        raise ValueError(f"batch of {batch} images is not a multiple of bn_group_size={group_size}")
+    return size
+
+
+class InstanceNorm(nnx.Module):
+    """Per-image, per-channel normalisation with scale and bias, no running statistics (IBN-Net's style norm)."""
+
+    def __init__(self, channels: int):
+        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """Normalises `[B, H, W, C]`, dtype kept; `train` is accepted so that norms are interchangeable."""
+        del train
+        y = x.astype(jnp.float32)
+        mean = jnp.mean(y, axis=(1, 2), keepdims=True)
+        var = jnp.maximum(jnp.mean(jnp.square(y), axis=(1, 2), keepdims=True) - jnp.square(mean), 0.0)
+        factor = self.scale[...][None, None, None, :] * lax.rsqrt(var + NORM_EPSILON)
+        return ((y - mean) * factor + self.bias[...][None, None, None, :]).astype(x.dtype)
