@@ -40,8 +40,18 @@ _SAFETENSORS_TYPES = {
 }
 # Tied weights come out as copies, and bfloat16 doubles; a file that asks for more than this is an amplification attack.
 _MAX_GROWTH = 4
-# What zipfile raises on damaged archives; it has no common base class for them.
-_BAD_ZIP = (zipfile.BadZipFile, ValueError, KeyError, IndexError, EOFError, RuntimeError, OverflowError, struct.error)
+# What zipfile raises on damaged archives (OSError: a seek to before the start); it has no common base class for them.
+_BAD_ZIP = (
+    zipfile.BadZipFile,
+    OSError,
+    ValueError,
+    KeyError,
+    IndexError,
+    EOFError,
+    RuntimeError,
+    OverflowError,
+    struct.error,
+)
 
 
 def read_tensors(path: str | os.PathLike[str], choose: Choose) -> dict[str, np.ndarray]:

@@ -268,7 +268,7 @@ class _Matcher:
         elif not np.isfinite(ours).all():
             self._problem("not finite", printable(source))
         else:
-            self.leaves[target] = np.ascontiguousarray(ours, dtype=expected.dtype)
+            self.leaves[target] = np.array(ours, dtype=expected.dtype, order="C")
         self._named.add(target)
 
     def finish(self, headline: str) -> tuple[str, ...]:
