@@ -1,0 +1,163 @@
+"""One host batch: rows of a split read, decoded and resized, from records or from the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sized
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from dmosnet_jax.core.errors import ConfigError, DataError, UserError
+from dmosnet_jax.data import transforms
+
+if TYPE_CHECKING:
+    from dmosnet_jax.data.records import Record
+
+HostBatch = dict[str, np.ndarray]
+
+
+class Images(Protocol):
+    """What is needed of a `dmosnet_jax.data.datasets.Split`; must pickle for worker processes."""
+
+    @property
+    def name(self) -> str:
+        """Of the data set, for messages."""
+
+    @property
+    def source(self) -> Sized:
+        """The records; here only their number is asked for."""
+
+    @property
+    def pids(self) -> np.ndarray:
+        """Identities, int32 [N]."""
+
+    @property
+    def camids(self) -> np.ndarray:
+        """Cameras, int32 [N]."""
+
+    def record(self, index: int, /) -> Record:
+        """The image's encoded bytes and file name."""
+
+
+class Plan(Protocol):
+    """Rows of each global batch: `plan[step]` is int [B]. An int [steps, B] array is one; must pickle for workers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: int, /) -> np.ndarray: ...
+
+
+class ImageCache:
+    """Decoded and resized images of one split, kept in host memory from the first time each is needed.
+
+    Worth it where decoding competes with training for few cores. Pages are only touched when filled.
+
+    Attributes:
+      images: uint8 [N, H, W, 3].
+      filled: bool [N], True where `images` holds the image.
+    """
+
+    def __init__(self, count: int, image_size: tuple[int, int]):
+        self.images = np.empty((count, *image_size, 3), np.uint8)
+        self.filled = np.zeros(count, bool)
+
+    @classmethod
+    def within(cls, split: Images, image_size: tuple[int, int], budget_bytes: int) -> ImageCache | None:
+        """A cache for the whole split, or None when its N * H * W * 3 bytes exceed the budget."""
+        count = len(split.source)
+        needed = count * image_size[0] * image_size[1] * 3
+        return cls(count, image_size) if needed <= budget_bytes else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A user's error on its way from a worker; Grain would wrap or re-create a raised one."""
+
+    error: UserError
+
+
+class BatchLoader:
+    """Makes this process's part of the batch of one step; picklable, and called from many threads at once.
+
+    The arguments are those of `pipeline.TrainStream`; `mask` is bool [steps, B], False where a row is padding.
+    """
+
+    def __init__(
+        self,
+        split: Images,
+        plan: Plan,
+        *,
+        image_size: tuple[int, int],
+        mask: np.ndarray | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+        labels: np.ndarray | None = None,
+        cache: ImageCache | None = None,
+    ):
+        self._split, self._plan, self._mask, self._cache = split, plan, mask, cache
+        count = len(split.source)
+        self._size = (int(image_size[0]), int(image_size[1]))
+        if min(self._size) < 1:
+            raise ConfigError(f"image_size={tuple(image_size)} must be (height, width), both positive")
+        self._pids = np.asarray(split.pids if labels is None else labels, np.int32)
+        self._camids = np.asarray(split.camids, np.int32)
+        if self._pids.shape != (count,) or self._camids.shape != (count,):
+            raise ValueError(f"labels {self._pids.shape} and camids {self._camids.shape} must be [{count}]")
+        if cache is not None and cache.images.shape != (count, *self._size, 3):
+            raise ValueError(f"the cache holds {cache.images.shape}, the split needs {(count, *self._size, 3)}")
+        if isinstance(plan, np.ndarray) and plan.size and (plan.min() < 0 or plan.max() >= count):
+            raise ValueError(f"the plan's rows {plan.min()}..{plan.max()} are outside the split's {count} images")
+        if not 0 <= process_index < process_count:
+            raise ConfigError(f"process_index={process_index} is outside 0..{process_count - 1}")
+        self._process_index, self._process_count = process_index, process_count
+        if len(plan):
+            self._local(np.asarray(plan[0]))
+
+    def __call__(self, step: int) -> HostBatch | Failure:
+        """Batch `step` of the plan, or the error in the user's data that prevents it."""
+        try:
+            return self._load(step)
+        except UserError as error:
+            return Failure(error)
+
+    def _load(self, step: int) -> HostBatch:
+        rows = self._local(np.asarray(self._plan[step], np.int32))
+        mask = np.ones(len(rows), bool) if self._mask is None else self._local(self._mask[step])
+        images = np.zeros((len(rows), *self._size, 3), np.uint8)
+        for place in np.flatnonzero(mask):
+            images[place] = self._image(int(rows[place]))
+        minus_one = np.int32(-1)
+        return {
+            "image": images,
+            "pid": np.where(mask, self._pids[rows], minus_one),
+            "camid": np.where(mask, self._camids[rows], minus_one),
+            "index": np.where(mask, rows, minus_one),
+            "mask": mask,
+        }
+
+    def _image(self, row: int) -> np.ndarray:
+        cache = self._cache
+        if cache is not None and cache.filled[row]:
+            return cache.images[row]
+        record = self._split.record(row)
+        try:
+            image = transforms.load(record.image, self._size)
+        except DataError as error:
+            where = f"{self._split.name} image {row} ({record.filename})"
+            raise DataError(f"{where}: {error}; replace the file and convert again") from error
+        if cache is not None:
+            # Two threads may fill the same row with the same pixels; the flag goes up after the pixels are there.
+            cache.images[row] = image
+            cache.filled[row] = True
+        return image
+
+    def _local(self, batch: np.ndarray) -> np.ndarray:
+        """This process's slice of a global batch."""
+        size, remainder = divmod(len(batch), self._process_count)
+        if remainder:
+            raise ConfigError(
+                f"batch_size={len(batch)} is not a multiple of the {self._process_count} processes: "
+                f"use {max(size, 1) * self._process_count}"
+            )
+        return batch[self._process_index * size : (self._process_index + 1) * size]

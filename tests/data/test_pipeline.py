@@ -1,0 +1,432 @@
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.data import pipeline, samplers, transforms
+from dmosnet_jax.data.loading import ImageCache
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SIZE = (16, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    image: bytes
+    pid: int
+    camid: int
+    filename: str
+
+
+class MemorySplit:
+    """What the pipeline needs of a split, with encoded images in memory; counts its reads."""
+
+    name = "market1501"
+
+    def __init__(self, images, pids, camids):
+        self.source, self.pids, self.camids = images, pids, camids
+        self.reads = 0
+
+    def record(self, index):
+        self.reads += 1
+        return Record(self.source[index], int(self.pids[index]), int(self.camids[index]), f"train/{index:04d}.jpg")
+
+
+def make_split(count=40):
+    rng = np.random.default_rng(count)
+    images = []
+    for _ in range(count):
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (24, 12, 3), dtype=np.uint8)).save(stream, "JPEG")
+        images.append(stream.getvalue())
+    return MemorySplit(images, (np.arange(count) // 4).astype(np.int32), (np.arange(count) % 3).astype(np.int32))
+
+
+@pytest.fixture
+def split():
+    return make_split()
+
+
+def expected_batch(split, rows):
+    return {
+        "image": np.stack([transforms.load(split.source[i], SIZE) for i in rows]),
+        "pid": split.pids[rows],
+        "camid": split.camids[rows],
+        "index": rows,
+        "mask": np.ones(len(rows), bool),
+    }
+
+
+def assert_same(got, expected):
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert got[name].dtype == value.dtype, name
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+def plan_for(split, steps=9, batch_size=8, seed=0):
+    return samplers.class_epoch(
+        split.pids, split.camids, batch_size=batch_size, instances=4, seed=seed, epoch=0, steps=steps
+    )
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_stream_gives_the_planned_batches_in_order(split, threads):
+    plan = plan_for(split)
+    with pipeline.TrainStream(split, plan, image_size=SIZE, threads=threads) as stream:
+        batches = list(stream)
+    assert len(batches) == 9
+    for batch, rows in zip(batches, plan, strict=True):
+        assert_same(batch, expected_batch(split, rows))
+
+
+def test_stream_over_a_plan_made_on_demand(split):
+    class Endless:
+        def __len__(self):
+            return 10**9
+
+        def __getitem__(self, step):
+            return np.random.default_rng(step).integers(0, 40, 8)
+
+    plan = Endless()
+    with pipeline.TrainStream(split, plan, image_size=SIZE, start=123_456_789) as stream:
+        batch = next(stream)
+        assert stream.get_state()["step"] == 123_456_790
+    assert_same(batch, expected_batch(split, plan[123_456_789].astype(np.int32)))
+
+
+def test_labels_replace_identities(split):
+    labels = np.arange(40)[::-1] - 5
+    plan = plan_for(split, steps=2)
+    with pipeline.TrainStream(split, plan, image_size=SIZE, labels=labels) as stream:
+        batch = next(stream)
+    assert batch["pid"].dtype == np.int32
+    np.testing.assert_array_equal(batch["pid"], labels[plan[0]])
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_resumed_stream_equals_an_uninterrupted_one(split, threads):
+    plan = plan_for(split)
+    with pipeline.TrainStream(split, plan, image_size=SIZE, threads=2) as stream:
+        whole = list(stream)
+    for stop in (0, 1, 5, 9):
+        with pipeline.TrainStream(split, plan, image_size=SIZE, threads=2) as first:
+            for _ in range(stop):
+                next(first)
+            state = json.loads(json.dumps(first.get_state()))
+        with pipeline.TrainStream(split, plan, image_size=SIZE, threads=threads) as second:
+            # A position in use is abandoned for the restored one.
+            next(second)
+            second.set_state(state)
+            rest = list(second)
+            assert second.get_state() == {"step": 9, "steps": 9}
+        with pipeline.TrainStream(split, plan, image_size=SIZE, start=np.int64(stop)) as third:
+            assert json.loads(json.dumps(third.get_state())) == state
+            again = list(third)
+        assert len(rest) == len(again) == 9 - stop
+        for batch, other, reference in zip(rest, again, whole[stop:], strict=True):
+            assert_same(batch, reference)
+            assert_same(other, reference)
+
+
+def test_closed_stream_goes_on_where_it_was(split):
+    plan = plan_for(split)
+    stream = pipeline.TrainStream(split, plan, image_size=SIZE)
+    next(stream)
+    stream.close()
+    stream.close()
+    assert_same(next(stream), expected_batch(split, plan[1]))
+    stream.close()
+
+
+def test_state_of_another_plan_is_refused(split):
+    stream = pipeline.TrainStream(split, plan_for(split), image_size=SIZE)
+    for state in ({"step": 3, "steps": 8}, {"step": 10, "steps": 9}, {"step": -1, "steps": 9}, {}):
+        with pytest.raises(DataError, match="does not fit a plan of 9 steps"):
+            stream.set_state(state)
+
+
+def test_processes_share_each_global_batch(split):
+    plan = plan_for(split, steps=3)
+    parts = []
+    for index in range(4):
+        with pipeline.TrainStream(split, plan, image_size=SIZE, process_index=index, process_count=4) as stream:
+            parts.append(list(stream))
+    for step, rows in enumerate(plan):
+        joined = {name: np.concatenate([part[step][name] for part in parts]) for name in parts[0][0]}
+        assert_same(joined, expected_batch(split, rows))
+
+
+@pytest.mark.parametrize("batch_size", [8, 16, 40, 64])
+@pytest.mark.parametrize("processes", [1, 4])
+def test_evaluation_gives_every_image_once_in_order(batch_size, processes):
+    split = make_split(37)
+    options = {"image_size": SIZE, "batch_size": batch_size, "process_count": processes}
+    parts = [list(pipeline.evaluation_batches(split, process_index=i, **options)) for i in range(processes)]
+    steps = -(-37 // batch_size)
+    assert [len(part) for part in parts] == [steps] * processes
+    seen = []
+    for step in range(steps):
+        batch = {name: np.concatenate([part[step][name] for part in parts]) for name in parts[0][0]}
+        assert batch["image"].shape == (batch_size, *SIZE, 3)
+        real = batch["mask"]
+        seen.extend(batch["index"][real])
+        assert_same({name: value[real] for name, value in batch.items()}, expected_batch(split, batch["index"][real]))
+        for name in ("pid", "camid", "index"):
+            assert np.all(batch[name][~real] == -1)
+        assert not batch["image"][~real].any()
+    assert seen == list(range(37))
+    assert split.reads == 37
+
+
+def test_evaluation_of_nothing_is_empty():
+    empty = MemorySplit([], np.zeros(0, np.int32), np.zeros(0, np.int32))
+    assert list(pipeline.evaluation_batches(empty, image_size=SIZE, batch_size=8)) == []
+
+
+def test_cache_reads_each_image_once_and_changes_nothing(split):
+    plan = plan_for(split, steps=30)
+    cache = ImageCache.within(split, SIZE, 40 * 16 * 8 * 3)
+    for _ in range(2):
+        with pipeline.TrainStream(split, plan, image_size=SIZE, threads=1, cache=cache) as stream:
+            for batch, rows in zip(stream, plan, strict=True):
+                assert_same(batch, expected_batch(split, rows))
+    np.testing.assert_array_equal(np.flatnonzero(cache.filled), np.unique(plan))
+    assert split.reads == len(np.unique(plan))
+    list(pipeline.evaluation_batches(split, image_size=SIZE, batch_size=16, threads=3, cache=cache))
+    assert split.reads == 40
+
+
+def test_cache_only_within_its_budget(split):
+    assert ImageCache.within(split, SIZE, 40 * 16 * 8 * 3 - 1) is None
+    with pytest.raises(ConfigError, match=r"data.workers=2 cannot share an image cache"):
+        pipeline.TrainStream(split, plan_for(split), image_size=SIZE, workers=2, cache=ImageCache(40, SIZE))
+    with pytest.raises(ValueError, match="the cache holds"):
+        pipeline.TrainStream(split, plan_for(split), image_size=(8, 8), cache=ImageCache(40, SIZE))
+
+
+def test_batches_do_not_share_memory_with_the_cache(split):
+    cache = ImageCache(40, SIZE)
+    plan = np.arange(8, dtype=np.int32)[None].repeat(2, axis=0)
+    with pipeline.TrainStream(split, plan, image_size=SIZE, threads=0, cache=cache) as stream:
+        next(stream)["image"][:] = 0
+        assert_same(next(stream), expected_batch(split, plan[0]))
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_damaged_image_is_named_in_one_line(split, threads):
+    split.source[17] = split.source[17][:200]
+    plan = np.arange(40, dtype=np.int32).reshape(5, 8)
+    with pipeline.TrainStream(split, plan, image_size=SIZE, threads=threads) as stream:
+        assert_same(next(stream), expected_batch(split, plan[0]))
+        next(stream)
+        with pytest.raises(DataError, match=r"market1501 image 17 \(train/0017.jpg\): damaged image") as caught:
+            next(stream)
+        assert "\n" not in str(caught.value)
+        assert stream.get_state()["step"] == 2
+    batches = pipeline.evaluation_batches(split, image_size=SIZE, batch_size=32, threads=threads)
+    with pytest.raises(DataError, match=r"train/0017.jpg"):
+        next(batches)
+
+
+def test_error_of_the_source_arrives_as_it_was_raised(split):
+    message = "market1501-train.tfrecord-00000-of-00001: record 3 at byte 912 is corrupt; convert again"
+
+    def broken(index):
+        raise DataError(message)
+
+    split.record = broken
+    with (
+        pipeline.TrainStream(split, plan_for(split), image_size=SIZE) as stream,
+        pytest.raises(DataError) as caught,
+    ):
+        next(stream)
+    assert str(caught.value) == message
+
+
+def test_defects_keep_their_own_type(split):
+    split.record = lambda index: 1 // 0
+    with (
+        pipeline.TrainStream(split, plan_for(split), image_size=SIZE) as stream,
+        pytest.raises(ZeroDivisionError),
+    ):
+        next(stream)
+
+
+def decoding_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("grain")]
+
+
+def wait_until(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def test_no_threads_are_left_behind(split):
+    assert wait_until(lambda: not decoding_threads())
+    with pipeline.TrainStream(split, plan_for(split), image_size=SIZE, threads=3) as stream:
+        next(stream)
+        assert decoding_threads()
+    assert wait_until(lambda: not decoding_threads())
+    batches = pipeline.evaluation_batches(split, image_size=SIZE, batch_size=4, threads=3)
+    next(batches)
+    assert decoding_threads()
+    batches.close()
+    assert wait_until(lambda: not decoding_threads())
+
+
+def test_prefetching_is_bounded(split):
+    plan = np.zeros((200, 4), np.int32)
+    with pipeline.TrainStream(split, plan, image_size=SIZE, threads=2) as stream:
+        next(stream)
+        time.sleep(0.3)
+        # One batch given, four more made ahead at most, and one being handed over.
+        assert split.reads <= 6 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"threads": -1}, ConfigError, "data.threads=-1"),
+        ({"workers": -2}, ConfigError, "data.workers=-2"),
+        ({"start": 10}, ConfigError, "start=10 is outside the plan's 0..9"),
+        ({"image_size": (0, 8)}, ConfigError, "image_size="),
+        ({"process_count": 3}, ConfigError, "batch_size=8 is not a multiple of the 3 processes: use 6"),
+        ({"process_index": 2, "process_count": 2}, ConfigError, "process_index=2"),
+        ({"labels": np.zeros(39)}, ValueError, "labels"),
+    ],
+)
+def test_impossible_options_are_refused_at_once(split, options, error, message):
+    with pytest.raises(error, match=message):
+        pipeline.TrainStream(split, plan_for(split), **{"image_size": SIZE, **options})
+
+
+@pytest.mark.parametrize("row", [-1, 40])
+def test_plan_of_another_split_is_refused(split, row):
+    with pytest.raises(ValueError, match="outside the split's 40 images"):
+        pipeline.TrainStream(split, np.full((2, 8), row), image_size=SIZE)
+
+
+# Workers are spawned: they import the main module again, which a test run under pytest does not have.
+JOB = """
+    import sys
+    import time
+    import numpy as np
+    from absl import app, flags
+    from dmosnet_jax.core.errors import DataError
+    from dmosnet_jax.data import pipeline
+    from split_under_test import MemorySplit, make_split
+
+    MODE = flags.DEFINE_string("mode", None, "what to do", required=True)
+
+    def main(argv):
+        split = make_split()
+        if MODE.value == "damaged":
+            split.source[25] = split.source[25][:200]
+        plan = np.arange(40, dtype=np.int32).reshape(10, 4)
+        images = lambda stream: [batch["image"] for batch in stream]
+        with pipeline.TrainStream(split, plan, image_size=(16, 8), threads=1, workers=2) as stream:
+            if MODE.value == "hang":
+                next(stream)
+                print("ready", flush=True)
+                time.sleep(600)
+            try:
+                first = [next(stream) for _ in range(7)]
+            except DataError as error:
+                print("DataError", error, stream.get_state()["step"], flush=True)
+                return
+            assert all(type(batch["image"]) is np.ndarray for batch in first)
+            state = stream.get_state()
+        with pipeline.TrainStream(split, plan, image_size=(16, 8), threads=0) as stream:
+            expected = images(stream)
+        with pipeline.TrainStream(split, plan, image_size=(16, 8), workers=1) as stream:
+            stream.set_state(state)
+            rest = images(stream)
+        np.testing.assert_array_equal([batch["image"] for batch in first] + rest, expected)
+        print("equal", len(rest), flush=True)
+
+    if __name__ == "__main__":
+        app.run(main)
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Command and environment that run the job above as `python -m`, with this file importable by the workers."""
+    (tmp_path / "worker_job.py").write_text(textwrap.dedent(JOB))
+    (tmp_path / "split_under_test.py").write_text(pathlib.Path(__file__).read_text())
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "JAX_PLATFORMS": "cpu"}
+
+    def start(mode):
+        command = [sys.executable, "-W", "error::UserWarning", "-m", "worker_job", f"--mode={mode}"]
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    return start
+
+
+def test_worker_processes_give_the_same_batches_under_absl(job):
+    process = job("equal")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert output == "equal 3\n"
+    assert "Traceback" not in errors
+    assert "leaked" not in errors
+
+
+def test_error_in_a_worker_process_is_the_same_one_line(job):
+    process = job("damaged")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert output.startswith("DataError market1501 image 25 (train/0025.jpg): damaged image")
+    assert output.endswith(" 6\n")
+    assert output.count("\n") == 1
+
+
+def children(pid):
+    found = []
+    for entry in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            found.append(int(entry.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_workers_end_with_a_killed_training_process(job):
+    process = job("hang")
+    assert process.stdout.readline() == "ready\n"
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    for worker in workers:
+        os.kill(worker, signal.SIGINT)
+    process.kill()
+    process.wait()
+
+    def running(pid):
+        try:
+            return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        except OSError:
+            return False
+
+    assert wait_until(lambda: not any(running(worker) for worker in workers))
+    process.stdout.close()
+    process.stderr.close()
