@@ -5,6 +5,7 @@ A batch is a dict: `image` uint8 [B, H, W, 3] RGB, `pid`, `camid` and `index` (r
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
+from absl import flags
 
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data.loading import BatchLoader, Failure, HostBatch, ImageCache, Images, Plan
@@ -196,6 +198,9 @@ class _Batches:
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         iterable = dataset.to_iter_dataset(options)
         if workers:
+            if not flags.FLAGS.is_parsed():
+                # Grain reads its own flags when it starts workers, also in programs that never parse any.
+                flags.FLAGS.mark_as_parsed()
             iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _init_worker)
         self._copies = workers > 0
         self._iterator = iter(iterable)
@@ -212,6 +217,10 @@ class _Batches:
 
     def close(self) -> None:
         self._iterator.close()
+        if self._copies:
+            # The last batch of each worker hangs on a reference cycle of Grain's, and its shared memory with it.
+            del self._iterator
+            gc.collect()
 
 
 def _check_readers(threads: int, workers: int, cache: ImageCache | None) -> None:
