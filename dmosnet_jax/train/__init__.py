@@ -1,0 +1,1 @@
+"""State, optimiser, steps, loop, checkpoints and metrics: what every recipe trains with."""

@@ -1,0 +1,118 @@
+"""What a config means: cross-field checks before any device is touched, and durations in steps."""
+
+from typing import Any
+
+from dmosnet_jax.core.errors import ConfigError
+
+RECIPES = ("quickstart", "spcl", "supervised", "evaluate", "extract")
+SCHEDULES = ("step", "cosine", "constant")
+
+
+def _positive(config: Any, *fields: str) -> None:
+    for field in fields:
+        value = read(config, field)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{field}={value} must be greater than 0")
+
+
+def _not_negative(config: Any, *fields: str) -> None:
+    for field in fields:
+        value = read(config, field)
+        if value is not None and value < 0:
+            raise ConfigError(f"{field}={value} must not be negative")
+
+
+def _fraction(config: Any, *fields: str) -> None:
+    for field in fields:
+        value = read(config, field)
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"{field}={value} must lie between 0 and 1")
+
+
+def read(config: Any, field: str) -> Any:
+    """The value of a dotted field, or None where a part of the path does not exist."""
+    node = config
+    for part in field.split("."):
+        if node is None or part not in node:
+            return None
+        node = node[part]
+    return node
+
+
+def validate(config: Any) -> None:
+    """Checks a config as far as that is possible without data and devices.
+
+    Args:
+        config: the locked `ml_collections.ConfigDict` of a run.
+
+    Raises:
+        ConfigError: names the field, its value and the fix.
+    """
+    recipe = read(config, "recipe")
+    if recipe not in RECIPES:
+        raise ConfigError(f"recipe={recipe!r} is not known: use one of {', '.join(RECIPES)}")
+    _positive(config, "batch_size", "eval.batch_size", "optim.learning_rate", "train.log_every_steps", "train.keep")
+    _positive(
+        config, "train.checkpoint_every_steps", "train.epochs", "train.steps_per_epoch", "train.eval_every_epochs"
+    )
+    _positive(config, "sampler.instances", "spcl.temperature", "spcl.eps", "spcl.k1", "spcl.k2", "spcl.min_samples")
+    _not_negative(
+        config, "seed", "optim.weight_decay", "optim.warmup_steps", "augment.pad", "data.threads", "data.workers"
+    )
+    _fraction(config, "augment.flip", "augment.erase", "spcl.momentum", "loss.label_smoothing", "optim.warmup_factor")
+    _check_sampler(config)
+    _check_groups(config)
+    _check_schedule(config)
+
+
+def _check_sampler(config: Any) -> None:
+    batch, instances = read(config, "batch_size"), read(config, "sampler.instances")
+    if batch and instances and batch % instances:
+        raise ConfigError(
+            f"batch_size={batch} is not a multiple of sampler.instances={instances}: "
+            f"use {batch // instances * instances or instances} or change sampler.instances"
+        )
+
+
+def _check_groups(config: Any) -> None:
+    batch, group = read(config, "batch_size"), read(config, "model.bn_group_size")
+    if batch and group and group < batch and batch % group:
+        raise ConfigError(
+            f"batch_size={batch} is not a multiple of model.bn_group_size={group}: use a divisor of {batch}, or 0 for "
+            "statistics over the whole batch"
+        )
+
+
+def _check_schedule(config: Any) -> None:
+    schedule = read(config, "optim.schedule")
+    if schedule is not None and schedule not in SCHEDULES:
+        raise ConfigError(f"optim.schedule={schedule!r} is not known: use one of {', '.join(SCHEDULES)}")
+    eps, gap = read(config, "spcl.eps"), read(config, "spcl.eps_gap")
+    if eps is not None and gap is not None and not 0 <= gap < eps:
+        raise ConfigError(f"spcl.eps_gap={gap} must be at least 0 and less than spcl.eps={eps}")
+
+
+def duration_steps(config: Any, name: str, *, steps_per_epoch: int, examples_per_step: int) -> int | None:
+    """A duration in steps, from whichever of `<name>_steps`, `<name>_epochs`, `<name>_examples` is set.
+
+    Args:
+        config: the node that holds the fields, e.g. `config.optim`.
+        name: the duration's name, e.g. "warmup".
+        steps_per_epoch: steps in an epoch.
+        examples_per_step: the global batch size.
+
+    Returns:
+        The number of steps, or None where no field is set.
+
+    Raises:
+        ConfigError: more than one of the fields is set.
+    """
+    units = {"steps": 1.0, "epochs": float(steps_per_epoch), "examples": 1.0 / examples_per_step}
+    given = {unit: read(config, f"{name}_{unit}") for unit in units}
+    given = {unit: value for unit, value in given.items() if value is not None}
+    if len(given) > 1:
+        fields = ", ".join(f"{name}_{unit}={value}" for unit, value in given.items())
+        raise ConfigError(f"{fields}: give one of them")
+    for unit, value in given.items():
+        return round(value * units[unit])
+    return None

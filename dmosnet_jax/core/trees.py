@@ -1,0 +1,24 @@
+"""Nested dicts of arrays, seen by name."""
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def named_leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Pairs of dotted name and leaf of a nested dict, in order."""
+    for key, value in tree.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, dict):
+            yield from named_leaves(value, name)
+        else:
+            yield name, value
+
+
+def differences(expected: Any, found: Any) -> list[str]:
+    """Every way in which the shapes of `found` differ from those of `expected`, one sentence part each."""
+    wanted = {name: tuple(leaf.shape) for name, leaf in named_leaves(expected)}
+    given = {name: tuple(leaf.shape) for name, leaf in named_leaves(found)}
+    missing = [f"missing {name}" for name in wanted if name not in given]
+    unexpected = [f"unexpected {name}" for name in given if name not in wanted]
+    shared = [name for name in wanted if name in given and wanted[name] != given[name]]
+    return missing + unexpected + [f"{name} has shape {given[name]}, not {wanted[name]}" for name in shared]

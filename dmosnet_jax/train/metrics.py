@@ -1,0 +1,95 @@
+"""Metrics on disk and on the terminal: `metrics.jsonl`, TensorBoard events and a progress bar. Process 0 writes."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import tqdm
+from tensorboardX import SummaryWriter
+
+from dmosnet_jax.core.errors import DataError
+
+FILE = "metrics.jsonl"
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, oldest first; an empty list where there is none.
+
+    A last line cut short by a killed process is left out.
+
+    Raises:
+        DataError: any other line is damaged.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise DataError(f"{path}: line {number} is not JSON ({line[:40]!r}); remove it or the file") from error
+    return rows
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON beside the target and renames it, so that a reader never sees half a file."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(value, indent=2, allow_nan=True) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+class MetricsWriter:
+    """Appends rows to `metrics.jsonl` and scalars to TensorBoard; silent on every process but the first."""
+
+    def __init__(self, workdir: str | os.PathLike[str], *, first_step: int = 0):
+        """Opens the files; rows after `first_step`, which a resumed run will write again, are dropped."""
+        self._file = self._events = None
+        if jax.process_index() != 0:
+            return
+        path = pathlib.Path(workdir) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            kept = [row for row in read_rows(path) if row["step"] <= first_step] if first_step else []
+            aside = path.with_name(f".{FILE}.{os.getpid()}")
+            aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            aside.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(path.parent), purge_step=first_step + 1 if first_step else None)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Records scalars of a step."""
+        if self._file is None or self._events is None:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both files."""
+        if self._file is not None and self._events is not None:
+            self._file.close()
+            self._events.close()
+            self._file = self._events = None
+
+
+def progress_bar(total: int | None, *, label: str, unit: str = "image", initial: int = 0) -> tqdm.tqdm:
+    """A bar with rate and time left on process 0's terminal; in a log file it prints a line every half minute."""
+    terminal = sys.stderr.isatty()
+    return tqdm.tqdm(
+        total=total,
+        initial=initial,
+        desc=label,
+        unit=f" {unit}s",
+        dynamic_ncols=terminal,
+        mininterval=0.5 if terminal else 30.0,
+        disable=jax.process_index() != 0,
+    )

@@ -1,0 +1,65 @@
+"""Optimiser and learning-rate schedules of the paper, SpCL and fast-reid."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.core.settings import duration_steps
+
+
+def learning_rate(config: Any, *, steps_per_epoch: int, total_steps: int, batch_size: int) -> optax.Schedule:
+    """The learning rate by step.
+
+    Warm-up rises linearly from `warmup_factor` times the base rate. After it: "step" multiplies by `decay_factor` at
+    each of `decay_epochs`; "cosine" holds the base rate until `decay_epochs[0]` and then falls to `final_factor` times it
+    at the end; "constant" holds it. Warm-up and decay multiply, as in fast-reid.
+
+    Args:
+        config: the `optim` node: `learning_rate`, `schedule`, `decay_epochs`, `decay_factor`, `final_factor`,
+            `warmup_steps` (or `warmup_epochs`, `warmup_examples`), `warmup_factor`.
+        steps_per_epoch: steps in an epoch.
+        total_steps: steps of the run.
+        batch_size: global batch size.
+
+    Returns:
+        int32 step -> float32 rate.
+    """
+    warmup = duration_steps(config, "warmup", steps_per_epoch=steps_per_epoch, examples_per_step=batch_size) or 0
+    boundaries = [round(epoch * steps_per_epoch) for epoch in config.decay_epochs]
+    hold = boundaries[0] if boundaries else 0
+
+    def schedule(step: jax.Array) -> jax.Array:
+        at = jnp.asarray(step, jnp.float32)
+        if config.schedule == "step":
+            passed = sum((at >= boundary).astype(jnp.float32) for boundary in boundaries) if boundaries else 0.0
+            factor = jnp.float32(config.decay_factor) ** passed
+        elif config.schedule == "cosine":
+            done = jnp.clip((at - hold) / max(total_steps - hold, 1), 0.0, 1.0)
+            factor = config.final_factor + (1 - config.final_factor) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+        else:
+            factor = jnp.float32(1.0)
+        rise = jnp.minimum(at / warmup, 1.0) if warmup else jnp.float32(1.0)
+        return config.learning_rate * factor * (config.warmup_factor + (1 - config.warmup_factor) * rise)
+
+    return schedule
+
+
+def make_optimiser(config: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Adam or SGD with PyTorch's weight decay: added to the gradient, norms and biases included (FastReID, SpCL).
+
+    Raises:
+        ConfigError: unknown `optim.name`.
+    """
+    if config.name == "adam":
+        scale = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
+    elif config.name == "sgd":
+        scale = optax.trace(decay=config.momentum)
+    else:
+        raise ConfigError(f"optim.name={config.name!r} is not known: use adam or sgd")
+    parts = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
+    if config.clip_norm:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    return optax.chain(*parts, scale, optax.scale_by_learning_rate(schedule))

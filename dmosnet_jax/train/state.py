@@ -1,0 +1,56 @@
+"""The training state: everything on the devices that a step reads and writes."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from dmosnet_jax.core.mesh import replicated
+from dmosnet_jax.memory import hybrid
+
+Tree = dict[str, Any]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """A plain pytree.
+
+    Attributes:
+        step: int32 scalar, steps taken.
+        params: float32 parameters.
+        stats: float32 batch statistics.
+        opt_state: optimiser state.
+        key: uint32 key data of the run; a step folds its number in, so it never changes.
+        memory: hybrid memory, None in supervised training.
+    """
+
+    step: jax.Array
+    params: Tree
+    stats: Tree
+    opt_state: Any
+    key: jax.Array
+    memory: hybrid.Memory | None = None
+
+
+def create(params: Tree, stats: Tree, optimiser: optax.GradientTransformation, *, seed: int, mesh: Mesh) -> TrainState:
+    """A state at step 0, the same on every device of the mesh."""
+
+    def build(params: Tree, stats: Tree) -> TrainState:
+        key = jax.random.key_data(jax.random.key(seed))
+        return TrainState(jnp.zeros((), jnp.int32), params, stats, optimiser.init(params), key)
+
+    return jax.jit(build, out_shardings=replicated(mesh))(params, stats)
+
+
+def shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Where each array of a state belongs: the memory's tables by rows, everything else on every device."""
+    everywhere = jax.tree.map(lambda _: replicated(mesh), state.replace(memory=None))
+    return everywhere.replace(memory=None if state.memory is None else hybrid.shardings(state.memory, mesh))
+
+
+def step_key(state: TrainState) -> jax.Array:
+    """The random key of this step; a resumed run draws the same numbers."""
+    return jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)

@@ -1,0 +1,109 @@
+"""Training steps: pure functions of (state, batch), compiled once for a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.core.mesh import by_rows, replicated
+from dmosnet_jax.data import augment as augmentation
+from dmosnet_jax.losses import identity, triplet
+from dmosnet_jax.memory import hybrid
+from dmosnet_jax.models import Model
+from dmosnet_jax.train.state import TrainState, shardings, step_key
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def _augmented(state: TrainState, batch: Batch, config: Any) -> jax.Array:
+    options = {name: config.augment[name] for name in ("flip", "pad", "erase")}
+    mean, std = config.pixel_mean, config.pixel_std
+    return augmentation.augment(step_key(state), batch["image"], **options, mean=mean, std=std)
+
+
+def _apply_gradient(
+    state: TrainState, gradient: Any, stats: Any, optimiser: optax.GradientTransformation
+) -> TrainState:
+    updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(step=state.step + 1, params=params, stats=stats, opt_state=opt_state)
+
+
+def supervised_step(model: Model, optimiser: optax.GradientTransformation, config: Any) -> Step:
+    """Cross-entropy with label smoothing plus batch-hard triplet loss (paper, section 4.2; fast-reid's BoT).
+
+    The batch's `pid` holds class indices. Metrics: `loss`, `loss_id`, `loss_triplet`, `accuracy`, `gradient_norm`.
+    """
+    margin = config.loss.triplet_margin if config.loss.triplet == "hinge" else None
+    if config.loss.triplet not in ("hinge", "soft", "none"):
+        raise ConfigError(f"loss.triplet={config.loss.triplet!r} is not known: use hinge, soft or none")
+
+    def losses(params, state, batch):
+        images = _augmented(state, batch, config)
+        outputs, stats = model.apply(params, state.stats, images, train=True)
+        by_class = identity.cross_entropy(outputs["logits"], batch["pid"], epsilon=config.loss.label_smoothing)
+        parts = {"loss_id": by_class, "accuracy": identity.accuracy(outputs["logits"], batch["pid"])}
+        total = by_class
+        if config.loss.triplet != "none":
+            parts["loss_triplet"] = triplet.batch_hard(outputs["embedding"], batch["pid"], margin=margin)
+            total = total + config.loss.triplet_weight * parts["loss_triplet"]
+        return total, (stats, parts)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        (loss, (stats, parts)), gradient = jax.value_and_grad(losses, has_aux=True)(state.params, state, batch)
+        metrics = {"loss": loss, **parts, "gradient_norm": optax.global_norm(gradient)}
+        return _apply_gradient(state, gradient, stats, optimiser), metrics
+
+    return step
+
+
+def spcl_step(model: Model, optimiser: optax.GradientTransformation, config: Any) -> Step:
+    """SpCL's contrastive step against the hybrid memory, which it then moves (Ge et al. 2020, Eq. 1 and 3).
+
+    The batch's `index` holds rows of the memory. Metrics: `loss`, `gradient_norm`.
+    """
+
+    def losses(params, state, batch):
+        images = _augmented(state, batch, config)
+        outputs, stats = model.apply(params, state.stats, images, train=True)
+        features = normalised(outputs["feature"])
+        return hybrid.loss(state.memory, features, batch["index"]), (stats, features)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        (loss, (stats, features)), gradient = jax.value_and_grad(losses, has_aux=True)(state.params, state, batch)
+        memory = hybrid.update(state.memory, features, batch["index"], loss=loss)
+        state = _apply_gradient(state, gradient, stats, optimiser).replace(memory=memory)
+        return state, {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
+
+    return step
+
+
+def normalised(features: jax.Array) -> jax.Array:
+    """Rows `[B, E]` scaled to unit length; a zero row stays zero, as with PyTorch's `normalize`."""
+    square = jnp.sum(jnp.square(features), axis=1, keepdims=True)
+    # The root of zero has no gradient: a network that outputs zeros must not poison the others.
+    length = jnp.sqrt(jnp.where(square > 0, square, 1.0))
+    return features / jnp.maximum(length, 1e-12)
+
+
+def compile_step(step: Step, state: TrainState, mesh: Mesh) -> Step:
+    """The step jitted for a mesh; the state's buffers are donated.
+
+    Args:
+        step: a pure step.
+        state: a state with the shapes to compile for.
+        mesh: the devices.
+    """
+    places = shardings(state, mesh)
+    return jax.jit(
+        step,
+        in_shardings=(places, by_rows(mesh)),
+        out_shardings=(places, replicated(mesh)),
+        donate_argnums=0,
+    )
