@@ -52,7 +52,8 @@ class TrainStream:
           plan: rows of the global batches, see `Plan`.
           image_size: (H, W) in pixels.
           threads: decoding threads per process; 0 decodes in the caller's thread.
-          workers: decoding processes, each with `threads` threads; 0 decodes in this process.
+          workers: decoding processes, each with `threads` threads; 0 decodes in this process. Each needs room for about
+            three batches in /dev/shm, and the main module must be guarded by `if __name__ == "__main__"`.
           start: first step of the plan to give.
           process_index: of this JAX process.
           process_count: number of JAX processes; must divide B.
