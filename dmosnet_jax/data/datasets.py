@@ -1,0 +1,138 @@
+"""Splits of a converted data set: `DIR/<dataset>/<version>/<dataset>-<split>.tfrecord-XXXXX-of-NNNNN`."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.data import records
+from dmosnet_jax.data.sources import Path, RecordSource
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split of a data set; pickles for worker processes.
+
+    Junk images (pid -1 in a labelled data set) were dropped when it was converted; distractors (pid 0) are kept in the
+    gallery.
+
+    Attributes:
+      name: of the data set.
+      split: `train`, `query` or `gallery`.
+      source: the serialised records.
+      pids: identities as in the raw data set, int32 [N]; -1 where unlabelled.
+      camids: cameras as in the raw data set, int32 [N].
+    """
+
+    name: str
+    split: str
+    source: RecordSource
+    pids: np.ndarray
+    camids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def record(self, index: int, /) -> records.Record:
+        """The image's encoded bytes, identity, camera and file name.
+
+        Raises:
+          DataError: the record is damaged, or not one of this format; names shard, record and byte offset.
+        """
+        raw = self.source[index]
+        try:
+            return records.parse(raw)
+        except DataError as error:
+            raise DataError(f"{self.source.where(index)}: {error}; convert the data set again") from error
+
+    def filenames(self, indices: Iterable[int] | None = None) -> list[str]:
+        """File names relative to the raw data set, of some images or of all.
+
+        Raises:
+          DataError: as `record`.
+        """
+        return [self.record(int(index)).filename for index in (range(len(self)) if indices is None else indices)]
+
+
+def load_split(data_dir: Path, dataset: str, split: str) -> Split:
+    """Opens a split of a converted data set, in its highest version.
+
+    Args:
+      data_dir: the folder given to the conversion as `--data_dir`.
+      dataset: name of the data set.
+      split: `train`, `query` or `gallery`.
+
+    Returns:
+      The split.
+
+    Raises:
+      ConfigError: the name cannot be one of a data set.
+      DataError: the data set is not there (the message gives the command that converts it), has no such split, or a
+        shard is missing, cut short or damaged.
+    """
+    if not _NAME.fullmatch(dataset):
+        raise ConfigError(f"dataset={dataset!r} is not a name: use lower-case letters, digits and underscores")
+    folder = _version_folder(pathlib.Path(data_dir).expanduser(), dataset)
+    lengths = _shard_lengths(folder / records.INFO_FILE, split)
+    stem = f"{dataset}-{split}.{records.FILE_FORMAT}"
+    paths = [folder / f"{stem}-{shard:05d}-of-{len(lengths):05d}" for shard in range(len(lengths))]
+    source = RecordSource(paths, lengths)
+    return Split(name=dataset, split=split, source=source, pids=source.pids, camids=source.camids)
+
+
+def relabel(pids: np.ndarray) -> np.ndarray:
+    """Numbers identities from 0 without gaps, in ascending order of identity.
+
+    Args:
+      pids: int [N].
+
+    Returns:
+      int32 [N], values 0..C-1 for C identities.
+    """
+    return np.unique(pids, return_inverse=True)[1].astype(np.int32)
+
+
+def conversion_command(dataset: str, data_dir: Path) -> str:
+    """The command that makes a data set, for messages."""
+    return f"python -m data_prep.convert --dataset={dataset} --source=PATH --data_dir={os.fspath(data_dir)}"
+
+
+def _version_folder(data_dir: pathlib.Path, dataset: str) -> pathlib.Path:
+    root = data_dir / dataset
+    try:
+        # A folder without its description is a conversion that did not finish.
+        entries = [entry for entry in root.iterdir() if (entry / records.INFO_FILE).is_file()]
+    except OSError:
+        entries = []
+    versions = [
+        (tuple(map(int, match.groups())), entry) for entry in entries if (match := _VERSION.fullmatch(entry.name))
+    ]
+    if not versions:
+        raise DataError(f"no data set {dataset} in {data_dir}: make it with {conversion_command(dataset, data_dir)}")
+    return max(versions)[1]
+
+
+def _shard_lengths(info: pathlib.Path, split: str) -> list[int]:
+    """Records per shard, as the conversion wrote them down."""
+    fix = "convert the data set again"
+    try:
+        description = json.loads(info.read_text(encoding="utf-8"))
+        lengths = {entry["name"]: [int(n) for n in entry["shardLengths"]] for entry in description["splits"]}
+        file_format = description["fileFormat"]
+    except OSError as error:
+        raise DataError(f"{info}: cannot be read ({error.strerror}): {fix}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{info}: is damaged, or of another kind: {fix}") from error
+    if file_format != records.FILE_FORMAT:
+        raise DataError(f"{info}: the data are {file_format!r} files instead of {records.FILE_FORMAT!r}: {fix}")
+    if split not in lengths:
+        raise DataError(f"{info}: there is no split {split!r}, there are {', '.join(sorted(lengths))}")
+    return lengths[split]
