@@ -10,6 +10,7 @@ import contextlib
 import os
 import struct
 import tempfile
+import weakref
 from collections.abc import Sequence
 from typing import BinaryIO
 
@@ -69,7 +70,7 @@ class RecordSource:
         self._lengths = np.concatenate([index["length"] for index in indices])
         # Number of the first record of each shard; a list, because bisect on arrays makes a scalar per comparison.
         self._firsts = [0, *np.cumsum([len(index["offset"]) for index in indices]).tolist()]
-        self._files: dict[int, int] = {}
+        self._keep_files({})
 
     def __len__(self) -> int:
         return self._firsts[-1]
@@ -100,16 +101,19 @@ class RecordSource:
 
     def close(self) -> None:
         """Closes the files, when nobody reads; a later read opens them again."""
-        files, self._files = self._files, {}
-        for file in files.values():
-            os.close(file)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_files"):
-            self.close()
+        _close(self._files)
 
     def __getstate__(self) -> dict[str, object]:
-        return vars(self) | {"_files": {}}
+        return {name: value for name, value in vars(self).items() if name != "_files"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._keep_files({})
+
+    def _keep_files(self, files: dict[int, int]) -> None:
+        self._files = files
+        # Unlike __del__, this also works while the interpreter ends.
+        weakref.finalize(self, _close, files)
 
     def _read(self, shard: int, size: int, offset: int) -> bytes:
         file = self._files.get(shard)
@@ -134,6 +138,11 @@ class RecordSource:
         if kept != file:
             os.close(file)
         return data
+
+
+def _close(files: dict[int, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])
 
 
 def load_index(path: Path) -> Index:
