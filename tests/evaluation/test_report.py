@@ -1,0 +1,202 @@
+"""The report is complete, self-contained, escaped, and never half-written."""
+
+import html.parser
+import io
+import pathlib
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.evaluation import report
+from dmosnet_jax.evaluation.report_charts import describe, draw_svg
+
+RESULTS = {
+    "mAP": 0.82764,
+    "rank1": 0.9185,
+    "rank5": 0.9805,
+    "rank10": 0.9895,
+    "mINP": float("nan"),
+    "num_query": 2467,
+    "num_valid_query": 2465,
+    "num_gallery": 15913,
+    "reranked_mAP": 0.9,
+}
+VOID = {"meta", "img", "br"}
+
+
+class _Page(html.parser.HTMLParser):
+    """Collects tags and visible text, and checks that tags nest."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def _encoded(rng: np.random.Generator, kind: str, size=(128, 64)) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def _rank_lists(rng: np.random.Generator, lists: int = 10) -> list[report.RankList]:
+    images = [_encoded(rng, "JPEG"), _encoded(rng, "PNG", (900, 400)), rng.integers(0, 255, (128, 64, 3), np.uint8)]
+    items = [report.RankItem(images[rank % 3], f"id {rank} & camera <{rank}>", rank % 4 == 0) for rank in range(10)]
+    return [report.RankList(images[0], f"id {number}", items) for number in range(lists)]
+
+
+def _write(folder: pathlib.Path, rng: np.random.Generator) -> str:
+    rows = [{"step": step, "train/loss": 5.0 / (step + 1), "lr": 3.5e-4, "seconds": 1.0} for step in range(40)]
+    rows += [{"step": 10 * epoch, "mAP": 0.3 + 0.01 * epoch, "clusters": 528 - epoch} for epoch in range(4)]
+    path = report.write_report(
+        folder / "new" / "report.html",
+        title='<script>alert("x")</script> & co',
+        subtitle="market1501 'qq'",
+        results=RESULTS,
+        cmc=np.linspace(0.9, 1.0, 50),
+        curves=report.charts_from_metrics(rows),
+        rank_lists=_rank_lists(rng),
+        config={"dataset": "<b>", "model": {"name": "osnet_x0_25", "attention": (1, 0, 0)}, "empty": {}},
+    )
+    return path.read_text(encoding="utf-8")
+
+
+def test_page_holds_every_part(tmp_path, rng):
+    page = _Page(_write(tmp_path, rng))
+    text = re.sub(r"\s+", " ", " ".join(page.text))
+    for part in ("82.76", "91.85", "98.05", "98.95", "n/a", "2,467 queries", "2,465 with a match", "15,913 gallery"):
+        assert part in text
+    for part in ("Cumulative matching characteristic", "Loss", "Accuracy", "Clusters", "Learning rate", "Rank lists"):
+        assert part in text
+    for part in ("model.name osnet_x0_25", "model.attention (1, 0, 0)", "reranked_mAP 0.9", "empty {}", "numpy 2."):
+        assert part in text
+    assert len(page.all("img")) == 10 * 11
+    frames = [attributes.get("class") for attributes in page.all("figure")]
+    assert (frames.count("query"), frames.count("match"), frames.count("miss"), frames.count("chart")) == (
+        10,
+        30,
+        70,
+        5,
+    )
+
+
+def test_page_is_self_contained_and_escaped(tmp_path, rng):
+    text = _write(tmp_path, rng)
+    page = _Page(text)
+    assert {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object"} == set()
+    assert all(attributes["src"].startswith("data:image/jpeg;base64,") for attributes in page.all("img"))
+    references = [value for _, attributes in page.tags for name, value in attributes.items() if name.endswith("href")]
+    assert all(value.startswith("#") for value in references)
+    assert not re.search(r"url\((?!#|\"#|'#)", text)
+    assert "@import" not in text
+    assert '&lt;script&gt;alert("x")' in re.sub("&quot;", '"', text)
+    assert [attributes for attributes in page.all("meta") if attributes.get("http-equiv") == "Content-Security-Policy"]
+
+
+def test_every_image_and_chart_has_a_description(tmp_path, rng):
+    page = _Page(_write(tmp_path, rng))
+    alternatives = [attributes["alt"] for attributes in page.all("img")]
+    assert alternatives[:3] == [
+        "Query: id 0",
+        "Rank 1, same person: id 0 & camera <0>",
+        "Rank 2, another person: id 1 & camera <1>",
+    ]
+    labels = [attributes["aria-label"] for attributes in page.all("svg")]
+    assert labels[0].startswith(
+        "Cumulative matching characteristic, queries matched (%) over rank: matching rate goes from 90 at 1"
+    )
+    assert len(labels) == 5
+
+
+def test_identifiers_of_charts_do_not_clash(tmp_path, rng):
+    text = _write(tmp_path, rng)
+    # Groups are named by what they hold; only definitions are referred to.
+    defined = re.findall(r'<(?:clipPath|path|use) id="([^"]+)"', text)
+    assert len(defined) == len(set(defined)) > 10
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(defined)
+
+
+def test_charts_take_the_colour_of_the_page():
+    svg = draw_svg(report.Chart("T", "step", "a $x$ <b>", [report.Line("_l", [0, 1, 2], [1, np.nan, 3])]), "s")
+    root = ET.fromstring(svg)
+    assert "height" not in root.attrib
+    assert "viewBox" in root.attrib
+    assert "currentColor" in svg
+    assert "#000000" not in svg
+    assert "a $x$ <b>" in "".join(root.itertext())
+
+
+def test_long_and_broken_lines_are_thinned():
+    chart = report.Chart("T", "step", "y", [report.Line("l", range(100_000), [*[1.0] * 99_998, float("inf"), 7.0])])
+    assert len(draw_svg(chart, "s")) < 60_000
+    assert "to 7 at 99999" in describe(chart)
+    assert "no points" in describe(report.Chart("T", "x", "y", [report.Line("l", [1], [float("nan")])]))
+
+
+def test_charts_from_metrics_groups_and_ignores():
+    rows = [
+        {"step": 1, "loss": 2.0, "note": "text", "mAP": 0.1, "flag": True},
+        {"step": 2, "loss": float("nan"), "mAP": 0.2, "rank1": 0.3},
+        {"loss": 9.0},
+        {"step": 3, "loss": 1.0, "seconds": 4.0},
+    ]
+    charts = report.charts_from_metrics(rows)
+    assert [(chart.title, [line.label for line in chart.lines]) for chart in charts] == [
+        ("Loss", ["loss"]),
+        ("Accuracy", ["mAP"]),
+    ]
+    assert list(charts[0].lines[0].x) == [1, 3]
+    assert list(charts[0].lines[0].y) == [2, 1]
+
+
+def test_same_input_gives_the_same_page(tmp_path):
+    pages = [_write(tmp_path / name, np.random.default_rng(3)) for name in "ab"]
+    assert pages[0] == pages[1]
+
+
+def test_bad_image_is_named_and_leaves_nothing(tmp_path, rng):
+    lists = [report.RankList(_encoded(rng, "JPEG"), "q", [report.RankItem(b"not an image", "id 7", match=True)])]
+    with pytest.raises(DataError, match="Rank 1, same person: id 7"):
+        report.write_report(tmp_path / "report.html", title="t", results=RESULTS, rank_lists=lists)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_write_keeps_the_old_page(tmp_path):
+    folder = tmp_path / "report.html"
+    folder.mkdir()
+    (folder / "kept").touch()
+    with pytest.raises(DataError, match="cannot be written"):
+        report.write_report(folder, title="t", results=RESULTS)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+    assert (folder / "kept").exists()
+
+
+def test_results_alone_make_a_page(tmp_path):
+    page = _Page(report.write_report(tmp_path / "r.html", title="t", results={"mAP": None}, versions={}).read_text())
+    assert page.all("svg") == page.all("img") == page.all("table") == []
