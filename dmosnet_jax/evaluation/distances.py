@@ -1,0 +1,93 @@
+"""Distances between query and gallery features, by blocks of queries."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from dmosnet_jax.core.errors import ConfigError, DataError
+
+METRICS = ("cosine", "euclidean")
+# (start, stop) -> float [stop - start, G], the distances of those queries.
+DistanceSource = Callable[[int, int], np.ndarray]
+Distance = np.ndarray | DistanceSource
+
+
+def prepare(features: np.ndarray, metric: str, name: str) -> np.ndarray:
+    """Checked float32 features [N, D], L2-normalised for the cosine metric.
+
+    Raises:
+        ConfigError: unknown metric.
+        DataError: not a matrix, empty, or values that are not finite; `name` is told.
+    """
+    if metric not in METRICS:
+        raise ConfigError(f"evaluation: metric={metric!r} is unknown; use one of {', '.join(METRICS)}")
+    features = np.asarray(features)
+    if features.ndim != 2 or features.shape[0] == 0:
+        raise DataError(
+            f"evaluation: {name} features have shape {features.shape}; expected [images, dimension], not empty"
+        )
+    features = np.ascontiguousarray(features, np.float32)
+    bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
+    if bad.size:
+        raise DataError(
+            f"evaluation: {bad.size} {name} features are not finite, the first is row {bad[0]}; "
+            "the network has diverged or the checkpoint is damaged: evaluate an earlier checkpoint"
+        )
+    if metric == "cosine":
+        features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    return features
+
+
+def prepare_pair(
+    query_features: np.ndarray, gallery_features: np.ndarray, metric: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """`prepare` for both sets, which must have features of one length (DataError)."""
+    queries, gallery = prepare(query_features, metric, "query"), prepare(gallery_features, metric, "gallery")
+    if queries.shape[1] != gallery.shape[1]:
+        raise DataError(
+            f"evaluation: query features have {queries.shape[1]} values, gallery features {gallery.shape[1]}; "
+            "extract both with the same model"
+        )
+    return queries, gallery
+
+
+def distance_block(queries: np.ndarray, gallery: np.ndarray, metric: str) -> np.ndarray:
+    """Distances float32 [Q, G] of prepared features: 1 - cosine, or the squared Euclidean distance."""
+    product = queries @ gallery.T
+    if metric == "cosine":
+        return np.subtract(np.float32(1), product, out=product)
+    product *= np.float32(-2)
+    product += np.einsum("qd,qd->q", queries, queries)[:, None]
+    product += np.einsum("gd,gd->g", gallery, gallery)[None, :]
+    return product
+
+
+def source(
+    query_features: np.ndarray | None, gallery_features: np.ndarray | None, metric: str, distance: Distance | None
+) -> DistanceSource:
+    """The function (start, stop) -> distances of those queries, from whatever the caller has."""
+    if callable(distance):
+        return distance
+    if distance is not None:
+        return lambda start, stop: distance[start:stop]
+    if query_features is None or gallery_features is None:
+        raise ConfigError("evaluation: give query and gallery features, or a distance")
+    queries, gallery = prepare_pair(query_features, gallery_features, metric)
+    return lambda start, stop: distance_block(queries[start:stop], gallery, metric)
+
+
+def blocks(source: DistanceSource, shape: tuple[int, int], block: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (first query, checked distances [b, G]) for one block of queries after the other."""
+    for start in range(0, shape[0], block):
+        stop = min(start + block, shape[0])
+        part = np.asarray(source(start, stop))
+        if part.shape != (stop - start, shape[1]):
+            raise DataError(
+                f"evaluation: distances of queries {start} to {stop - 1} have shape {part.shape}; there are {shape[0]} "
+                f"query and {shape[1]} gallery labels"
+            )
+        if not np.isfinite(part.min(initial=0) + part.max(initial=0)):
+            raise DataError(
+                f"evaluation: distances of queries {start} to {stop - 1} are not finite; check the features"
+            )
+        yield start, part

@@ -1,0 +1,255 @@
+"""CMC, mAP and mINP of a ranking, by blocks of queries.
+
+The protocol of Market-1501 (Zheng et al. 2015), which the other datasets share: gallery images of the query's identity
+from the query's own camera are junk and taken out of its ranking; a query without a match elsewhere is skipped and not
+counted. Average precision is the mean of the precision at the matches; the inverse negative penalty (Ye et al. 2021, as
+in fast-reid) is the number of matches over the rank of the last one.
+
+A ranking is by rising distance, equal distances by gallery index (a stable sort). No row is ever sorted: the rank of a
+match is one more than the number of images before it, and one pass over the row counts those for all matches together.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.evaluation import distances
+from dmosnet_jax.memory.compiled import jit, map_rows
+
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Result of `evaluate`. Scores are fractions; fields can be read as attributes or by name, `ranking["mAP"]`.
+
+    Attributes:
+        mAP: mean average precision.
+        rank1: share of valid queries whose first image is a match; rank5 and rank10 likewise.
+        mINP: mean inverse negative penalty.
+        num_query: queries.
+        num_valid_query: queries with a match, which the scores are means over.
+        num_gallery: gallery images.
+        cmc: float64 [max_rank], cumulative matching characteristic.
+        average_precision: float64 [num_query], NaN for queries without a match.
+        first_match: int64 [num_query], rank from 1 of the first match, 0 for queries without one.
+    """
+
+    mAP: float  # noqa: N815 - the field of results.json
+    rank1: float
+    rank5: float
+    rank10: float
+    mINP: float  # noqa: N815 - the field of results.json
+    num_query: int
+    num_valid_query: int
+    num_gallery: int
+    cmc: np.ndarray
+    average_precision: np.ndarray
+    first_match: np.ndarray
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def results(self) -> dict[str, float | int]:
+        """The fields of `results.json`."""
+        return {name: value for name, value in asdict(self).items() if not isinstance(value, np.ndarray)}
+
+
+@dataclass(frozen=True)
+class RankingLists:
+    """The first gallery images of some queries, for rank-list figures.
+
+    Attributes:
+        queries: int64 [M], rows of the query set.
+        indices: int64 [M, top], gallery rows in ranking order; -1 where fewer are left.
+        distances: float32 [M, top], NaN where fewer are left.
+        match: bool [M, top], same identity from another camera.
+        junk: bool [M, top], same identity from the same camera.
+    """
+
+    queries: np.ndarray
+    indices: np.ndarray
+    distances: np.ndarray
+    match: np.ndarray
+    junk: np.ndarray
+
+
+@jit()
+def _rank_matches(distance, query0, query_ids, query_cams, gallery_ids, gallery_cams, start, stop, scores, first, inp):
+    """Average precision, rank of the first match (0: none) and inverse negative penalty of the block's rows."""
+    gallery = gallery_ids.shape[0]
+    near = np.empty(gallery, distance.dtype)
+    where = np.empty(gallery, np.int64)
+    for r in range(start, stop):
+        query = query0 + r
+        count = 0
+        for g in range(gallery):
+            if gallery_ids[g] == query_ids[query] and gallery_cams[g] != query_cams[query]:
+                near[count] = distance[r, g]
+                where[count] = g
+                count += 1
+        first[query] = 0
+        if count == 0:
+            continue
+        # A stable sort of matches that were found by rising index orders ties by index.
+        order = np.argsort(near[:count], kind="mergesort")
+        sorted_near, sorted_where = near[:count][order], where[:count][order]
+        before = np.zeros(count + 1, np.int64)
+        for g in range(gallery):
+            value = distance[r, g]
+            # Most of the gallery is further than the last match and done with here.
+            if value > sorted_near[count - 1] or gallery_ids[g] == query_ids[query]:
+                continue
+            low, high = 0, count
+            while low < high:
+                middle = (low + high) // 2
+                if value < sorted_near[middle] or (value == sorted_near[middle] and g < sorted_where[middle]):
+                    high = middle
+                else:
+                    low = middle + 1
+            before[low] += 1
+        ahead, total = 0, 0.0
+        for m in range(count):
+            ahead += before[m]
+            total += (m + 1) / (ahead + m + 1)
+            if m == 0:
+                first[query] = ahead + 1
+        scores[query] = total / count
+        inp[query] = count / (ahead + count)
+
+
+def _rank_block(part: np.ndarray, query0: int, labels: tuple, out: tuple, threads: int | None) -> None:
+    def task(start: int, stop: int) -> None:
+        _rank_matches(part, query0, *labels, start, stop, *out)
+
+    map_rows(task, part.shape[0], threads=threads, task_rows=64)
+
+
+def _labels(query_ids, gallery_ids, query_cams, gallery_cams) -> tuple[np.ndarray, ...]:
+    arrays = tuple(np.ascontiguousarray(a, np.int64) for a in (query_ids, gallery_ids, query_cams, gallery_cams))
+    q_ids, g_ids, q_cams, g_cams = arrays
+    if q_ids.ndim != 1 or q_ids.shape != q_cams.shape or g_ids.ndim != 1 or g_ids.shape != g_cams.shape:
+        raise DataError(
+            f"evaluation: ids and cameras do not pair up: query {q_ids.shape} and {q_cams.shape}, "
+            f"gallery {g_ids.shape} and {g_cams.shape}"
+        )
+    return arrays
+
+
+def evaluate(
+    query_features: np.ndarray | None,
+    gallery_features: np.ndarray | None,
+    query_ids: np.ndarray,
+    gallery_ids: np.ndarray,
+    query_cams: np.ndarray,
+    gallery_cams: np.ndarray,
+    *,
+    metric: str = "cosine",
+    max_rank: int = 50,
+    distance: distances.Distance | None = None,
+    block: int = BLOCK,
+    threads: int | None = None,
+) -> Ranking:
+    """CMC, mAP and mINP of every query against the gallery.
+
+    Args:
+        query_features: float [Q, D]; None when `distance` is given.
+        gallery_features: float [G, D]; None when `distance` is given.
+        query_ids: int [Q].
+        gallery_ids: int [G].
+        query_cams: int [Q].
+        gallery_cams: int [G].
+        metric: "cosine" (features are L2-normalised here) or "euclidean" (features as they are).
+        max_rank: length of the CMC curve.
+        distance: distances instead of features: [Q, G], or a function (start, stop) -> [stop - start, G].
+        block: queries per block; no more distances are held at a time.
+        threads: worker threads, default all cores.
+
+    Returns:
+        `Ranking`.
+
+    Raises:
+        DataError: shapes that do not fit, features or distances that are not finite, or no query with a match.
+        ConfigError: unknown metric.
+    """
+    q_ids, g_ids, q_cams, g_cams = _labels(query_ids, gallery_ids, query_cams, gallery_cams)
+    queries, gallery = q_ids.shape[0], g_ids.shape[0]
+    precision, penalty = np.full(queries, np.nan), np.full(queries, np.nan)
+    first = np.zeros(queries, np.int64)
+    labels = (q_ids, q_cams, g_ids, g_cams)
+    source = distances.source(query_features, gallery_features, metric, distance)
+    for query0, part in distances.blocks(source, (queries, gallery), block):
+        _rank_block(part, query0, labels, (precision, first, penalty), threads)
+    valid = first > 0
+    if not valid.any():
+        raise DataError(
+            f"evaluation: none of {queries} queries has an image of the same identity from another camera among "
+            f"{gallery} gallery images; check that query and gallery belong together and that cameras are read"
+        )
+    ranks = np.bincount(np.minimum(first[valid], max_rank + 1), minlength=max_rank + 2)[1 : max_rank + 1]
+    cmc = ranks.cumsum() / valid.sum()
+    return Ranking(
+        mAP=float(precision[valid].mean()),
+        rank1=float((first[valid] <= 1).mean()),
+        rank5=float((first[valid] <= 5).mean()),
+        rank10=float((first[valid] <= 10).mean()),
+        mINP=float(penalty[valid].mean()),
+        num_query=queries,
+        num_valid_query=int(valid.sum()),
+        num_gallery=gallery,
+        cmc=cmc,
+        average_precision=precision,
+        first_match=first,
+    )
+
+
+def ranking_lists(
+    query_features: np.ndarray | None,
+    gallery_features: np.ndarray | None,
+    query_ids: np.ndarray,
+    gallery_ids: np.ndarray,
+    query_cams: np.ndarray,
+    gallery_cams: np.ndarray,
+    *,
+    queries: np.ndarray,
+    top: int = 10,
+    keep_junk: bool = False,
+    metric: str = "cosine",
+    distance: distances.Distance | None = None,
+) -> RankingLists:
+    """The first gallery images of chosen queries.
+
+    Args:
+        query_features: float [Q, D]; None when `distance` is given.
+        gallery_features: float [G, D]; None when `distance` is given.
+        query_ids: int [Q].
+        gallery_ids: int [G].
+        query_cams: int [Q].
+        gallery_cams: int [G].
+        queries: int [M], rows of the query set.
+        top: list length.
+        keep_junk: leave junk images in the lists, flagged, instead of taking them out.
+        metric: as in `evaluate`.
+        distance: as in `evaluate`.
+
+    Returns:
+        `RankingLists`, in the order of `queries`.
+    """
+    q_ids, g_ids, q_cams, g_cams = _labels(query_ids, gallery_ids, query_cams, gallery_cams)
+    queries = np.asarray(queries, np.int64)
+    shape = (queries.shape[0], top)
+    indices, values = np.full(shape, -1, np.int64), np.full(shape, np.nan, np.float32)
+    match, junk = np.zeros(shape, bool), np.zeros(shape, bool)
+    source = distances.source(query_features, gallery_features, metric, distance)
+    for row, query in enumerate(queries):
+        part = np.asarray(source(query, query + 1))
+        same = g_ids == q_ids[query]
+        is_junk = same & (g_cams == q_cams[query])
+        order = np.argsort(part[0], kind="stable")
+        order = (order if keep_junk else order[~is_junk[order]])[:top]
+        count = order.shape[0]
+        indices[row, :count], values[row, :count] = order, part[0][order]
+        match[row, :count], junk[row, :count] = (same & ~is_junk)[order], is_junk[order]
+    return RankingLists(queries, indices, values, match, junk)

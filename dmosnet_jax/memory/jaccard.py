@@ -1,0 +1,232 @@
+"""Sparse, exact k-reciprocal Jaccard distance (Zhong et al. 2017, as in SpCL's `spcl/utils/faiss_rerank.py`).
+
+An image is described by weights over its expanded k-reciprocal neighbours, about a hundred of them, averaged over its
+k2 nearest images. With m the sum of the element-wise minima of two such rows, their distance is 1 - m / (2 - m). Images
+that share no neighbour are at distance 1 and are never looked at: an inverted index leads from a row to those it shares
+a neighbour with. Memory and time are linear in the number of images where the dense reference needs N x N.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from dmosnet_jax.memory import jaccard_kernels as kernels
+from dmosnet_jax.memory.compiled import map_rows
+
+Progress = Callable[[float], None] | None
+
+
+class SparseRows(NamedTuple):
+    """Compressed sparse rows of a square matrix.
+
+    Attributes:
+        indptr: int64 [N + 1], where each row starts.
+        indices: int32 [E], columns; rising within a row for weights, unordered for graphs.
+        values: float32 [E].
+    """
+
+    indptr: np.ndarray
+    indices: np.ndarray
+    values: np.ndarray
+
+
+def half_k(k1: int) -> int:
+    """Columns of the candidates' neighbour lists: round(k1 / 2) neighbours and the image itself (halves to even)."""
+    return round(k1 / 2) + 1
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    indptr = np.zeros(counts.shape[0] + 1, np.int64)
+    np.cumsum(counts, out=indptr[1:])
+    return indptr
+
+
+def reciprocal_sets(
+    neighbours: np.ndarray, full: int, half: int, *, threads: int | None = None, progress: Progress = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Expanded k-reciprocal sets.
+
+    j belongs to the set of i when each is among the first `full` neighbours of the other. The `half`-reciprocal set of
+    a member joins when more than two thirds of it is in the set already.
+
+    Args:
+        neighbours: int32 [N, K], best first, the image itself included.
+        full: columns of a neighbour list that count; at most K are used.
+        half: the same for the members' smaller sets.
+        threads: worker threads, default all cores.
+        progress: called with the finished fraction.
+
+    Returns:
+        (indptr int64 [N + 1], indices int32 [E], rising within a row).
+    """
+    neighbours = np.ascontiguousarray(neighbours, np.int32)
+    rows, columns = neighbours.shape
+    full, half = min(full, columns), min(half, columns)
+    marks = np.zeros((rows, full), np.uint8)
+    map_rows(lambda a, b: kernels.mark_mutual(neighbours, full, half, a, b, marks), rows, threads=threads)
+    counts, none = np.zeros(rows, np.int64), np.empty(0, np.int32)
+
+    def expand(indptr: np.ndarray, indices: np.ndarray, report: Progress) -> None:
+        def task(start: int, stop: int) -> None:
+            kernels.expand_sets(neighbours, marks, full, half, start, stop, counts, indptr, indices)
+
+        map_rows(task, rows, threads=threads, progress=report)
+
+    expand(counts, none, None)
+    indptr = _offsets(counts)
+    indices = np.empty(indptr[-1], np.int32)
+    if indices.size:
+        expand(indptr, indices, progress)
+    return indptr, indices
+
+
+def pair_products(
+    features: np.ndarray, indptr: np.ndarray, indices: np.ndarray, *, threads: int | None = None
+) -> np.ndarray:
+    """Inner products float32 [E] of each row with the members of its set."""
+    features = np.ascontiguousarray(features, np.float32)
+    values = np.empty(indices.shape[0], np.float32)
+    map_rows(
+        lambda a, b: kernels.pair_products(features, indptr, indices, a, b, values),
+        features.shape[0],
+        threads=threads,
+    )
+    return values
+
+
+def softmax_rows(
+    indptr: np.ndarray, indices: np.ndarray, exponents: np.ndarray, *, threads: int | None = None
+) -> SparseRows:
+    """Weights from exponents float32 [E], which are overwritten: a softmax over each row's entries."""
+    map_rows(lambda a, b: kernels.softmax_rows(indptr, a, b, exponents), indptr.shape[0] - 1, threads=threads)
+    return SparseRows(indptr, indices, exponents)
+
+
+def expand_queries(
+    weights: SparseRows, neighbours: np.ndarray, k2: int, *, threads: int | None = None, progress: Progress = None
+) -> SparseRows:
+    """Query expansion: each row becomes the mean of the rows of its k2 nearest neighbours, itself included.
+
+    Args:
+        weights: rows to average.
+        neighbours: int32 [N, K].
+        k2: neighbours to average; 1 leaves the rows as they are, at most K are used.
+        threads: worker threads, default all cores.
+        progress: called with the finished fraction.
+
+    Returns:
+        New rows, columns rising.
+    """
+    if k2 == 1:
+        return weights
+    neighbours = np.ascontiguousarray(neighbours, np.int32)
+    rows, k2 = neighbours.shape[0], min(k2, neighbours.shape[1])
+    counts = np.zeros(rows, np.int64)
+
+    def average(indptr: np.ndarray, indices: np.ndarray, values: np.ndarray, report: Progress) -> None:
+        def task(start: int, stop: int) -> None:
+            kernels.average_rows(neighbours, k2, tuple(weights), indptr, indices, values, start, stop, counts)
+
+        map_rows(task, rows, threads=threads, progress=report)
+
+    average(counts, np.empty(0, np.int32), np.empty(0, np.float32), None)
+    indptr = _offsets(counts)
+    indices, values = np.empty(indptr[-1], np.int32), np.empty(indptr[-1], np.float32)
+    if indices.size:
+        average(indptr, indices, values, progress)
+    return SparseRows(indptr, indices, values)
+
+
+def reciprocal_weights(
+    features: np.ndarray,
+    neighbours: np.ndarray,
+    *,
+    k1: int,
+    k2: int,
+    threads: int | None = None,
+    progress: Progress = None,
+) -> SparseRows:
+    """SpCL's description of every image: softmax(-(2 - 2 cos)) over its expanded set, averaged over k2 neighbours.
+
+    Args:
+        features: float32 [N, D], L2-normalised.
+        neighbours: int32 [N, K >= min(k1, N)], the image itself included.
+        k1: neighbours that count, the image itself among them (SpCL searches for k1 entries, not k1 + 1).
+        k2: neighbours averaged in query expansion.
+        threads: worker threads, default all cores.
+        progress: called with the finished fraction of the whole.
+
+    Returns:
+        Weights whose rows sum to 1.
+    """
+
+    def part(low: float, high: float) -> Progress:
+        return None if progress is None else lambda fraction: progress(low + (high - low) * fraction)
+
+    indptr, indices = reciprocal_sets(neighbours[:, :k1], k1, half_k(k1), threads=threads, progress=part(0.0, 0.4))
+    exponents = pair_products(features, indptr, indices, threads=threads)
+    exponents *= np.float32(2)
+    exponents -= np.float32(2)
+    weights = softmax_rows(indptr, indices, exponents, threads=threads)
+    return expand_queries(weights, neighbours[:, :k1], k2, threads=threads, progress=part(0.6, 1.0))
+
+
+def invert(weights: SparseRows) -> SparseRows:
+    """The inverted index: for each column the rows that have it, rising, and their weights."""
+    return SparseRows(*kernels.transpose(*weights))
+
+
+def distance_rows(
+    weights: SparseRows, rows: np.ndarray, *, inverted: SparseRows | None = None, threads: int | None = None
+) -> np.ndarray:
+    """Full rows of the distance matrix.
+
+    Args:
+        weights: from `reciprocal_weights`.
+        rows: integer [M], which rows.
+        inverted: `invert(weights)`, when it is at hand.
+        threads: worker threads, default all cores.
+
+    Returns:
+        float32 [M, N] Jaccard distances in [0, 1].
+    """
+    inverted = invert(weights) if inverted is None else inverted
+    which = np.asarray(rows, np.int64)
+    out = np.empty((which.shape[0], weights.indptr.shape[0] - 1), np.float32)
+    map_rows(
+        lambda a, b: kernels.dense_rows(tuple(weights), tuple(inverted), which, a, b, out),
+        which.shape[0],
+        threads=threads,
+        task_rows=64,
+    )
+    return out
+
+
+def distance_graph(
+    weights: SparseRows, limit: float, *, threads: int | None = None, progress: Progress = None
+) -> SparseRows:
+    """All pairs within a distance, in both directions, the image itself included.
+
+    Args:
+        weights: from `reciprocal_weights`.
+        limit: largest distance kept; must be below 1, the distance of images that share no neighbour.
+        threads: worker threads, default all cores.
+        progress: called with the finished fraction.
+
+    Returns:
+        The graph, float32 distances; compared with `limit` in float32, as the dense reference is.
+    """
+    inverted = tuple(invert(weights))
+    rows = weights.indptr.shape[0] - 1
+    counts, own = np.zeros(rows, np.int64), np.zeros(rows, np.float32)
+    bound = np.float32(limit)
+    pieces = map_rows(
+        lambda a, b: kernels.near_pairs(tuple(weights), inverted, bound, a, b, counts, own),
+        rows,
+        threads=threads,
+        progress=progress,
+    )
+    found = np.concatenate([piece[0] for piece in pieces])
+    distances = np.concatenate([piece[1] for piece in pieces])
+    return SparseRows(*kernels.symmetrise(counts, found, distances, own, bound))

@@ -1,0 +1,190 @@
+"""Exact k nearest neighbours, never more than a block of similarities at once.
+
+On the host: BLAS multiplies blocks of the upper triangle only, since similarity is symmetric, and a compiled pass over
+each block updates the running lists of its rows, another those of its columns. On accelerators: `neighbours_device`.
+
+Order, everywhere: higher similarity first, equal similarities by lower index. An image is therefore its own first
+neighbour, unless exact duplicates with lower indices come before it.
+"""
+
+import concurrent.futures
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.memory.compiled import jit, thread_count
+
+BLOCK = 2048
+
+
+class Neighbours(NamedTuple):
+    """The k best of every row.
+
+    Attributes:
+        indices: int32 [N, k], best first, the row itself included.
+        similarities: float32 [N, k], inner products; with `half_norms`, minus half the squared Euclidean distance.
+        farthest: float32 [N], the lowest similarity of the row over all rows; None unless it was asked for.
+    """
+
+    indices: np.ndarray
+    similarities: np.ndarray
+    farthest: np.ndarray | None = None
+
+
+@jit()
+def _insert(values, ids, value, index):
+    """Puts a candidate into a list sorted by falling value; behind equal values, so earlier candidates stay ahead."""
+    position = values.shape[0] - 1
+    while position > 0 and values[position - 1] < value:
+        values[position] = values[position - 1]
+        ids[position] = ids[position - 1]
+        position -= 1
+    values[position] = value
+    ids[position] = index
+
+
+@jit()
+def _take_rows(block, row0, col0, start, stop, values, ids, worst):
+    """Offers the columns of `block` to the lists of its rows `start..stop`."""
+    last = values.shape[1] - 1
+    for r in range(start, stop):
+        row = row0 + r
+        bound = worst[row]
+        for c in range(block.shape[1]):
+            if block[r, c] > bound:
+                _insert(values[row], ids[row], block[r, c], col0 + c)
+                bound = values[row, last]
+        worst[row] = bound
+
+
+@jit()
+def _take_columns(block, row0, col0, start, stop, values, ids, worst):
+    """Offers the rows of `block` to the lists of its columns `start..stop`."""
+    last = values.shape[1] - 1
+    for r in range(block.shape[0]):
+        for c in range(start, stop):
+            column = col0 + c
+            if block[r, c] > worst[column]:
+                _insert(values[column], ids[column], block[r, c], row0 + r)
+                worst[column] = values[column, last]
+
+
+def _spans(count: int, parts: int) -> list[tuple[int, int]]:
+    edges = [count * part // parts for part in range(parts + 1)]
+    return [(a, b) for a, b in itertools.pairwise(edges) if b > a]
+
+
+def search_host(
+    features: np.ndarray,
+    k: int,
+    *,
+    half_norms: np.ndarray | None = None,
+    farthest: bool = False,
+    block: int = BLOCK,
+    threads: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Neighbours:
+    """Exact k nearest neighbours on the processor.
+
+    Args:
+        features: float32 [N, D]; L2-normalised for cosine similarity.
+        k: list length; at most N entries are returned.
+        half_norms: float32 [N], half the squared norm of each row: ranks by Euclidean distance instead.
+        farthest: also find each row's lowest similarity.
+        block: rows and columns of one block of similarities.
+        threads: threads for the selection (BLAS has its own setting), default all cores.
+        progress: called with the finished fraction.
+
+    Returns:
+        `Neighbours` with min(k, N) columns.
+    """
+    features = np.ascontiguousarray(features, np.float32)
+    rows, k = features.shape[0], min(k, features.shape[0])
+    values = np.full((rows, k), -np.inf, np.float32)
+    ids = np.full((rows, k), -1, np.int32)
+    worst = np.full(rows, -np.inf, np.float32)
+    lowest = np.full(rows, np.inf, np.float32)
+    workers = thread_count(threads)
+    starts = range(0, rows, block)
+    total, done = len(starts) * (len(starts) + 1) // 2, 0
+    buffer = np.empty(min(block, rows) ** 2, np.float32)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        for row0 in starts:
+            left = features[row0 : row0 + block]
+            # Row blocks ascend and column blocks start at the diagonal, so every list sees its candidates by rising
+            # index, which is what makes `_insert` break ties by index.
+            for col0 in range(row0, rows, block):
+                right = features[col0 : col0 + block]
+                shape = (left.shape[0], right.shape[0])
+                similarity = np.matmul(left, right.T, out=buffer[: shape[0] * shape[1]].reshape(shape))
+                if half_norms is not None:
+                    similarity -= half_norms[row0 : row0 + block, None]
+                    similarity -= half_norms[None, col0 : col0 + block]
+                state = (values, ids, worst)
+                tasks = [pool.submit(_take_rows, similarity, row0, col0, *s, *state) for s in _spans(shape[0], workers)]
+                if col0 > row0:
+                    tasks += [
+                        pool.submit(_take_columns, similarity, row0, col0, *s, *state)
+                        for s in _spans(shape[1], workers)
+                    ]
+                if farthest:
+                    _lower(lowest, row0, similarity.min(axis=1))
+                    _lower(lowest, col0, similarity.min(axis=0))
+                for task in tasks:
+                    task.result()
+                done += 1
+            if progress is not None:
+                progress(done / total)
+    return Neighbours(ids, values, lowest if farthest else None)
+
+
+def _lower(lowest: np.ndarray, start: int, values: np.ndarray) -> None:
+    part = lowest[start : start + values.shape[0]]
+    np.minimum(part, values, out=part)
+
+
+def search(
+    features: np.ndarray,
+    k: int,
+    *,
+    mesh=None,
+    backend: str = "auto",
+    threads: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Neighbours:
+    """Exact k nearest neighbours by inner product, on the accelerators of the mesh or on the processor.
+
+    Args:
+        features: float32 [N, D], L2-normalised; NumPy, or a jax array for the device search.
+        k: list length, the row itself included; at most N entries are returned.
+        mesh: `jax.sharding.Mesh`; rows are shared out over all its devices. None: the default devices.
+        backend: "host", "device", or "auto": device where those are accelerators, host on CPU, where it is faster.
+        threads: host threads, default all cores.
+        progress: called with the finished fraction (host only).
+
+    Returns:
+        `Neighbours` as NumPy arrays.
+
+    Raises:
+        ConfigError: unknown backend, or k below 1.
+    """
+    if k < 1:
+        raise ConfigError(f"neighbours: k={k} must be at least 1")
+    if backend not in ("auto", "host", "device"):
+        raise ConfigError(f"neighbours: backend={backend!r} is unknown; use 'auto', 'host' or 'device'")
+    if backend == "auto":
+        backend = "device" if _platform(mesh) != "cpu" else "host"
+    if backend == "host":
+        return search_host(np.asarray(features), k, threads=threads, progress=progress)
+    from dmosnet_jax.memory import neighbours_device  # jax only where it is used: worker processes stay light
+
+    return neighbours_device.search_device(features, k, mesh=mesh)
+
+
+def _platform(mesh) -> str:
+    import jax
+
+    return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
