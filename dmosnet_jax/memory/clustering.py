@@ -154,6 +154,25 @@ def _advice(weights: jaccard.SparseRows, eps: float, min_samples: int) -> str:
     return f"half of the images have {min_samples} images (themselves included) within {reach:.2f}: set eps near that"
 
 
+def _result(
+    partitions: tuple[np.ndarray, ...], chosen: reliability.Reliability, seconds: dict[str, float]
+) -> Clustering:
+    sizes = np.bincount(chosen.labels)
+    return Clustering(
+        labels=chosen.labels,
+        dbscan=partitions[0],
+        dbscan_tight=partitions[1],
+        dbscan_loose=partitions[2],
+        r_comp=chosen.r_comp,
+        r_indep=chosen.r_indep,
+        indep_threshold=chosen.threshold,
+        num_clusters=int((sizes > 1).sum()),
+        num_unclustered=int((sizes == 1).sum()),
+        largest_cluster=int(sizes.max()),
+        seconds=seconds,
+    )
+
+
 def cluster(
     features: np.ndarray,
     *,
@@ -218,17 +237,4 @@ def cluster(
         )
     with stages("criterion"):
         chosen = reliability.select(middle, tight, loose, threshold=indep_threshold)
-    sizes = np.bincount(chosen.labels)
-    return Clustering(
-        labels=chosen.labels,
-        dbscan=middle,
-        dbscan_tight=tight,
-        dbscan_loose=loose,
-        r_comp=chosen.r_comp,
-        r_indep=chosen.r_indep,
-        indep_threshold=chosen.threshold,
-        num_clusters=int((sizes > 1).sum()),
-        num_unclustered=int((sizes == 1).sum()),
-        largest_cluster=int(sizes.max()),
-        seconds=stages.seconds,
-    )
+    return _result((middle, tight, loose), chosen, stages.seconds)
