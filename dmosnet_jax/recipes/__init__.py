@@ -1,0 +1,1 @@
+"""Whole runs: each recipe only connects what the rooms below it provide."""

@@ -14,8 +14,8 @@ def learning_rate(config: Any, *, steps_per_epoch: int, total_steps: int, batch_
     """The learning rate by step.
 
     Warm-up rises linearly from `warmup_factor` times the base rate. After it: "step" multiplies by `decay_factor` at
-    each of `decay_epochs`; "cosine" holds the base rate until `decay_epochs[0]` and then falls to `final_factor` times it
-    at the end; "constant" holds it. Warm-up and decay multiply, as in fast-reid.
+    each of `decay_epochs`; "cosine" holds the base rate until `decay_epochs[0]` and then falls to `final_factor` times
+    that at the end; "constant" holds it. Warm-up and decay multiply, as in fast-reid.
 
     Args:
         config: the `optim` node: `learning_rate`, `schedule`, `decay_epochs`, `decay_factor`, `final_factor`,

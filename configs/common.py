@@ -1,0 +1,137 @@
+"""Fields that the experiments share, and the strict parser of their arguments.
+
+A config file's `get_config` receives what stands after the colon: `--config=configs/finetune.py:market1501,epochs=60`.
+"""
+
+import ast
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from dmosnet_jax.core.errors import ConfigError
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
+    """Options from `value,key=value,...`.
+
+    The first option may be given without its name. Values take the type of their default.
+
+    Args:
+        arg: the text after the colon, or None.
+        **defaults: every option with its default, in order.
+
+    Raises:
+        ConfigError: an unknown option, or a value of another type.
+    """
+    options = dict(defaults)
+    first = next(iter(defaults))
+    for position, item in enumerate(filter(None, (arg or "").split(","))):
+        name, given, text = item.partition("=")
+        if not given and position == 0:
+            name, text = first, item
+        if name not in defaults or (not given and position > 0):
+            raise ConfigError(
+                f"config argument {item!r} is not known: use {', '.join(f'{key}=...' for key in defaults)}"
+            )
+        options[name] = _typed(name, text, defaults[name])
+    return options
+
+
+def _typed(name: str, text: str, default: Any) -> Any:
+    if default is None or isinstance(default, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = None
+    if isinstance(default, float) and isinstance(value, int):
+        value = float(value)
+    if type(value) is not type(default):
+        raise ConfigError(f"config argument {name}={text!r} must be of type {type(default).__name__}, like {default!r}")
+    return value
+
+
+def model(name: str | None = None) -> ConfigDict:
+    """The network. None means: as the checkpoint says, or else the model's own default."""
+    return ConfigDict(
+        {
+            "name": config_dict.placeholder(str) if name is None else name,
+            # DL-MHSA instead of the 9x9 stream in conv2, conv3, conv4.
+            "attention": config_dict.placeholder(tuple),
+            "neck": config_dict.placeholder(str),
+            "pool": config_dict.placeholder(str),
+            # Images that share batch statistics; 0 is the whole batch.
+            "bn_group_size": 16,
+            "dtype": "float32",
+        }
+    )
+
+
+def base(recipe: str, model_name: str | None = None) -> ConfigDict:
+    """What every experiment has."""
+    config = ConfigDict()
+    config.recipe = recipe
+    config.seed = 0
+    config.dataset = "market1501"
+    config.data_dir = "data"
+    config.image_size = (256, 128)
+    config.pixel_mean = (0.485, 0.456, 0.406)
+    config.pixel_std = (0.229, 0.224, 0.225)
+    config.model = model(model_name)
+    # Decoding threads and processes; `cache_mib` of host memory may keep the decoded images.
+    config.data = ConfigDict({"threads": 4, "workers": 0, "cache_mib": 4096})
+    config.eval = ConfigDict({"batch_size": 128, "rerank": False, "report": True, "rank_lists": 10})
+    return config
+
+
+def training(config: ConfigDict) -> ConfigDict:
+    """Adds what training has: paper, section 4.2, with FastReID's basic settings elsewhere."""
+    # Weights to start from: a workdir or checkpoint of ours, or a PyTorch file.
+    config.pretrained = ""
+    config.batch_size = 64
+    config.sampler = ConfigDict({"instances": 4})
+    config.augment = ConfigDict({"flip": 0.5, "pad": 10, "erase": 0.5})
+    config.optim = ConfigDict(
+        {
+            "name": "adam",
+            "learning_rate": 3.5e-4,
+            "weight_decay": 5e-4,
+            "momentum": 0.9,
+            "clip_norm": 0.0,
+            "schedule": "step",
+            "decay_epochs": (),
+            "decay_factor": 0.1,
+            "final_factor": 2e-3,
+            "warmup_steps": config_dict.placeholder(int),
+            "warmup_epochs": config_dict.placeholder(float),
+            "warmup_factor": 0.1,
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "epochs": 1,
+            # None: as many as the data set fills.
+            "steps_per_epoch": config_dict.placeholder(int),
+            "log_every_steps": 20,
+            "checkpoint_every_steps": 500,
+            "eval_every_epochs": 1,
+            "keep": 3,
+        }
+    )
+    return config
+
+
+def spcl(config: ConfigDict) -> ConfigDict:
+    """Adds SpCL's own settings (Ge et al. 2020, `examples/spcl_train_usl.py`)."""
+    config.spcl = ConfigDict(
+        {
+            "temperature": 0.05,
+            "momentum": 0.2,
+            "k1": 30,
+            "k2": 6,
+            "eps": 0.6,
+            "eps_gap": 0.02,
+            "min_samples": 4,
+        }
+    )
+    return config

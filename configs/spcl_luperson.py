@@ -1,0 +1,23 @@
+"""The paper's pre-training: DM-OSNet by SpCL on the half of LUPerson that the CFS score selects.
+
+    python -m data_prep.convert --dataset=luperson --source=LUPerson --data_dir=data
+    python -m dmosnet_jax.main --config=configs/spcl_luperson.py --workdir=runs/spcl_luperson --config.data_dir=data
+
+30 epochs of every image once, learning rate 3.5e-4, a tenth of it every 10 epochs, four groups of 16 images (paper,
+section 4.2). One pass over 2.09 million images is 32,658 steps; give a multi-GPU host or a TPU slice.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    options = common.parse_arg(arg, model="dmosnet_x1_0", epochs=30)
+    config = common.spcl(common.training(common.base("spcl", options["model"])))
+    config.dataset = "luperson"
+    config.model.dtype = "bfloat16"
+    config.train.epochs = options["epochs"]
+    config.optim.decay_epochs = (10, 20)
+    config.optim.warmup_factor = 1.0
+    return config

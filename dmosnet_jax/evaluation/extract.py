@@ -1,0 +1,100 @@
+"""Features of every image of a split, over all devices, in the split's order."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dmosnet_jax.core.mesh import by_rows, replicated, to_devices, to_host
+from dmosnet_jax.data import augment
+from dmosnet_jax.data.loading import ImageCache, Images
+from dmosnet_jax.data.pipeline import evaluation_batches
+from dmosnet_jax.models import Model
+from dmosnet_jax.train.metrics import progress_bar
+
+# Batches under way at once: enough to keep the devices busy while the host decodes, few enough to hold in memory.
+_IN_FLIGHT = 4
+
+
+class Extractor:
+    """Test-time features of a model; compiled once, for any number of splits and weights."""
+
+    def __init__(
+        self,
+        model: Model,
+        mesh: Mesh,
+        *,
+        batch_size: int,
+        threads: int = 2,
+        workers: int = 0,
+        mean: Sequence[float] = augment.IMAGENET_MEAN,
+        std: Sequence[float] = augment.IMAGENET_STD,
+    ):
+        """Prepares the program.
+
+        Args:
+            model: the network.
+            mesh: the devices.
+            batch_size: global batch size, rounded up to a multiple of the devices.
+            threads: decoding threads per process.
+            workers: decoding processes.
+            mean: per channel, in [0, 1] units.
+            std: per channel, in [0, 1] units.
+        """
+        self._mesh, self._image_size = mesh, model.image_size
+        self._batch_size = -(-batch_size // mesh.size) * mesh.size
+        self._threads, self._workers = threads, workers
+
+        def forward(params, stats, images):
+            outputs, _ = model.apply(params, stats, augment.normalise(images, mean, std), train=False)
+            return outputs["feature"]
+
+        placed = by_rows(mesh)
+        everywhere = replicated(mesh)
+        self._forward = jax.jit(forward, in_shardings=(everywhere, everywhere, placed), out_shardings=placed)
+
+    def __call__(
+        self, params: Any, stats: Any, split: Images, *, label: str = "extract", cache: ImageCache | None = None
+    ) -> np.ndarray:
+        """Features of all images.
+
+        Args:
+            params: parameter tree, on the host or on every device.
+            stats: batch statistics tree.
+            split: the images.
+            label: of the progress bar.
+            cache: decoded images of this split.
+
+        Returns:
+            float32 [N, E], not L2-normalised, the same on every process.
+
+        Raises:
+            DataError: a record or image can't be read.
+        """
+        params, stats = jax.device_put((params, stats), replicated(self._mesh))
+        batches = evaluation_batches(
+            split,
+            image_size=self._image_size,
+            batch_size=self._batch_size,
+            threads=self._threads,
+            workers=0 if cache is not None else self._workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            cache=cache,
+        )
+        count = len(split.source)
+        done: list[np.ndarray] = []
+        waiting: list[jax.Array] = []
+        with progress_bar(count, label=label) as bar:
+            for batch in batches:
+                images = to_devices({"image": batch["image"]}, self._mesh)["image"]
+                waiting.append(self._forward(params, stats, images))
+                if len(waiting) > _IN_FLIGHT:
+                    done.append(to_host(waiting.pop(0)))
+                    bar.update(min(self._batch_size, count - bar.n))
+            for features in waiting:
+                done.append(to_host(features))
+                bar.update(min(self._batch_size, count - bar.n))
+        return np.concatenate(done)[:count]

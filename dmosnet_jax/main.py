@@ -1,0 +1,71 @@
+"""Command line: `python -m dmosnet_jax.main --config=configs/<file>.py[:arguments] --workdir=DIR [--config.field=...]`.
+
+Exit status: 0 done, 1 bad data, 2 bad command or config, 143 stopped by a signal with its state saved.
+"""
+
+import importlib
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from dmosnet_jax.core.errors import ConfigError, UserError
+from dmosnet_jax.core.settings import validate
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The experiment: configs/<file>.py[:arguments].", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", "", "Where checkpoints, metrics and results go; default runs/<config>.")
+_DISTRIBUTED = flags.DEFINE_boolean("distributed", False, "Join the other processes of this job (jax.distributed).")
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(list(argv))
+        if _CONFIG.value is None:
+            raise ConfigError("--config is not set: give --config=configs/<file>.py, e.g. configs/quickstart.py")
+        if len(rest) > 1:
+            raise ConfigError(f"argument {rest[1]!r} is not understood: flags start with --, e.g. --workdir=DIR")
+    except ConfigError:
+        raise
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+        lines = str(error.args[0] if error.args else error).strip().splitlines()
+        raise ConfigError(
+            f"bad command line: {' '.join(line.strip() for line in lines) or type(error).__name__}"
+        ) from error
+    return rest
+
+
+def _workdir() -> pathlib.Path:
+    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem.split(":")[0]
+    return pathlib.Path(_WORKDIR.value or os.path.join("runs", name))
+
+
+def _run() -> None:
+    config: Any = _CONFIG.value
+    validate(config)
+    # Only now: a wrong config must not wait for the devices.
+    recipe = importlib.import_module(f"dmosnet_jax.recipes.{config.recipe}")
+    if _DISTRIBUTED.value:
+        import jax
+
+        jax.distributed.initialize()
+    recipe.run(config, _workdir())
+
+
+def main() -> None:
+    """Parses the command line and runs the config's recipe."""
+    logging.set_verbosity(logging.ERROR)
+    try:
+        app.run(lambda _: _run(), flags_parser=_parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Features of a user's own images."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.data.records import Record
+from dmosnet_jax.recipes import scoring
+from dmosnet_jax.recipes.weights import build_for, open_weights
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFiles:
+    """Image files seen as a split, with `files` relative to `root`."""
+
+    root: pathlib.Path
+    files: tuple[str, ...]
+    name: str = "images"
+
+    @property
+    def source(self) -> tuple[str, ...]:
+        """The files, one a row."""
+        return self.files
+
+    @property
+    def pids(self) -> np.ndarray:
+        """int32 [N] of -1: identities are not known."""
+        return np.full(len(self.files), -1, np.int32)
+
+    @property
+    def camids(self) -> np.ndarray:
+        """int32 [N] of -1: cameras are not known."""
+        return np.full(len(self.files), -1, np.int32)
+
+    def record(self, index: int) -> Record:
+        """The file's bytes.
+
+        Raises:
+            DataError: it can't be read.
+        """
+        path = self.root / self.files[index]
+        try:
+            return Record(image=path.read_bytes(), pid=-1, camid=-1, filename=self.files[index])
+        except OSError as error:
+            raise DataError(
+                f"{path}: can't be read ({error.strerror}); check that it exists and is readable"
+            ) from error
+
+
+def find_images(path: str) -> ImageFiles:
+    """The images that a path means, sorted by name.
+
+    Args:
+        path: a folder, searched to any depth, or one image.
+
+    Raises:
+        DataError: nothing there, or no image.
+    """
+    place = pathlib.Path(path)
+    if place.is_file():
+        return ImageFiles(place.parent, (place.name,))
+    if not place.is_dir():
+        raise DataError(f"{path}: no such folder or image: set --config.images to one")
+    found = sorted(
+        str(p.relative_to(place))
+        for p in place.rglob("*")
+        if p.suffix.lower() in SUFFIXES and not p.name.startswith("._") and "__MACOSX" not in p.parts
+    )
+    if not found:
+        raise DataError(f"{path}: holds no image ({', '.join(SUFFIXES)}): set --config.images to a folder that does")
+    return ImageFiles(place, tuple(found))
+
+
+def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
+    """Runs the recipe; writes `config.output` and returns its arrays.
+
+    Raises:
+        ConfigError: a path is not set.
+        DataError: images or checkpoint missing or damaged.
+    """
+    del workdir
+    for field in ("images", "checkpoint", "output"):
+        if not config[field]:
+            raise ConfigError(f"{field} is not set: give --config.{field}=PATH")
+    images = find_images(config.images)
+    weights = open_weights(config.checkpoint)
+    model = build_for(config, weights.settings, where=config.checkpoint)
+    params, stats = weights.convert(model)
+    features = scoring.make_extractor(config, model, make_mesh())(params, stats, images)
+    arrays = {"features": features, "files": np.asarray(images.files)}
+    if jax.process_index() == 0:
+        _save(pathlib.Path(config.output), arrays)
+        print(f"{len(features)} features of {features.shape[1]} values written: {config.output}")
+    return arrays
+
+
+def _save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.npz")
+    np.savez(aside, **arrays)
+    aside.replace(path)

@@ -1,0 +1,242 @@
+"""What the training recipes share: model and weights, optimiser, resume, loop, final scores."""
+
+import abc
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.mesh import check_batch, make_mesh
+from dmosnet_jax.data.datasets import Split, load_split, split_names
+from dmosnet_jax.data.pipeline import TrainStream
+from dmosnet_jax.models import Model
+from dmosnet_jax.recipes import scoring
+from dmosnet_jax.recipes.weights import Weights, build_for, open_weights, settings_of
+from dmosnet_jax.train import optim
+from dmosnet_jax.train import state as train_state
+from dmosnet_jax.train.checkpoints import Checkpoints
+from dmosnet_jax.train.loop import Loop, Schedule
+from dmosnet_jax.train.metrics import write_json
+from dmosnet_jax.train.state import TrainState
+from dmosnet_jax.train.steps import Step, compile_step
+
+
+def say(text: str) -> None:
+    """Prints a line on process 0."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+class TrainingRun(abc.ABC):
+    """A training recipe bound to a config and a workdir; subclasses say what an epoch and a step are."""
+
+    def __init__(self, config: Any, workdir: pathlib.Path):
+        """Opens the data, builds the model and the optimiser; nothing is trained yet.
+
+        Raises:
+            ConfigError: settings that do not fit the data or the devices.
+            DataError: data or weights missing or damaged.
+        """
+        self.config, self.workdir = config, workdir
+        self.split: Split = load_split(config.data_dir, config.dataset, "train")
+        self.mesh: Mesh = make_mesh()
+        check_batch(config.batch_size, self.mesh)
+        self.weights: Weights | None = open_weights(config.pretrained) if config.pretrained else None
+        self.model: Model = build_for(
+            config,
+            self.weights.settings if self.weights else None,
+            num_classes=self.num_classes(),
+            where=config.pretrained,
+            start=True,
+        )
+        self.schedule = self._make_schedule()
+        rate = optim.learning_rate(
+            config.optim,
+            steps_per_epoch=self.schedule.steps_per_epoch,
+            total_steps=self.schedule.total_steps,
+            batch_size=config.batch_size,
+        )
+        self.optimiser = optim.make_optimiser(config.optim, rate)
+        self.extractor = scoring.make_extractor(config, self.model, self.mesh)
+        self.cache = scoring.image_cache(config, self.split)
+        self._scorer: scoring.Scorer | None = None
+        self._last_scores: scoring.Scores | None = None
+
+    # What a recipe adds.
+
+    @abc.abstractmethod
+    def num_classes(self) -> int:
+        """Classifier size, 0 for none."""
+
+    @abc.abstractmethod
+    def default_steps_per_epoch(self) -> int:
+        """Steps of an epoch where the config does not say."""
+
+    @abc.abstractmethod
+    def prepare(self, state: TrainState, meta: Mapping[str, Any] | None) -> TrainState:
+        """Completes a fresh state (`meta` None), or takes host values from a checkpoint's before it is restored."""
+
+    @abc.abstractmethod
+    def make_step(self) -> Step:
+        """The pure training step."""
+
+    @abc.abstractmethod
+    def begin_epoch(self, state: TrainState, epoch: int, offset: int) -> tuple[TrainState, Any, Mapping[str, float]]:
+        """See `loop.Recipe`."""
+
+    def loop_values(self) -> dict[str, Any]:
+        """Host values that a checkpoint must keep."""
+        return {}
+
+    # What the loop asks for.
+
+    def meta(self) -> dict[str, Any]:
+        """See `loop.Recipe`."""
+        return {"model": settings_of(self.model), "config": _plain(self.config), "loop": self.loop_values()}
+
+    def files(self, indices: np.ndarray) -> list[str]:
+        """See `loop.Recipe`."""
+        return self.split.filenames(indices)
+
+    def evaluate(self, state: TrainState, epoch: int) -> Mapping[str, float] | None:
+        """See `loop.Recipe`; data sets without a query split are not scored."""
+        if not self._has_query():
+            return None
+        if self._scorer is None:
+            self._scorer = scoring.Scorer(self.config, self.model, self.mesh, extractor=self.extractor)
+            self._scorer.keep_images()
+        self._last_scores = self._scorer(state.params, state.stats)
+        scores = self._last_scores.metrics()
+        say(f"epoch {epoch}: mAP {100 * scores['mAP']:.2f}  rank-1 {100 * scores['rank1']:.2f}")
+        return scores
+
+    def stream(self, plan: np.ndarray, *, start: int, labels: np.ndarray | None) -> TrainStream:
+        """Training batches of an epoch's plan from step `start` on."""
+        return TrainStream(
+            self.split,
+            plan,
+            image_size=self.model.image_size,
+            threads=self.config.data.threads,
+            workers=0 if self.cache is not None else self.config.data.workers,
+            start=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            labels=labels,
+            cache=self.cache,
+        )
+
+    # The run.
+
+    def run(self) -> dict[str, Any]:
+        """Trains from the newest checkpoint, or from the start, to the end; returns the final results."""
+        config = self.config
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            write_json(self.workdir / "config.json", _plain(config))
+        store = Checkpoints(self.workdir, keep=config.train.keep)
+        try:
+            state = self._initial_state(store)
+            loop = Loop(
+                self,
+                compile_step(self.make_step(), state, self.mesh),
+                self.schedule,
+                mesh=self.mesh,
+                workdir=self.workdir,
+                checkpoints=store,
+                batch_size=config.batch_size,
+            )
+            state = loop.run(state)
+        finally:
+            store.close()
+        return self._finish(state)
+
+    def _initial_state(self, store: Checkpoints) -> TrainState:
+        latest = store.latest()
+        if latest is not None:
+            return self._resume(store, latest)
+        key = jax.random.key(self.config.seed)
+        if self.weights is None:
+            params, stats = jax.jit(self.model.init)(key)
+        else:
+            params, stats, fresh = self.weights.start(self.model, key)
+            say(f"starts from {self.weights.path}" + (f"; drawn afresh: {', '.join(fresh)}" if fresh else ""))
+        state = train_state.create(params, stats, self.optimiser, seed=self.config.seed, mesh=self.mesh)
+        say(f"{self.model.name}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, {self._lengths()}")
+        return self.prepare(state, None)
+
+    def _resume(self, store: Checkpoints, step: int) -> TrainState:
+        meta = store.meta(step)
+        self._check_same_run(meta, step)
+        params, stats = self.model.init(jax.random.key(0))
+        state = train_state.create(params, stats, self.optimiser, seed=self.config.seed, mesh=self.mesh)
+        state = store.restore(self.prepare(state, meta["loop"]), step, self.mesh)
+        say(f"goes on from step {step} of {self.schedule.total_steps} in {self.workdir}")
+        return state
+
+    def _check_same_run(self, meta: Mapping[str, Any], step: int) -> None:
+        """Refuses to continue a run under settings that would make it another one."""
+        now, then = _plain(settings_of(self.model)), meta.get("model", {})
+        changed = [f"model.{k}={now[k]!r} (was {then.get(k)!r})" for k in now if k != "dtype" and now[k] != then.get(k)]
+        config, before = _plain(self.config), meta.get("config", {})
+        fixed = [field for field in ("recipe", "dataset", "seed", "batch_size") if config[field] != before.get(field)]
+        changed += [f"{field}={config[field]!r} (was {before.get(field)!r})" for field in fixed]
+        steps = before.get("train", {}).get("steps_per_epoch")
+        if steps is not None and steps != self.schedule.steps_per_epoch:
+            changed.append(f"train.steps_per_epoch={self.schedule.steps_per_epoch} (was {steps})")
+        if changed:
+            raise DataError(
+                f"{self.workdir}: its checkpoint at step {step} is of another run: {'; '.join(changed)}; give another "
+                "--workdir or the earlier settings"
+            )
+
+    def _finish(self, state: TrainState) -> dict[str, Any]:
+        title = f"{self.model.name} on {self.config.dataset}"
+        say(f"trained {int(state.step)} steps; checkpoints in {self.workdir / 'checkpoints'}")
+        if not self._has_query():
+            return {}
+        if self._last_scores is None:
+            # The last epoch was finished by an earlier process.
+            self.evaluate(state, self.schedule.epochs)
+        assert self._last_scores is not None
+        extra = {"step": int(state.step), "model": self.model.name, "dataset": self.config.dataset}
+        return scoring.publish(self._last_scores, self.workdir, self.config, title=title, extra=extra)
+
+    def _has_query(self) -> bool:
+        return {"query", "gallery"} <= set(split_names(self.config.data_dir, self.config.dataset))
+
+    def _make_schedule(self) -> Schedule:
+        train = self.config.train
+        steps = train.steps_per_epoch or self.default_steps_per_epoch()
+        if steps < 1:
+            raise ConfigError(
+                f"batch_size={self.config.batch_size} is larger than the {len(self.split.pids)} training images of "
+                f"{self.config.dataset}: lower batch_size"
+            )
+        return Schedule(
+            steps_per_epoch=steps,
+            epochs=train.epochs,
+            log_every=train.log_every_steps,
+            checkpoint_every=train.checkpoint_every_steps,
+            eval_every_epochs=train.eval_every_epochs,
+        )
+
+    def _lengths(self) -> str:
+        return (
+            f"{len(self.split.pids):,} images, {self.schedule.epochs} epochs of {self.schedule.steps_per_epoch} steps "
+            f"of {self.config.batch_size}, devices: {self.mesh.size} {self.mesh.devices.flat[0].device_kind}"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """A config as JSON values: tuples become lists, as they come back from a checkpoint."""
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
