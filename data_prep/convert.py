@@ -1,0 +1,213 @@
+"""Converts a raw data set into TFRecord for training and evaluation.
+
+    python -m data_prep.convert --dataset=market1501 --source=Market-1501-v15.09.15.zip --data_dir=data
+
+writes `data/market1501/1.0.0/`. The source is what the authors of the data set give out: its folder, or its zip file.
+The images keep their encoded bytes. A conversion that fails or is interrupted leaves nothing behind.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from data_prep.staging import publish, staging
+from dmosnet_jax.core.errors import ConfigError, DataError, UserError
+from dmosnet_jax.data import records, sources
+
+if TYPE_CHECKING:
+    from data_prep.builder import ReidBuilder
+
+# Builders are imported when needed, because TensorFlow comes with them.
+DATASETS = {"market1501": "data_prep.market1501:Market1501"}
+
+_INTERRUPTED = 130
+
+# Their own set: importing this module must not add flags to the program that imports it.
+_FLAGS = flags.FlagValues()
+flags.DEFINE_string("dataset", None, f"Name of the data set: {', '.join(DATASETS)}.", flag_values=_FLAGS)
+flags.DEFINE_string("source", None, "Folder or zip file of the raw data set.", flag_values=_FLAGS)
+flags.DEFINE_string("data_dir", None, "Folder for converted data sets.", flag_values=_FLAGS)
+flags.DEFINE_bool("overwrite", False, "Convert again what is there already.", flag_values=_FLAGS)
+flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=_FLAGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a conversion did.
+
+    Attributes:
+      folder: of the converted data set.
+      splits: for each split its numbers of images, identities (without distractors) and cameras.
+      junk: images left out because their identity is -1.
+      distractors: images with identity 0, kept in the gallery.
+      seconds: it took.
+    """
+
+    folder: pathlib.Path
+    splits: dict[str, tuple[int, int, int]]
+    junk: int
+    distractors: int
+    seconds: float
+
+    def __str__(self) -> str:
+        table = [("split", "images", "identities", "cameras")]
+        table += [(split, f"{n:,}", f"{ids:,}", f"{cameras:,}") for split, (n, ids, cameras) in self.splits.items()]
+        images = sum(counts[0] for counts in self.splits.values())
+        lines = [f"written to {self.folder}"]
+        lines += [f"  {split:<8}{n:>10}{ids:>12}{cameras:>10}" for split, n, ids, cameras in table]
+        lines += [
+            f"  {self.junk:,} junk images (identity -1) left out, "
+            f"{self.distractors:,} distractors (identity 0) kept in the gallery",
+            f"  {images:,} images in {self.seconds:.1f} s, {images / max(self.seconds, 1e-9):,.0f} images/s",
+        ]
+        return "\n".join(lines)
+
+
+def convert(
+    dataset: str,
+    data_dir: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    warn: Callable[[str], None] = lambda _: None,
+) -> Summary | None:
+    """Converts a data set to `data_dir/<dataset>/<version>`, whole or not at all.
+
+    Args:
+      dataset: one of `DATASETS`.
+      data_dir: folder for converted data sets.
+      source: folder or zip file of the raw data set.
+      overwrite: replace a data set that is there already.
+      warn: called with each difference from the published data set before anything is written.
+
+    Returns:
+      What was done; None when the data set was there already.
+
+    Raises:
+      ConfigError: unknown data set, options that do not go together, or TensorFlow is not installed.
+      DataError: the source is missing or damaged, or `data_dir` cannot be written.
+    """
+    if dataset not in DATASETS:
+        raise ConfigError(f"dataset={dataset} is unknown: use one of {', '.join(DATASETS)}")
+    if source is None:
+        raise ConfigError(f"dataset={dataset} needs source=PATH: the folder or zip file of the raw data set")
+    begin = time.monotonic()
+    root = pathlib.Path(data_dir).expanduser().absolute()
+    builder_class = _builder_class(dataset)
+    target = root / dataset / str(builder_class.VERSION)
+    if (target / records.INFO_FILE).is_file() and not overwrite:
+        return None
+    with staging(root, dataset) as stage:
+        builder = builder_class(source=source, data_dir=str(stage))
+        for difference in builder.differences():
+            warn(difference)
+        _build(builder, root)
+        publish(pathlib.Path(builder.data_dir), target, stage)
+    splits = builder.listing.splits
+    return Summary(
+        folder=target,
+        splits={
+            name: (len(s), len({i.pid for i in s} - {0, -1}), len({i.camid for i in s})) for name, s in splits.items()
+        },
+        junk=builder.listing.junk,
+        distractors=sum(item.pid == 0 for items in splits.values() for item in items),
+        seconds=time.monotonic() - begin,
+    )
+
+
+def _builder_class(dataset: str) -> "type[ReidBuilder]":
+    # TensorFlow reports its own affairs on standard error, on import already.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    try:
+        import tensorflow  # noqa: F401
+        import tensorflow_datasets
+    except ImportError as error:
+        raise ConfigError(f"conversion needs more packages ({error}): pip install 'dmosnet_jax[convert]'") from error
+    tensorflow_datasets.disable_progress_bar()
+    module, name = DATASETS[dataset].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _build(builder: "ReidBuilder", root: pathlib.Path) -> None:
+    """Writes shards and their indices into the builder's folder, and reads them back."""
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    try:
+        # The messages of TensorFlow Datasets name the stage, which is no place for the user.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(
+                file_format=records.FILE_FORMAT,
+                download_config=tfds.download.DownloadConfig(register_checksums=False),
+            )
+        for split, items in builder.listing.splits.items():
+            pids = [sources.load_index(path)["pid"] for path in builder.info.splits[split].filepaths]
+            written = [int(pid) for shard in pids for pid in shard]
+            if written != [item.pid for item in items]:
+                raise DataError(f"{root}: what was written for {split} reads back differently: check the disk")
+    except (OSError, tf.errors.OpError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"cannot write to {root} ({reason}): free space, or give another data_dir") from error
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command line `argv`, program name first.
+
+    Returns:
+      The exit status: 0, also when the data set was there already; 1 for bad data; 2 for a bad command.
+    """
+    try:
+        return _run(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _run(argv: Sequence[str]) -> int:
+    _FLAGS.unparse_flags()
+    for flag in _FLAGS:
+        _FLAGS[flag].unparse()
+    try:
+        rest = _FLAGS(list(argv))[1:]
+    except flags.Error as error:
+        raise ConfigError(f"{error}; see --help") from error
+    if _FLAGS.help:
+        print(f"{__doc__}\nFlags:{_FLAGS.get_help()}")
+        return 0
+    if rest:
+        raise ConfigError(f"unexpected argument {rest[0]!r}: every option is given as --name=value")
+    for name in ("dataset", "data_dir"):
+        if not _FLAGS[name].value:
+            raise ConfigError(f"--{name} is missing; see --help")
+    summary = convert(
+        _FLAGS.dataset,
+        _FLAGS.data_dir,
+        source=_FLAGS.source,
+        overwrite=_FLAGS.overwrite,
+        warn=lambda text: print(f"warning: {text}", file=sys.stderr),
+    )
+    if summary is None:
+        print(f"{_FLAGS.dataset} is in {_FLAGS.data_dir} already; --overwrite converts it again")
+    else:
+        print(summary)
+    return 0
+
+
+if __name__ == "__main__":
+    # Schedulers end jobs with SIGTERM; unwinding removes what is half-written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    sys.exit(main(sys.argv))

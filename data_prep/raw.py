@@ -1,0 +1,187 @@
+"""Files of a raw data set, as its folder or its zip has them; a zip is read in place and never extracted."""
+
+import os
+import pathlib
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
+
+from dmosnet_jax.core.errors import DataError
+
+# A person crop is some kilobytes; a zip may claim any size.
+_MAX_BYTES = 2**26
+_IGNORED = {"__macosx", "thumbs.db", "desktop.ini"}
+# Nested deeper, a folder of the right name belongs to something else.
+_FOLDER_DEPTH = 2
+
+
+class RawFiles(Protocol):
+    """Read access to the files of a data set, by their path relative to its root.
+
+    Attributes:
+      location: what the user gave, for messages.
+      names: paths of all files in the folders asked for, with forward slashes, sorted.
+    """
+
+    location: str
+    names: list[str]
+
+    def read(self, name: str) -> bytes:
+        """The content of a file; safe to call from several threads.
+
+        Raises:
+          DataError: it cannot be read; says why, the caller names the file.
+        """
+
+
+def open_raw(source: str | os.PathLike[str], folders: Sequence[str]) -> RawFiles:
+    """Finds a data set in a folder or a zip: at its top, or in a folder nested in it.
+
+    Args:
+      source: folder or zip file.
+      folders: names of the folders that the root of the data set must have.
+
+    Returns:
+      The files in these folders (not in folders below them), without those that operating systems leave behind.
+
+    Raises:
+      DataError: the source is missing or of another kind, is an unsafe zip, or lacks a folder.
+    """
+    path = pathlib.Path(source).expanduser()
+    if path.is_dir():
+        return _Folder(path, folders)
+    if not path.exists():
+        raise DataError(f"source {path} does not exist: give the folder or the zip file of the data set")
+    try:
+        archive = zipfile.ZipFile(path)
+    # Damaged archives raise more kinds of errors than zipfile documents.
+    except Exception as error:
+        reason = "it is not a zip file" if isinstance(error, zipfile.BadZipFile) else _reason(error)
+        raise DataError(f"source {path} cannot be opened ({reason}): give a folder or a whole zip file") from error
+    return _Zip(path, archive, folders)
+
+
+class _Folder:
+    def __init__(self, path: pathlib.Path, folders: Sequence[str]):
+        self.location = str(path)
+        below = [path]
+        roots: list[pathlib.Path] = []
+        for _ in range(1 + _FOLDER_DEPTH):
+            roots = [folder for folder in below if any((folder / name).is_dir() for name in folders)]
+            if roots:
+                break
+            below = [entry for folder in below for entry in _entries(folder) if entry.is_dir()]
+        prefixes = ["" if root == path else root.relative_to(path).as_posix() + "/" for root in roots]
+        self._root = path / _only(self.location, prefixes, folders, (entry.name for entry in _entries(path)))
+        present = [name for name in folders if (self._root / name).is_dir()]
+        _require(self.location, present, folders)
+        files = (entry for name in folders for entry in _entries(self._root / name) if entry.is_file())
+        self.names = sorted(f"{entry.parent.name}/{entry.name}" for entry in files)
+
+    def read(self, name: str) -> bytes:
+        path = self._root / name
+        try:
+            if path.stat().st_size > _MAX_BYTES:
+                raise DataError(f"it has more than {_MAX_BYTES} bytes")
+            return path.read_bytes()
+        except OSError as error:
+            raise DataError(_reason(error)) from error
+
+
+class _Zip:
+    def __init__(self, path: pathlib.Path, archive: zipfile.ZipFile, folders: Sequence[str]):
+        self.location = str(path)
+        self._archive = archive
+        entries: dict[str, zipfile.ZipInfo] = {}
+        for info in archive.infolist():
+            # Some Windows tools write the separators of their system.
+            name = info.filename.replace("\\", "/")
+            _refuse_unsafe(self.location, name, info)
+            if info.is_dir() or _is_ignored(name):
+                continue
+            if name in entries:
+                raise DataError(f"source {self.location} is refused: it holds {name!r} twice")
+            entries[name] = info
+        prefixes: dict[str, None] = {}
+        for name in entries:
+            parts = name.split("/")
+            if len(parts) > 1 and parts[-2] in folders:
+                prefixes["/".join(parts[:-2]) + "/" if len(parts) > 2 else ""] = None
+        prefix = _only(self.location, list(prefixes), folders, sorted({name.split("/")[0] for name in entries}))
+        self._infos = {
+            name.removeprefix(prefix): info
+            for name, info in entries.items()
+            if name.startswith(prefix) and name.removeprefix(prefix).rpartition("/")[0] in folders
+        }
+        self.names = sorted(self._infos)
+        _require(self.location, {name.split("/")[0] for name in self.names}, folders)
+
+    def read(self, name: str) -> bytes:
+        info = self._infos[name]
+        if info.file_size > _MAX_BYTES:
+            raise DataError(f"it has more than {_MAX_BYTES} bytes")
+        try:
+            return self._archive.read(info)
+        # The decompressors have errors of their own.
+        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(_reason(error)) from error
+
+
+def _refuse_unsafe(location: str, name: str, info: zipfile.ZipInfo) -> None:
+    """Refuses entries that no data set has and that an attack may have."""
+    parts = name.split("/")
+    mode = info.external_attr >> 16
+    if (
+        name.startswith("/")
+        or ".." in parts
+        or (len(parts[0]) == 2 and parts[0][1] == ":")
+        or "\0" in info.orig_filename
+    ):
+        reason = "leads out of the archive"
+    elif mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        reason = "is a link or a device"
+    elif info.flag_bits & 1:
+        reason = "is encrypted"
+    else:
+        return
+    raise DataError(f"source {location} is refused: its entry {name!r} {reason}")
+
+
+def _is_ignored(name: str) -> bool:
+    return any(part.startswith(".") or part.lower() in _IGNORED for part in name.split("/"))
+
+
+def _entries(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    try:
+        entries = list(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"folder {folder} cannot be read ({_reason(error)})") from error
+    return (entry for entry in sorted(entries) if not _is_ignored(entry.name))
+
+
+def _only(location: str, prefixes: Sequence[str], folders: Sequence[str], found: Iterable[str]) -> str:
+    """The one root of a data set among those found."""
+    if len(prefixes) > 1:
+        roots = ", ".join(prefix or "." for prefix in prefixes)
+        raise DataError(f"source {location} holds several data sets ({roots}): give one of them")
+    if not prefixes:
+        names = sorted(found)
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise DataError(
+            f"source {location} has no folder {', '.join(folders)}; it holds {shown or 'nothing'}: "
+            "give the root of the data set or its zip file"
+        )
+    return prefixes[0]
+
+
+def _require(location: str, present: Iterable[str], folders: Sequence[str]) -> None:
+    missing = [name for name in folders if name not in set(present)]
+    if missing:
+        raise DataError(f"source {location} lacks the folder {', '.join(missing)}: download or copy the data set again")
+
+
+def _reason(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split()) or type(error).__name__
