@@ -3,7 +3,8 @@
     python -m dmosnet_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Renders people under several cameras, converts them, pre-trains by SpCL without labels, fine-tunes with labels, and
-evaluates the untrained network and each stage.
+evaluates the untrained network and each stage. `pretrain` and `finetune` are whole configs of their own:
+`--config.finetune.train.epochs=20`.
 """
 
 from ml_collections import ConfigDict
@@ -12,12 +13,29 @@ from configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    options = common.parse_arg(arg, model="dmosnet_x0_25", pretrain_epochs=4, finetune_epochs=8)
+    options = common.parse_arg(arg, model="dmosnet_x0_25", pretrain_epochs=4, finetune_epochs=10)
     config = common.base("quickstart", options["model"])
     config.dataset = "synthetic"
     # Empty: inside the workdir.
     config.data_dir = ""
     config.image_size = (128, 64)
-    config.pretrain_epochs = options["pretrain_epochs"]
-    config.finetune_epochs = options["finetune_epochs"]
+
+    config.pretrain = common.spcl(common.training(common.base("spcl")))
+    config.pretrain.optim.warmup_factor = 1.0
+    config.pretrain.train.epochs = options["pretrain_epochs"]
+    config.pretrain.train.steps_per_epoch = 40
+    # Few images of each person: smaller neighbourhoods than on a real data set.
+    config.pretrain.spcl.k1 = 12
+    config.pretrain.spcl.k2 = 3
+
+    config.finetune = common.training(common.base("supervised"))
+    config.finetune.loss = ConfigDict(
+        {"label_smoothing": 0.1, "triplet": "hinge", "triplet_margin": 0.3, "triplet_weight": 1.0}
+    )
+    config.finetune.train.epochs = options["finetune_epochs"]
+    config.finetune.train.steps_per_epoch = 20
+    config.finetune.train.eval_every_epochs = 5
+    config.finetune.optim.learning_rate = 1e-3
+    config.finetune.optim.schedule = "cosine"
+    config.finetune.optim.decay_epochs = (options["finetune_epochs"] // 2,)
     return config

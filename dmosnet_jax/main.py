@@ -21,6 +21,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where checkpoints, metrics and results go; default runs/<config>.")
 _DISTRIBUTED = flags.DEFINE_boolean("distributed", False, "Join the other processes of this job (jax.distributed).")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where the cluster does not tell.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, where the cluster does not tell.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, where the cluster does not tell.")
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -45,15 +48,29 @@ def _workdir() -> pathlib.Path:
     return pathlib.Path(_WORKDIR.value or os.path.join("runs", name))
 
 
+def _join_cluster() -> None:
+    """Connects the processes of a job; on TPU pods, SLURM and GKE JAX finds the addresses by itself."""
+    import jax
+
+    if _COORDINATOR.value and (_PROCESSES.value is None or _PROCESS.value is None):
+        raise ConfigError("--coordinator needs --num_processes and --process_id too")
+    try:
+        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"--distributed: the processes did not connect ({reason}): give --coordinator=HOST:PORT, --num_processes "
+            "and --process_id where the cluster does not tell them"
+        ) from error
+
+
 def _run() -> None:
     config: Any = _CONFIG.value
     validate(config)
     # Only now: a wrong config must not wait for the devices.
     recipe = importlib.import_module(f"dmosnet_jax.recipes.{config.recipe}")
     if _DISTRIBUTED.value:
-        import jax
-
-        jax.distributed.initialize()
+        _join_cluster()
     recipe.run(config, _workdir())
 
 

@@ -17,6 +17,7 @@ from dmosnet_jax.models import Model
 from dmosnet_jax.train.metrics import read_rows, write_json
 
 RESULTS = "results.json"
+METRICS = ("mAP", "rank1", "rank5", "rank10", "mINP")
 REPORT = "report.html"
 
 
@@ -88,7 +89,7 @@ class Scores:
 
     def metrics(self) -> dict[str, float]:
         """mAP, rank1, rank5, rank10 and mINP as fractions."""
-        return {name: float(self.ranking[name]) for name in ("mAP", "rank1", "rank5", "rank10", "mINP")}
+        return {name: float(self.ranking[name]) for name in METRICS}
 
 
 def make_extractor(config: Any, model: Model, mesh: Mesh) -> Extractor:
@@ -141,7 +142,7 @@ def publish(scores: Scores, workdir: pathlib.Path, config: Any, *, title: str, e
     results = {**scores.ranking.results(), **extra}
     if config.eval.rerank:
         again = scores.scorer.rank_again(scores)
-        results |= {f"reranked_{name}": float(again[name]) for name in ("mAP", "rank1", "rank5", "rank10", "mINP")}
+        results |= {f"reranked_{name}": float(again[name]) for name in METRICS}
     if jax.process_index() != 0:
         return results
     write_json(workdir / RESULTS, results)
