@@ -48,18 +48,23 @@ def _join(like: TrainState, model: Mapping[str, Any], train: Mapping[str, Any]) 
     return TrainState(train["step"], model["params"], model["stats"], opt_state, train["key"], memory)
 
 
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics["mAP"]
+
+
 def _manager(folder: pathlib.Path, *, keep: int | None, writable: bool) -> ocp.CheckpointManager:
     _quiet()
     policy = None
     if keep is not None:
-        best = managers.BestN(get_metric_fn=lambda m: m["mAP"], n=1, keep_checkpoints_without_metrics=False)
+        best = managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
         policy = managers.AnyPreservationPolicy([managers.LatestN(keep), best])
     options = ocp.CheckpointManagerOptions(
         create=writable,
         read_only=not writable,
         cleanup_tmp_directories=writable,
         preservation_policy=policy,
-        save_decision_policy=managers.EveryNSteps(1) if writable else None,
+        # What is kept is the policy's business; without a `best_fn`, scores would not be written beside the arrays.
+        best_fn=_score,
     )
     return ocp.CheckpointManager(folder.absolute(), options=options, item_names=_ITEMS)
 
