@@ -14,8 +14,10 @@ from configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    options = common.parse_arg(arg, dataset="market1501", model="dmosnet_x1_0", pretrained="", epochs=120)
-    config = common.training(common.base("supervised", options["model"]))
+    options = common.parse_arg(arg, dataset="market1501", model="", pretrained="", epochs=120)
+    config = common.training(common.base("supervised", options["model"] or None))
+    # Where neither the command nor the weights to start from say.
+    config.default_model = "dmosnet_x1_0"
     config.dataset = options["dataset"]
     config.pretrained = options["pretrained"]
     config.train.epochs = options["epochs"]

@@ -88,6 +88,16 @@ def load_split(data_dir: Path, dataset: str, split: str) -> Split:
     return Split(name=dataset, split=split, source=source, pids=source.pids, camids=source.camids)
 
 
+def split_names(data_dir: Path, dataset: str) -> list[str]:
+    """Names of the splits that a converted data set has.
+
+    Raises:
+      DataError: as `load_split`.
+    """
+    folder = _version_folder(pathlib.Path(data_dir).expanduser(), dataset)
+    return sorted(_all_lengths(folder / records.INFO_FILE))
+
+
 def relabel(pids: np.ndarray) -> np.ndarray:
     """Numbers identities from 0 without gaps, in ascending order of identity.
 
@@ -121,7 +131,15 @@ def _version_folder(data_dir: pathlib.Path, dataset: str) -> pathlib.Path:
 
 
 def _shard_lengths(info: pathlib.Path, split: str) -> list[int]:
-    """Records per shard, as the conversion wrote them down."""
+    """Records per shard of a split, as the conversion wrote them down."""
+    lengths = _all_lengths(info)
+    if split not in lengths:
+        raise DataError(f"{info}: there is no split {split!r}, there are {', '.join(sorted(lengths))}")
+    return lengths[split]
+
+
+def _all_lengths(info: pathlib.Path) -> dict[str, list[int]]:
+    """Records per shard of every split."""
     fix = "convert the data set again"
     try:
         description = json.loads(info.read_text(encoding="utf-8"))
@@ -133,6 +151,4 @@ def _shard_lengths(info: pathlib.Path, split: str) -> list[int]:
         raise DataError(f"{info}: is damaged, or of another kind: {fix}") from error
     if file_format != records.FILE_FORMAT:
         raise DataError(f"{info}: the data are {file_format!r} files instead of {records.FILE_FORMAT!r}: {fix}")
-    if split not in lengths:
-        raise DataError(f"{info}: there is no split {split!r}, there are {', '.join(sorted(lengths))}")
-    return lengths[split]
+    return lengths

@@ -147,6 +147,8 @@ def build_for(
             )
         chosen[part] = value
     if chosen["name"] is None:
+        chosen["name"] = config.get("default_model")
+    if chosen["name"] is None:
         raise ConfigError("model.name is not set and the weights do not say it: give --config.model.name=NAME")
     return build(
         chosen["name"],
