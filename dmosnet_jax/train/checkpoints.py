@@ -1,13 +1,16 @@
 """Checkpoints: one unit of train state, memory, pseudo-labels and loop state. The only file that imports Orbax.
 
 A checkpoint is a folder `checkpoints/<step>` with the items `model` (parameters and statistics), `train` (step,
-optimiser, key, memory) and `meta` (JSON: model, config, loop state). Orbax writes it aside and renames it when done.
+optimiser, key, memory), `meta` (JSON: model, config, loop state) and, where the state was evaluated, `metrics`. Orbax
+writes it aside and renames it when done; an old one is renamed before it is deleted. So whatever is killed when, a
+folder named by its step is complete.
 """
 
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,17 +21,22 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.trees import differences
+from dmosnet_jax.train import integrity
 from dmosnet_jax.train.state import TrainState, shardings
 
 FOLDER = "checkpoints"
 BEST = "best"
-_ITEMS = ("model", "train", "meta")
+_ARRAYS = ("model", "train")
+_META, _METRICS = "meta", "metrics"
+_ITEMS = (*_ARRAYS, _META, _METRICS)
+_TRASH = ".old"
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
 
 def _quiet() -> None:
-    # Orbax logs every save and restore step by step; the loop reports what a user needs.
+    # Orbax logs every save and restore step by step, and damaged files in several lines; ours is the one that counts.
     for name in ("absl", "orbax"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _split(state: TrainState) -> dict[str, Any]:
@@ -52,8 +60,29 @@ def _score(metrics: Mapping[str, float]) -> float:
     return metrics["mAP"]
 
 
-def _manager(folder: pathlib.Path, *, keep: int | None, writable: bool) -> ocp.CheckpointManager:
+def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    # Without these a manager that has not yet saved can't tell what the items of a checkpoint are.
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for item in _ARRAYS:
+        arrays = ocp.StandardCheckpointHandler()
+        registry.add(item, ocp.args.StandardSave, arrays)
+        registry.add(item, ocp.args.StandardRestore, arrays)
+    values = ocp.JsonCheckpointHandler()
+    registry.add(_META, ocp.args.JsonSave, values)
+    registry.add(_META, ocp.args.JsonRestore, values)
+    return registry
+
+
+def _manager(
+    folder: pathlib.Path, *, keep: int | None = None, before_commit: Callable[[], None] | None = None
+) -> ocp.CheckpointManager:
+    """A manager that writes where `keep` is given, and else only reads.
+
+    Raises:
+        DataError: a checkpoint's description is damaged.
+    """
     _quiet()
+    writable = keep is not None
     policy = None
     if keep is not None:
         best = managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
@@ -63,19 +92,32 @@ def _manager(folder: pathlib.Path, *, keep: int | None, writable: bool) -> ocp.C
         read_only=not writable,
         cleanup_tmp_directories=writable,
         preservation_policy=policy,
+        todelete_subdir=_TRASH if writable else None,
+        async_options=ocp.AsyncOptions(post_finalization_callback=before_commit),
         # What is kept is the policy's business; without a `best_fn`, scores would not be written beside the arrays.
         best_fn=_score,
     )
-    return ocp.CheckpointManager(folder.absolute(), options=options, item_names=_ITEMS)
+    try:
+        return ocp.CheckpointManager(folder.absolute(), options=options, handler_registry=_handlers())
+    except ValueError as error:
+        for step in _steps(folder):
+            _check_files(folder / str(step), (_META, _METRICS))
+        raise DataError(_damaged(folder, error)) from error
 
 
 class Checkpoints:
     """Saves and restores the checkpoints of one run; saving goes on in the background."""
 
     def __init__(self, workdir: str | pathlib.Path, *, keep: int = 3):
-        """Opens `workdir/checkpoints`; `keep` latest checkpoints and the best by mAP are kept."""
+        """Opens `workdir/checkpoints`; `keep` latest checkpoints and the best by mAP are kept.
+
+        Raises:
+            DataError: a checkpoint's description is damaged.
+        """
         self._folder = pathlib.Path(workdir) / FOLDER
-        self._manager = _manager(self._folder, keep=keep, writable=True)
+        self._saving = -1
+        self._manager = _manager(self._folder, keep=keep, before_commit=self._seal)
+        self._empty_trash()
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
@@ -88,6 +130,9 @@ class Checkpoints:
             state: the state; its step names the checkpoint. A step that is there already is not saved again.
             meta: JSON values: "model", "config", "loop".
             metrics: evaluation of this state; the best `mAP` is kept for good.
+
+        Raises:
+            DataError: this or the previous checkpoint can't be written.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -96,7 +141,27 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(parts[name]) for name in ("model", "train")}
         args = ocp.args.Composite(meta=ocp.args.JsonSave(dict(meta)), **items)
         values = {"mAP": float(metrics["mAP"])} if metrics is not None else None
-        self._manager.save(step, args=args, metrics=values)
+        self.wait()
+        self._saving = step
+        try:
+            self._manager.save(step, args=args, metrics=values)
+        except (OSError, ValueError) as error:
+            raise self._unwritten(error) from error
+
+    def _seal(self) -> None:
+        # Called by Orbax in the background, on process 0, when all is written and nothing is renamed yet.
+        aside = next(self._folder.glob(f"{self._saving}.*"))
+        integrity.seal(aside, _ITEMS)
+
+    def _empty_trash(self) -> None:
+        if jax.process_index() == 0:
+            shutil.rmtree(self._folder / _TRASH, ignore_errors=True)
+
+    def _unwritten(self, error: Exception) -> DataError:
+        return DataError(
+            f"{self._folder / str(self._saving)}: checkpoint can't be written ({_reason(error)}): check the free space "
+            "and the permissions, then run the same command to go on from the one before"
+        )
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON part of a checkpoint."""
@@ -116,48 +181,72 @@ class Checkpoints:
         where = self._folder / str(step)
         wanted = _split(like)
         places = _split(shardings(like, mesh))
-        restored = {}
-        for item in ("model", "train"):
-            _check_shapes(self._manager, step, item, wanted[item], where)
-            target = jax.tree.map(
-                lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                wanted[item],
-                places[item],
-            )
-            restored[item] = ocp.args.StandardRestore(target)
+        _check_files(where, _ARRAYS)
         try:
+            restored = {}
+            for item in _ARRAYS:
+                _check_shapes(_shapes(self._manager, step, item), wanted[item], where)
+                target = jax.tree.map(
+                    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                    wanted[item],
+                    places[item],
+                )
+                restored[item] = ocp.args.StandardRestore(target)
             items = self._manager.restore(step, args=ocp.args.Composite(**restored))
-        except (OSError, ValueError, KeyError) as error:
+        except _UNREADABLE as error:
             raise DataError(_damaged(where, error)) from error
         return _join(like, items["model"], items["train"])
 
     def wait(self) -> None:
-        """Blocks until every save is complete."""
-        self._manager.wait_until_finished()
+        """Blocks until every save is complete.
+
+        Raises:
+            DataError: a checkpoint can't be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._unwritten(error) from error
+        self._empty_trash()
 
     def close(self) -> None:
         """Completes the saves and frees the background threads."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
 
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def _damaged(where: pathlib.Path, error: Exception) -> str:
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return f"{where}: checkpoint can't be read ({reason}); remove this folder to go on from an earlier one"
+    return f"{where}: checkpoint can't be read ({_reason(error)}); remove this folder to go on from an earlier one"
+
+
+def _check_files(where: pathlib.Path, items: Iterable[str]) -> None:
+    problem = integrity.damage(where, items)
+    if problem is not None:
+        raise DataError(f"{where}: checkpoint is damaged ({problem}); remove this folder to go on from an earlier one")
 
 
 def _restore_meta(manager: ocp.CheckpointManager, step: int, folder: pathlib.Path) -> dict[str, Any]:
+    _check_files(folder / str(step), [_META])
     try:
         return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    except (OSError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         raise DataError(_damaged(folder / str(step), error)) from error
 
 
-def _check_shapes(manager: ocp.CheckpointManager, step: int, item: str, wanted: Any, where: pathlib.Path) -> None:
+def _shapes(manager: ocp.CheckpointManager, step: int, item: str) -> dict[str, Any]:
+    """Nested dict of what has the shapes and dtypes of an item's arrays."""
     found = manager.item_metadata(step)[item]
     if found is None:
-        raise DataError(f"{where}: checkpoint has no {item!r}; it was not written by this program or is incomplete")
-    problems = differences(wanted, getattr(found, "tree", found))
+        raise KeyError(f"no item {item!r}")
+    return getattr(found, "tree", found)
+
+
+def _check_shapes(found: Any, wanted: Any, where: pathlib.Path) -> None:
+    problems = differences(wanted, found)
     if problems:
         raise DataError(f"{where}: checkpoint of another model or setting: {'; '.join(problems)}")
 
@@ -193,15 +282,17 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     given = pathlib.Path(path)
     wanted: int | str | None = None
     folder = given
-    if given.name.isdigit() or given.name == BEST:
+    # A workdir may itself be named by a number, or "best".
+    if not (given / FOLDER).is_dir() and (given.name.isdigit() or given.name == BEST):
         wanted, folder = (int(given.name) if given.name.isdigit() else BEST), given.parent
     if (folder / FOLDER).is_dir():
         folder = folder / FOLDER
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    steps = _steps(folder)
     if not steps:
         raise DataError(f"{given}: no checkpoint here: give a run's workdir, its checkpoints folder or one step of it")
     if wanted == BEST:
-        return folder, _best_step(folder) or steps[-1]
+        best = _best_step(folder)
+        return folder, steps[-1] if best is None else best
     if wanted is None:
         return folder, steps[-1]
     if wanted not in steps:
@@ -209,8 +300,12 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     return folder, int(wanted)
 
 
+def _steps(folder: pathlib.Path) -> list[int]:
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
 def _best_step(folder: pathlib.Path) -> int | None:
-    manager = _manager(folder, keep=None, writable=False)
+    manager = _manager(folder)
     try:
         scores = {step: manager.metrics(step) for step in manager.all_steps()}
     finally:
@@ -229,13 +324,13 @@ def load_model(path: str | pathlib.Path) -> SavedModel:
         DataError: no checkpoint there, or damaged.
     """
     folder, step = find(path)
-    manager = _manager(folder, keep=None, writable=False)
+    _check_files(folder / str(step), [_META, "model"])
+    manager = _manager(folder)
     try:
         meta = _restore_meta(manager, step, folder)
-        found = manager.item_metadata(step)["model"]
-        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), getattr(found, "tree", found))
+        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _shapes(manager, step, "model"))
         model = manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target)))["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _UNREADABLE as error:
         raise DataError(_damaged(folder / str(step), error)) from error
     finally:
         manager.close()
