@@ -1,4 +1,4 @@
-"""Strict numerics, eight CPU devices and the shared reference files for every test."""
+"""Strict numerics, eight CPU devices, the shared reference files, and a tiny data set for every test."""
 
 import os
 
@@ -6,19 +6,28 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import dataclasses
+import io
+import json
 import pathlib
+import struct
+import subprocess
+import sys
 
+import google_crc32c
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = pathlib.Path(os.environ.get("DMOSNET_SHARED", ROOT.parent / "shared"))
+CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compilation dominates the suite on CPU; the cache is safe because its keys hold the program and the compiler version.
-jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache")))
+jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -40,3 +49,91 @@ def shared():
 def rng() -> np.random.Generator:
     """A seeded generator, the same for every test."""
     return np.random.default_rng(0)
+
+
+# A data set small enough for whole runs, written byte by byte: nothing of the package or of TensorFlow takes part.
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _field(number: int, data: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _example(image: bytes, pid: int, camid: int, filename: str) -> bytes:
+    """A serialised `tf.train.Example`; field numbers as in tensorflow/core/example/feature.proto."""
+    features = {
+        "image": _field(1, _field(1, image)),
+        "pid": _field(3, _field(1, _varint(pid % 2**64))),
+        "camid": _field(3, _field(1, _varint(camid))),
+        "filename": _field(1, _field(1, filename.encode())),
+    }
+    return _field(1, b"".join(_field(1, _field(1, name.encode()) + _field(2, f)) for name, f in features.items()))
+
+
+def _framed(data: bytes) -> bytes:
+    def masked(part: bytes) -> bytes:
+        crc = google_crc32c.value(part)
+        return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32)
+
+    length = struct.pack("<Q", len(data))
+    return length + masked(length) + data + masked(data)
+
+
+def _picture(rng: np.random.Generator, pid: int, camid: int) -> bytes:
+    """A JPEG whose three bands have the identity's colours, shifted by the camera, under noise."""
+    colours = np.random.default_rng(1000 + pid).integers(0, 256, (3, 1, 1, 3)) + 12 * camid
+    bands = np.broadcast_to(colours, (3, 16, 24, 3)).reshape(48, 24, 3) + rng.normal(0, 24, (48, 24, 3))
+    out = io.BytesIO()
+    Image.fromarray(bands.clip(0, 255).astype(np.uint8)).save(out, "jpeg", quality=90)
+    return out.getvalue()
+
+
+def write_tiny(
+    data_dir: pathlib.Path,
+    name: str = "tiny",
+    *,
+    splits: tuple[str, ...] = ("train", "query", "gallery"),
+    ids: int = 8,
+    cameras: int = 2,
+    images: int = 3,
+    labelled: bool = True,
+) -> pathlib.Path:
+    """Writes a converted data set in two shards a split and returns its folder."""
+    folder = data_dir / name / "1.0.0"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(len(name))
+    described = []
+    for number, split in enumerate(splits):
+        first = 1 + (0 if split == "train" else 100)
+        rows = [(first + i, c, k) for i in range(ids) for c in range(1, cameras + 1) for k in range(images)]
+        framed = [
+            _framed(
+                _example(
+                    _picture(rng, pid, camid), pid if labelled else -1, camid, f"{split}/{pid:04d}_c{camid}_{k}.jpg"
+                )
+            )
+            for pid, camid, k in rows
+        ]
+        shards = [framed[: len(framed) // 2], framed[len(framed) // 2 :]]
+        for shard, records in enumerate(shards):
+            (folder / f"{name}-{split}.tfrecord-{shard:05d}-of-00002").write_bytes(b"".join(records))
+        described.append({"name": split, "shardLengths": [str(len(s)) for s in shards]})
+        assert number < 3
+    info = {"name": name, "version": "1.0.0", "fileFormat": "tfrecord", "splits": described}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> pathlib.Path:
+    """A data_dir with the data set `tiny`: 8 identities x 2 cameras x 3 images in each of train, query and gallery."""
+    data_dir = tmp_path_factory.mktemp("data")
+    write_tiny(data_dir)
+    return data_dir
