@@ -1,7 +1,6 @@
 """Features of a user's own images."""
 
 import dataclasses
-import os
 import pathlib
 from typing import Any
 
@@ -104,6 +103,10 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.npz")
-    np.savez(aside, **arrays)
-    aside.replace(path)
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        with aside.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -98,6 +98,15 @@ class _StopFlag:
         self.signal = signal.Signals(number)
         signal.signal(number, self._previous[number])
 
+    def agree(self) -> bool:
+        """Whether to stop, the same on every process: one that stopped alone would leave the others waiting for it."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            number = int(multihost_utils.process_allgather(np.int32(self.signal or 0)).max())
+            self.signal = signal.Signals(number) if number else None
+        return self.signal is not None
+
     def __exit__(self, *unused: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -209,28 +218,31 @@ class Loop:
         # The end of an epoch is saved after its evaluation.
         if number % self._schedule.steps_per_epoch == 0:
             return
-        if stop.signal is not None:
+        # Asking the other processes waits for the step, as logging does.
+        if (jax.process_count() == 1 or number % self._schedule.log_every == 0) and stop.agree():
             window.take()
+            self._checkpoints.save(state, self._recipe.meta())
             self._stop(state, stop)
         if number % self._schedule.checkpoint_every == 0:
             window.take()
             self._checkpoints.save(state, self._recipe.meta())
 
     def _finish_epoch(self, state: TrainState, epoch: int, writer: MetricsWriter, stop: _StopFlag) -> TrainState:
+        # A pending stop waits for the evaluation, or this epoch would never get one: killed before it ends, the run
+        # goes on from the checkpoint before.
         done = epoch + 1
         last = done == self._schedule.epochs
         scores = None
-        if stop.signal is None and (last or done % self._schedule.eval_every_epochs == 0):
+        if last or done % self._schedule.eval_every_epochs == 0:
             scores = self._recipe.evaluate(state, done)
             if scores is not None:
                 writer.write(int(state.step), {"epoch": epoch, **scores})
-        if stop.signal is not None and not last:
-            self._stop(state, stop)
         self._checkpoints.save(state, self._recipe.meta(), metrics=scores)
+        if not last and stop.agree():
+            self._stop(state, stop)
         return state
 
     def _stop(self, state: TrainState, stop: _StopFlag) -> None:
-        self._checkpoints.save(state, self._recipe.meta())
         self._checkpoints.wait()
         assert stop.signal is not None
         raise StoppedError(

@@ -31,17 +31,27 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("no step")
+            rows.append(row)
         except ValueError as error:
             if number < len(lines):
-                raise DataError(f"{path}: line {number} is not JSON ({line[:40]!r}); remove it or the file") from error
+                raise DataError(
+                    f"{path}: line {number} is not a row of metrics ({line[:40]!r}); remove it or the file"
+                ) from error
     return rows
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON beside the target and renames it, so that a reader never sees half a file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=2, allow_nan=True) + "\n", encoding="utf-8")
+    _replace(path, json.dumps(value, indent=2, allow_nan=True) + "\n")
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    # Always the same name: what a killed process left is written over by the next one.
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
     aside.replace(path)
 
 
@@ -57,9 +67,7 @@ class MetricsWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             kept = [row for row in read_rows(path) if row["step"] <= first_step] if first_step else []
-            aside = path.with_name(f".{FILE}.{os.getpid()}")
-            aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            aside.replace(path)
+            _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(path.parent), purge_step=first_step + 1 if first_step else None)
 
