@@ -6,13 +6,10 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import dataclasses
 import io
 import json
 import pathlib
 import struct
-import subprocess
-import sys
 
 import google_crc32c
 import jax
