@@ -1,6 +1,8 @@
 """What the training recipes share: model and weights, optimiser, resume, loop, final scores."""
 
 import abc
+import fcntl
+import io
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -137,6 +139,7 @@ class TrainingRun(abc.ABC):
         self.workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             write_json(self.workdir / "config.json", _plain(config))
+        lock = _lock(self.workdir)
         store = Checkpoints(self.workdir, keep=config.train.keep)
         try:
             state = self._initial_state(store)
@@ -152,7 +155,9 @@ class TrainingRun(abc.ABC):
             state = loop.run(state)
         finally:
             store.close()
-        return self._finish(state)
+        results = self._finish(state)
+        lock.close()
+        return results
 
     def _initial_state(self, store: Checkpoints) -> TrainState:
         latest = store.latest()
@@ -229,6 +234,24 @@ class TrainingRun(abc.ABC):
             f"{len(self.split.pids):,} images, {self.schedule.epochs} epochs of {self.schedule.steps_per_epoch} steps "
             f"of {self.config.batch_size}, devices: {self.mesh.size} {self.mesh.devices.flat[0].device_kind}"
         )
+
+
+def _lock(workdir: pathlib.Path) -> io.TextIOBase:
+    """Holds the workdir for this process until the file is closed or the process ends, however that happens.
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    file = (workdir / f".lock.{jax.process_index()}").open("w", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ConfigError(f"{workdir}: another process trains there: wait for it, or give another --workdir") from error
+    except OSError:
+        # Some network file systems have no locks; training there is as safe as the user makes it.
+        pass
+    return file
 
 
 def _plain(value: Any) -> Any:

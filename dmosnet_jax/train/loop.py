@@ -24,6 +24,10 @@ from dmosnet_jax.train.metrics import MetricsWriter, progress_bar, write_json
 from dmosnet_jax.train.state import TrainState
 from dmosnet_jax.train.steps import Step
 
+# Steps dispatched ahead of the devices: enough to hide the host's work, few enough to stop soon and to bound the
+# batches held in memory.
+_IN_FLIGHT = 2
+
 
 class StoppedError(UserError):
     """The run was asked to stop (SIGTERM, SIGINT) and has saved its state; 128 + SIGTERM, as shells report it."""
@@ -121,6 +125,8 @@ class _Window:
 
     def add(self, step: int, metrics: dict[str, jax.Array], indices: np.ndarray) -> None:
         self._steps.append((step, metrics, indices))
+        if len(self._steps) > _IN_FLIGHT:
+            jax.block_until_ready(self._steps[-1 - _IN_FLIGHT][1])
 
     def take(self) -> dict[str, float]:
         """Means over the window, which starts anew.
