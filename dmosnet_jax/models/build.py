@@ -95,7 +95,8 @@ class Model:
 
     def shapes(self) -> tuple[Tree, Tree]:
         """`init` as `jax.ShapeDtypeStruct` leaves."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        params, stats = self._functional.shapes()
+        return _join(params), _join(stats)
 
     def apply(
         self, params: Tree, stats: Tree, images: jax.Array, *, train: bool, stages: bool = False

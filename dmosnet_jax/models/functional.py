@@ -36,6 +36,10 @@ class Functional:
         _, params, stats = nnx.split(self._create(nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
         return _to_tree(params), _to_tree(stats)
 
+    def shapes(self) -> tuple[Tree, Tree]:
+        """`init` as `jax.ShapeDtypeStruct` leaves."""
+        return _to_tree(self._params), _to_tree(self._stats)
+
     def apply(self, params: Tree, stats: Tree, *args: Any, method: str = "__call__", **kwargs: Any) -> tuple[Any, Tree]:
         """Runs the module; returns its output and the statistics after it."""
         # copy=True: the module writes its statistics, and inside jax.grad the inputs must stay untouched.

@@ -6,6 +6,7 @@ et al., Sensors 2022, 22, 6293 (DM-OSNet). Attribute names are those of the refe
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +109,7 @@ class OSBlock(nnx.Module):
         self, inputs: int, outputs: int, *, ibn: bool, attention: bool, group_size: int | None, rngs: nnx.Rngs
     ):
         mid = outputs // 4
-        options = {"group_size": group_size, "rngs": rngs}
+        options: dict[str, Any] = {"group_size": group_size, "rngs": rngs}
         self.conv1 = ConvUnit(inputs, mid, **options)
         self.conv2a = LightConv(mid, **options)
         self.conv2b = nnx.List([LightConv(mid, **options) for _ in range(2)])
@@ -144,10 +145,10 @@ class OSNet(nnx.Module):
     def __init__(self, settings: OSNetSettings, *, rngs: nnx.Rngs):
         stem, *widths = settings.channels
         group_size = settings.bn_group_size
-        options = {"group_size": group_size, "rngs": rngs}
+        options: dict[str, Any] = {"group_size": group_size, "rngs": rngs}
         self.conv1 = ConvUnit(3, stem, 7, stride=2, ibn=settings.ibn, **options)
         for stage, (inputs, outputs) in enumerate(zip((stem, *widths[:-1]), widths, strict=True)):
-            block = {"ibn": settings.ibn and stage == 0, "attention": bool(settings.attention[stage]), **options}
+            block: dict[str, Any] = {"ibn": settings.ibn and stage == 0, "attention": bool(settings.attention[stage]), **options}
             layers: list[nnx.Module] = [OSBlock(inputs, outputs, **block), OSBlock(outputs, outputs, **block)]
             if stage < 2:
                 # A list of one: the reference wraps this unit and its pooling in a Sequential.

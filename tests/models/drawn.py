@@ -1,9 +1,10 @@
-"""Weights drawn by name, as the reference outputs were made."""
+"""Weights drawn by name, as the reference outputs were made, and drawn for whole trees."""
 
 import json
 import math
 import zlib
 
+import jax
 import numpy as np
 
 
@@ -27,3 +28,17 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def draw_all(keys_path) -> dict[str, np.ndarray]:
     shapes = json.loads(keys_path.read_text())
     return {name: draw(name, tuple(shape)) for name, shape in shapes.items()}
+
+
+def draw_tree(tree, rng: np.random.Generator):
+    """Leaves of a `shapes()` tree, drawn so that every norm and bias does something."""
+
+    def leaf(path, shape):
+        name = path[-1].key
+        if name == "kernel":
+            return rng.normal(0, math.sqrt(2 / math.prod(shape[:-1])), shape)
+        if name in ("bias", "mean"):
+            return rng.normal(0, 0.1, shape)
+        return np.full(shape, 3.0) if name == "p" else rng.uniform(0.8, 1.2, shape)
+
+    return jax.tree_util.tree_map_with_path(lambda path, x: leaf(path, x.shape).astype(np.float32), tree)
