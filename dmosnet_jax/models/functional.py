@@ -12,6 +12,12 @@ from flax import nnx
 Tree = dict[str, Any]
 
 
+def _split(module: nnx.Module) -> tuple[Any, nnx.State, nnx.State]:
+    """Structure, parameters and batch statistics of a module, which has nothing else."""
+    split: Any = nnx.split
+    return split(module, nnx.Param, nnx.BatchStat)
+
+
 def _to_tree(state: Any) -> Tree:
     """A plain nested dict with string keys; list positions become "0", "1", ..."""
 
@@ -29,11 +35,11 @@ class Functional:
     def __init__(self, create: Callable[[nnx.Rngs], nnx.Module]):
         self._create = create
         abstract = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
-        self._graph, self._params, self._stats = nnx.split(abstract, nnx.Param, nnx.BatchStat)
+        self._graph, self._params, self._stats = _split(abstract)
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """Fresh `(params, stats)`."""
-        _, params, stats = nnx.split(self._create(nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
+        _, params, stats = _split(self._create(nnx.Rngs(key)))
         return _to_tree(params), _to_tree(stats)
 
     def shapes(self) -> tuple[Tree, Tree]:

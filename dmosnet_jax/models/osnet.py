@@ -114,10 +114,8 @@ class OSBlock(nnx.Module):
         self.conv2a = LightConv(mid, **options)
         self.conv2b = nnx.List([LightConv(mid, **options) for _ in range(2)])
         self.conv2c = nnx.List([LightConv(mid, **options) for _ in range(3)])
-        if attention:
-            self.conv2d = nnx.List([AttentionStream(mid, **options)])
-        else:
-            self.conv2d = nnx.List([LightConv(mid, **options) for _ in range(4)])
+        last: list[nnx.Module] = [LightConv(mid, **options) for _ in range(0 if attention else 4)]
+        self.conv2d = nnx.List(last or [AttentionStream(mid, **options)])
         self.gate = ChannelGate(mid, rngs=rngs)
         self.conv3 = ConvUnit(mid, outputs, linear=True, **options)
         if inputs != outputs:
@@ -148,7 +146,8 @@ class OSNet(nnx.Module):
         options: dict[str, Any] = {"group_size": group_size, "rngs": rngs}
         self.conv1 = ConvUnit(3, stem, 7, stride=2, ibn=settings.ibn, **options)
         for stage, (inputs, outputs) in enumerate(zip((stem, *widths[:-1]), widths, strict=True)):
-            block: dict[str, Any] = {"ibn": settings.ibn and stage == 0, "attention": bool(settings.attention[stage]), **options}
+            ibn, attention = settings.ibn and stage == 0, bool(settings.attention[stage])
+            block: dict[str, Any] = {"ibn": ibn, "attention": attention, **options}
             layers: list[nnx.Module] = [OSBlock(inputs, outputs, **block), OSBlock(outputs, outputs, **block)]
             if stage < 2:
                 # A list of one: the reference wraps this unit and its pooling in a Sequential.
