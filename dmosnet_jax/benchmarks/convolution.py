@@ -1,0 +1,145 @@
+"""Compares forms of the depthwise 3x3 and 1x1 convolution on the current backend.
+
+    python -m dmosnet_jax.benchmarks.convolution --output=convolution.csv
+
+Forms: XLA's own convolution; the form of `models/convolution.py` under plain automatic differentiation; the same with
+its own gradients. `ratio` is the time of XLA's convolution over the form's: above 1 the form is faster.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dmosnet_jax.benchmarks import tables
+from dmosnet_jax.core.errors import UserError
+from dmosnet_jax.models import convolution
+
+Form = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def xla_depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`[B, H, W, C]` by `[3, 3, 1, C]` as XLA's grouped convolution."""
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), [(1, 1), (1, 1)], dimension_numbers=dimensions, feature_group_count=x.shape[-1]
+    )
+
+
+def xla_pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`[B, H, W, I]` by `[I, O]` as XLA's convolution with a 1x1 window."""
+    return lax.conv_general_dilated(x, kernel[None, None], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _without_gradient(form: Any) -> Form:
+    """The function that a `custom_vjp` wraps, for XLA to differentiate by itself."""
+    return form.__wrapped__
+
+
+def forms() -> dict[str, dict[str, Form]]:
+    """Operation -> form -> function of (x, kernel); the first form is the reference."""
+    depthwise, pointwise = convolution.depthwise3x3, convolution.pointwise
+    return {
+        "depthwise 3x3": {
+            "XLA grouped": xla_depthwise,
+            "shifted sums": _without_gradient(depthwise),
+            "shifted sums, own gradients": depthwise,
+        },
+        "pointwise 1x1": {
+            "XLA 1x1": xla_pointwise,
+            "matrix product": _without_gradient(pointwise),
+            "matrix product, own gradients": pointwise,
+        },
+    }
+
+
+def passes(form: Form) -> dict[str, Callable[..., Any]]:
+    """What is timed: the forward pass, and both passes with gradients to input and kernel."""
+
+    def both(x, kernel, weights):
+        y, pull = jax.vjp(form, x, kernel)
+        return y, pull(weights)
+
+    return {"forward": jax.jit(lambda x, kernel, _: form(x, kernel)), "forward + backward": jax.jit(both)}
+
+
+def milliseconds(function: Callable[..., Any], arguments: Sequence[jax.Array], repeats: int) -> float:
+    """Median time of a compiled call, without the first."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def measure(shape: tuple[int, int, int, int], dtype: str, repeats: int) -> Iterator[dict[str, Any]]:
+    """One row per operation, pass and form.
+
+    Args:
+        shape: `[B, H, W, C]` of the input; the 1x1 convolution keeps the number of channels.
+        dtype: element type of input and kernel.
+        repeats: timed calls.
+    """
+    keys = jax.random.split(jax.random.key(0), 3)
+    channels = shape[-1]
+    x, weights = (jax.random.normal(key, shape, jnp.dtype(dtype)) for key in keys[:2])
+    for operation, known in forms().items():
+        kernel_shape = (3, 3, 1, channels) if operation.startswith("depthwise") else (channels, channels)
+        kernel = jax.random.normal(keys[2], kernel_shape, jnp.dtype(dtype))
+        reference: dict[str, float] = {}
+        for form, function in known.items():
+            for direction, timed in passes(function).items():
+                took = milliseconds(timed, (x, kernel, weights), repeats)
+                reference.setdefault(direction, took)
+                yield {
+                    "operation": operation,
+                    "pass": direction,
+                    "form": form,
+                    "milliseconds": took,
+                    "ratio": reference[direction] / took,
+                }
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m dmosnet_jax.benchmarks.convolution", description=__doc__)
+    sizes = ("BATCH", "HEIGHT", "WIDTH", "CHANNELS")
+    parser.add_argument("--shape", type=int, nargs=4, default=(32, 64, 32, 64), metavar=sizes, help="of the input")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--repeats", type=int, default=10, help="timed calls")
+    parser.add_argument("--output", default="", help="CSV file to write")
+    arguments = parser.parse_args(argv)
+    if min(*arguments.shape, arguments.repeats) < 1:
+        parser.error("--shape and --repeats must be 1 or more")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table; returns the exit status."""
+    options = _arguments(sys.argv[1:] if argv is None else argv)
+    device = jax.devices()[0]
+    shape = "x".join(map(str, options.shape))
+    print(f"{shape} {options.dtype}, {device.platform} {device.device_kind}, jax {jax.__version__}")
+    rows = list(measure(tuple(options.shape), options.dtype, options.repeats))
+    order = {key: place for place, key in enumerate(dict.fromkeys((row["operation"], row["pass"]) for row in rows))}
+    rows.sort(key=lambda row: order[row["operation"], row["pass"]])
+    print(tables.as_text(rows))
+    if options.output:
+        try:
+            tables.write_csv(options.output, rows)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_status
+        print(f"written: {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
