@@ -1,9 +1,11 @@
 """Converts a raw data set into TFRecord for training and evaluation.
 
     python -m data_prep.convert --dataset=market1501 --source=Market-1501-v15.09.15.zip --data_dir=data
+    python -m data_prep.convert --dataset=synthetic --data_dir=data
 
-writes `data/market1501/1.0.0/`. The source is what the authors of the data set give out: its folder, or its zip file.
-The images keep their encoded bytes. A conversion that fails or is interrupted leaves nothing behind.
+write `data/market1501/1.0.0/` and `data/synthetic/1.0.0/`. The source is what the authors of the data set give out: its
+folder, or its zip file; the images keep their encoded bytes. `synthetic` is rendered. A conversion that fails or is
+interrupted leaves nothing behind.
 """
 
 import contextlib
@@ -16,10 +18,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from data_prep import pedestrians
+from data_prep.pedestrians import Scene
 from data_prep.staging import publish, staging
 from dmosnet_jax.core.errors import ConfigError, DataError, UserError
 from dmosnet_jax.data import records, sources
@@ -28,17 +32,31 @@ if TYPE_CHECKING:
     from data_prep.builder import ReidBuilder
 
 # Builders are imported when needed, because TensorFlow comes with them.
-DATASETS = {"market1501": "data_prep.market1501:Market1501"}
+DATASETS = {"market1501": "data_prep.market1501:Market1501", "synthetic": "data_prep.synthetic:Synthetic"}
+RENDERED = "synthetic"
 
 _INTERRUPTED = 130
 
 # Their own set: importing this module must not add flags to the program that imports it.
 _FLAGS = flags.FlagValues()
 flags.DEFINE_string("dataset", None, f"Name of the data set: {', '.join(DATASETS)}.", flag_values=_FLAGS)
-flags.DEFINE_string("source", None, "Folder or zip file of the raw data set.", flag_values=_FLAGS)
+flags.DEFINE_string(
+    "source",
+    None,
+    "Folder or zip file of the raw data set. For synthetic: a new folder, to keep the rendered images in, or one "
+    "rendered before.",
+    flag_values=_FLAGS,
+)
 flags.DEFINE_string("data_dir", None, "Folder for converted data sets.", flag_values=_FLAGS)
 flags.DEFINE_bool("overwrite", False, "Convert again what is there already.", flag_values=_FLAGS)
 flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=_FLAGS)
+_OPTIONS = {option.name: option for option in dataclasses.fields(Scene)}
+for _name, _option in _OPTIONS.items():
+    _text = f"synthetic: {_option.metadata['help']} (default {str(_option.default).strip('()')})."
+    if _name == "image_size":
+        flags.DEFINE_list(_name, None, _text, flag_values=_FLAGS)
+    else:
+        flags.DEFINE_integer(_name, None, _text, flag_values=_FLAGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +96,7 @@ def convert(
     data_dir: str | os.PathLike[str],
     *,
     source: str | os.PathLike[str] | None = None,
+    scene: Scene | None = None,
     overwrite: bool = False,
     warn: Callable[[str], None] = lambda _: None,
 ) -> Summary | None:
@@ -86,7 +105,8 @@ def convert(
     Args:
       dataset: one of `DATASETS`.
       data_dir: folder for converted data sets.
-      source: folder or zip file of the raw data set.
+      source: folder or zip file of the raw data set; not needed for `synthetic`, see the flag.
+      scene: what to render, for `synthetic`.
       overwrite: replace a data set that is there already.
       warn: called with each difference from the published data set before anything is written.
 
@@ -97,17 +117,16 @@ def convert(
       ConfigError: unknown data set, options that do not go together, or TensorFlow is not installed.
       DataError: the source is missing or damaged, or `data_dir` cannot be written.
     """
-    if dataset not in DATASETS:
-        raise ConfigError(f"dataset={dataset} is unknown: use one of {', '.join(DATASETS)}")
-    if source is None:
-        raise ConfigError(f"dataset={dataset} needs source=PATH: the folder or zip file of the raw data set")
-    begin = time.monotonic()
+    _check(dataset, source, scene)
     root = pathlib.Path(data_dir).expanduser().absolute()
     builder_class = _builder_class(dataset)
     target = root / dataset / str(builder_class.VERSION)
     if (target / records.INFO_FILE).is_file() and not overwrite:
         return None
+    begin = time.monotonic()
     with staging(root, dataset) as stage:
+        if dataset == RENDERED:
+            source = _rendered(source, scene, stage)
         builder = builder_class(source=source, data_dir=str(stage))
         for difference in builder.differences():
             warn(difference)
@@ -123,6 +142,25 @@ def convert(
         distractors=sum(item.pid == 0 for items in splits.values() for item in items),
         seconds=time.monotonic() - begin,
     )
+
+
+def _check(dataset: str, source: object, scene: Scene | None) -> None:
+    if dataset not in DATASETS:
+        raise ConfigError(f"dataset={dataset} is unknown: use one of {', '.join(DATASETS)}")
+    if dataset != RENDERED and scene is not None:
+        raise ConfigError(f"dataset={dataset} is not rendered: leave out {', '.join(_OPTIONS)}")
+    if dataset != RENDERED and source is None:
+        raise ConfigError(f"dataset={dataset} needs source=PATH: the folder or zip file of the raw data set")
+
+
+def _rendered(source: str | os.PathLike[str] | None, scene: Scene | None, stage: pathlib.Path) -> pathlib.Path:
+    """The raw images: in the stage where nobody wants them, or in the source, now or before."""
+    folder = stage / "raw" if source is None else pathlib.Path(source).expanduser()
+    if not folder.exists():
+        pedestrians.render(folder, scene or Scene())
+    elif scene is not None:
+        raise ConfigError(f"source={folder} was rendered before: leave out {', '.join(_OPTIONS)}, or give a new folder")
+    return folder
 
 
 def _builder_class(dataset: str) -> "type[ReidBuilder]":
@@ -196,7 +234,8 @@ def _run(argv: Sequence[str]) -> int:
     summary = convert(
         _FLAGS.dataset,
         _FLAGS.data_dir,
-        source=_FLAGS.source,
+        source=_FLAGS.source or None,
+        scene=_scene(),
         overwrite=_FLAGS.overwrite,
         warn=lambda text: print(f"warning: {text}", file=sys.stderr),
     )
@@ -205,6 +244,17 @@ def _run(argv: Sequence[str]) -> int:
     else:
         print(summary)
     return 0
+
+
+def _scene() -> Scene | None:
+    """The options for rendering, None where none is given."""
+    given: dict[str, Any] = {name: _FLAGS[name].value for name in _OPTIONS if _FLAGS[name].value is not None}
+    if "image_size" in given:
+        try:
+            given["image_size"] = tuple(map(int, given["image_size"]))
+        except ValueError as error:
+            raise ConfigError(f"image_size={','.join(given['image_size'])} must be height,width") from error
+    return Scene(**given) if given else None
 
 
 if __name__ == "__main__":

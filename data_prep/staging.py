@@ -31,10 +31,10 @@ def staging(data_dir: pathlib.Path, dataset: str) -> Iterator[pathlib.Path]:
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         lock = _lock(stage)
+        _empty(stage)
     except OSError as error:
         raise DataError(f"cannot write to {data_dir} ({error.strerror}): give another data_dir") from error
     try:
-        _empty(stage)
         yield stage
     finally:
         shutil.rmtree(stage, ignore_errors=True)
@@ -45,11 +45,26 @@ def staging(data_dir: pathlib.Path, dataset: str) -> Iterator[pathlib.Path]:
 
 
 def publish(folder: pathlib.Path, target: pathlib.Path, stage: pathlib.Path) -> None:
-    """Moves a finished data set from the stage to its place; one that is there already goes with the stage."""
-    target.parent.mkdir(exist_ok=True)
-    if target.exists():
-        os.rename(target, stage / "replaced")
-    os.rename(folder, target)
+    """Moves a finished data set from the stage to its place; one that is there already goes with the stage.
+
+    Raises:
+      DataError: it cannot be moved there.
+    """
+    try:
+        target.parent.mkdir(exist_ok=True)
+        old = stage / "replaced"
+        if target.exists():
+            os.rename(target, old)
+        try:
+            os.rename(folder, target)
+        except OSError:
+            if old.exists():
+                os.rename(old, target)
+            raise
+    except OSError as error:
+        raise DataError(
+            f"cannot write {target} ({error.strerror}): remove what is there, or give another data_dir"
+        ) from error
 
 
 def _lock(stage: pathlib.Path) -> int:

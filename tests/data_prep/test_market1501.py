@@ -1,0 +1,63 @@
+import gzip
+
+import pytest
+
+from data_prep import market1501
+from data_prep.builder import Item, count_ids
+from dmosnet_jax.core.errors import DataError
+
+
+def names(path):
+    with gzip.open(path, "rt") as file:
+        return [line.split("/")[-1] for line in file.read().split()]
+
+
+def test_official_lists_give_the_official_numbers(shared):
+    files = [
+        f"{folder}/{name}"
+        for folder, which in (
+            ("bounding_box_train", "train"),
+            ("query", "query"),
+            ("bounding_box_test", "gallery_with_junk"),
+        )
+        for name in names(shared(f"lists/market1501_{which}.txt.gz"))
+    ]
+    listing = market1501.scan(files)
+    counts = {split: (len(items), count_ids(items)) for split, items in listing.splits.items()}
+    assert counts == market1501.Market1501.OFFICIAL
+    assert counts == {"train": (12_936, 751), "query": (3_368, 750), "gallery": (15_913, 750)}
+    assert listing.junk == 19_732 - 15_913
+    assert sum(item.pid == 0 for item in listing.splits["gallery"]) == 2_798
+    assert {item.camid for items in listing.splits.values() for item in items} == set(range(1, 7))
+
+
+def test_names_are_read():
+    listing = market1501.scan(
+        [
+            "bounding_box_test/-1_c1s1_000401_03.jpg",
+            "bounding_box_test/0000_c6s3_094992_01.jpg.jpg",
+            "bounding_box_test/readme.txt",
+            "bounding_box_train/0002_c1s1_000451_03.jpg",
+            "bounding_box_train/12345_c15s1_000451_03.JPEG",
+            "query/0001_c2s1_000301_00.jpg",
+        ]
+    )
+    assert listing.junk == 1
+    assert listing.splits["gallery"] == [Item("bounding_box_test/0000_c6s3_094992_01.jpg.jpg", 0, 6)]
+    assert [item[1:] for item in listing.splits["train"]] == [(2, 1), (12345, 15)]
+    assert listing.splits["query"] == [Item("query/0001_c2s1_000301_00.jpg", 1, 2)]
+
+
+def test_every_wrong_name_is_listed():
+    wrong = [
+        "bounding_box_train/0000_c1s1_000451_03.jpg",
+        "bounding_box_train/0002_c1_f000451.jpg",
+        "query/0000_c1s1_000451_03.jpg",
+        "query/99999999999_c1s1_000451_03.jpg",
+        "query/me.png",
+    ]
+    with pytest.raises(DataError, match="5 images are not named") as error:
+        market1501.scan([*wrong, "query/0001_c1s1_000451_03.jpg"])
+    assert all(name in str(error.value) for name in wrong)
+    assert "0001_c1s1" not in str(error.value)
+    assert "\n" not in str(error.value)

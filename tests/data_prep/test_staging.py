@@ -1,0 +1,86 @@
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from data_prep import staging
+from dmosnet_jax.core.errors import DataError
+
+
+def test_stage_is_empty_then_gone(tmp_path):
+    root = tmp_path / "a" / "b"
+    with staging.staging(root, "market1501") as stage:
+        assert stage.parent == root
+        assert not list(stage.iterdir())
+        (stage / "folder").mkdir()
+        (stage / "folder" / "file").write_text("x")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(KeyboardInterrupt), staging.staging(root, "market1501"):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "a").exists()
+
+
+def test_what_is_published_stays(tmp_path):
+    target = tmp_path / "data" / "set" / "1.0.0"
+    for content in ("first", "second"):
+        with staging.staging(tmp_path / "data", "set") as stage:
+            (stage / "new").mkdir()
+            (stage / "new" / content).write_text("x")
+            staging.publish(stage / "new", target, stage)
+        assert [p.name for p in target.iterdir()] == [content]
+        assert [p.name for p in (tmp_path / "data").iterdir()] == ["set"]
+
+
+def test_failed_publication_keeps_the_old(tmp_path):
+    target = tmp_path / "set" / "1.0.0"
+    target.mkdir(parents=True)
+    (target / "old").write_text("x")
+    with (
+        staging.staging(tmp_path, "set") as stage,
+        pytest.raises(DataError, match=r"cannot write .*1\.0\.0 \(No such file"),
+    ):
+        staging.publish(stage / "nothing", target, stage)
+    assert [p.name for p in target.iterdir()] == ["old"]
+    with staging.staging(tmp_path, "other") as stage:
+        (stage / "new").mkdir()
+        (tmp_path / "other").write_text("a file where the folder should be")
+        with pytest.raises(DataError, match="File exists"):
+            staging.publish(stage / "new", tmp_path / "other" / "1.0.0", stage)
+
+
+def test_second_conversion_of_the_same_is_refused_while_the_first_runs(tmp_path):
+    code = (
+        "import sys, pathlib, data_prep.staging as s\n"
+        "with s.staging(pathlib.Path(sys.argv[1]), 'set') as stage:\n"
+        "    (stage / 'left').write_text('x'); print('ready', flush=True); sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=pathlib.Path(staging.__file__).parent.parent,
+    )
+    try:
+        assert holder.stdout.readline() == b"ready\n"
+        with pytest.raises(DataError, match="another conversion is writing"), staging.staging(tmp_path, "set"):
+            pass
+        with staging.staging(tmp_path, "other"):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    assert (tmp_path / ".set.incomplete" / "left").exists()
+    # Its lock went with it; its rubbish goes now.
+    with staging.staging(tmp_path, "set") as stage:
+        assert not list(stage.iterdir())
+    assert not list(tmp_path.iterdir())
+
+
+def test_unusable_place_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(DataError, match=r"cannot write to .*: give another data_dir"),
+        staging.staging(tmp_path / "file", "a"),
+    ):
+        pass
