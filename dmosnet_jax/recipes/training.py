@@ -176,8 +176,8 @@ class TrainingRun(abc.ABC):
     def _resume(self, store: Checkpoints, step: int) -> TrainState:
         meta = store.meta(step)
         self._check_same_run(meta, step)
-        params, stats = self.model.init(jax.random.key(0))
-        state = train_state.create(params, stats, self.optimiser, seed=self.config.seed, mesh=self.mesh)
+        params, stats = self.model.shapes()
+        state = train_state.shapes(params, stats, self.optimiser)
         state = store.restore(self.prepare(state, meta["loop"]), step, self.mesh)
         say(f"goes on from step {step} of {self.schedule.total_steps} in {self.workdir}")
         return state

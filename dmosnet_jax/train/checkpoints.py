@@ -50,8 +50,8 @@ def _split(state: TrainState) -> dict[str, Any]:
 
 
 def _join(like: TrainState, model: Mapping[str, Any], train: Mapping[str, Any]) -> TrainState:
-    structure = jax.tree.structure(like.opt_state)
-    opt_state = jax.tree.unflatten(structure, [train["opt"][str(i)] for i in range(structure.num_leaves)])
+    leaves, structure = jax.tree.flatten(like.opt_state)
+    opt_state = jax.tree.unflatten(structure, [train["opt"][str(i)] for i in range(len(leaves))])
     memory = None if like.memory is None else like.memory.replace(**train["memory"])
     return TrainState(train["step"], model["params"], model["stats"], opt_state, train["key"], memory)
 

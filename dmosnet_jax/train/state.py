@@ -1,5 +1,6 @@
 """The training state: everything on the devices that a step reads and writes."""
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -14,8 +15,7 @@ from dmosnet_jax.memory import hybrid
 Tree = dict[str, Any]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """A plain pytree.
 
     Attributes:
@@ -37,12 +37,18 @@ class TrainState:
 
 def create(params: Tree, stats: Tree, optimiser: optax.GradientTransformation, *, seed: int, mesh: Mesh) -> TrainState:
     """A state at step 0, the same on every device of the mesh."""
-
-    def build(params: Tree, stats: Tree) -> TrainState:
-        key = jax.random.key_data(jax.random.key(seed))
-        return TrainState(jnp.zeros((), jnp.int32), params, stats, optimiser.init(params), key)
-
+    build = functools.partial(_build, optimiser=optimiser, seed=seed)
     return jax.jit(build, out_shardings=replicated(mesh))(params, stats)
+
+
+def shapes(params: Tree, stats: Tree, optimiser: optax.GradientTransformation) -> TrainState:
+    """`create` as `jax.ShapeDtypeStruct` leaves, for `checkpoints.Checkpoints.restore`; takes arrays or shapes."""
+    return jax.eval_shape(functools.partial(_build, optimiser=optimiser, seed=0), params, stats)
+
+
+def _build(params: Tree, stats: Tree, *, optimiser: optax.GradientTransformation, seed: int) -> TrainState:
+    key = jax.random.key_data(jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, optimiser.init(params), key)
 
 
 def shardings(state: TrainState, mesh: Mesh) -> TrainState:

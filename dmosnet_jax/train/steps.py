@@ -77,6 +77,7 @@ def spcl_step(model: Model, optimiser: optax.GradientTransformation, config: Any
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         (loss, (stats, features)), gradient = jax.value_and_grad(losses, has_aux=True)(state.params, state, batch)
+        assert state.memory is not None
         memory = hybrid.update(state.memory, features, batch["index"], loss=loss)
         state = _apply_gradient(state, gradient, stats, optimiser).replace(memory=memory)
         return state, {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
