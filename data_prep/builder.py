@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
 from data_prep.raw import RawFiles, open_raw
@@ -138,6 +139,9 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
+    def _example_writer(self) -> tfds.core.ExampleWriter:
+        return _RepeatableWriter(self.info.file_format)
+
     def _split_generators(
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
@@ -167,6 +171,15 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
                 },
             )
             bar.update()
+
+
+class _RepeatableWriter(tfds.core.ExampleWriter):
+    """Writes the features of a record in one order; protobuf's own differs from process to process."""
+
+    def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
+        """See the base class."""
+        parse = tf_example_pb2.Example.FromString
+        return super().write(path, ((key, parse(raw).SerializeToString(deterministic=True)) for key, raw in examples))
 
 
 def count_ids(items: Iterable[Item]) -> int:
