@@ -129,7 +129,7 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
             records.CAMID: np.int64,
             records.FILENAME: tfds.features.Text(),
         }
-        return tfds.core.DatasetInfo(
+        return _LocalInfo(
             builder=self,
             description=self.DESCRIPTION,
             features=tfds.features.FeaturesDict(features),
@@ -171,6 +171,11 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
                 },
             )
             bar.update()
+
+
+class _LocalInfo(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """Does not look for these data sets in Google's bucket, for which a temporary folder would be made and left."""
 
 
 class _RepeatableWriter(tfds.core.ExampleWriter):

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 
@@ -88,6 +89,13 @@ def test_tensorflow_datasets_opens_and_decodes_it(raw, tmp_path):
         assert (example["pid"], example["camid"], example["filename"]) == want
         with Image.open(io.BytesIO(record.image)) as image:
             assert np.abs(np.asarray(image, int) - example["image"]).mean() < 2  # two JPEG decoders
+
+
+def test_no_temporary_files_are_left(raw, tmp_path, monkeypatch):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    convert.convert("market1501", tmp_path / "data", source=raw)
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_indices_are_there_and_fit(raw, tmp_path):
