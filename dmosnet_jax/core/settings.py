@@ -11,14 +11,14 @@ SCHEDULES = ("step", "cosine", "constant")
 def _positive(config: Any, *fields: str) -> None:
     for field in fields:
         value = read(config, field)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise ConfigError(f"{field}={value} must be greater than 0")
 
 
 def _not_negative(config: Any, *fields: str) -> None:
     for field in fields:
         value = read(config, field)
-        if value is not None and value < 0:
+        if value is not None and not value >= 0:
             raise ConfigError(f"{field}={value} must not be negative")
 
 

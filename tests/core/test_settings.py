@@ -1,0 +1,109 @@
+import math
+
+import pytest
+from ml_collections import ConfigDict
+
+from dmosnet_jax.core import settings
+from dmosnet_jax.core.errors import ConfigError, DataError, UserError
+
+
+def config(**fields):
+    """A valid config with some dotted fields changed."""
+    base = {
+        "recipe": "spcl",
+        "seed": 0,
+        "batch_size": 64,
+        "model": {"bn_group_size": 16},
+        "eval": {"batch_size": 128},
+        "data": {"threads": 4, "workers": 0},
+        "sampler": {"instances": 4},
+        "augment": {"flip": 0.5, "pad": 10, "erase": 0.5},
+        "optim": {"learning_rate": 1e-3, "weight_decay": 0.0, "schedule": "step", "warmup_factor": 0.1},
+        "train": {"epochs": 1, "steps_per_epoch": None, "log_every_steps": 1, "checkpoint_every_steps": 1, "keep": 1},
+        "spcl": {"temperature": 0.05, "momentum": 0.2, "k1": 30, "k2": 6, "eps": 0.6, "eps_gap": 0.02},
+        "loss": {"label_smoothing": 0.1},
+    }
+    for field, value in fields.items():
+        node = base
+        *path, last = field.split("__")
+        for part in path:
+            node = node[part]
+        node[last] = value
+    return ConfigDict(base)
+
+
+def test_good_settings_pass():
+    settings.validate(config())
+    settings.validate(ConfigDict({"recipe": "evaluate"}))
+    settings.validate(config(model__bn_group_size=0))
+    # A group as large as the batch or larger is the whole batch.
+    settings.validate(config(batch_size=16, model__bn_group_size=64))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"recipe": "sppcl"},
+            "recipe='sppcl' is not known: use one of quickstart, spcl, supervised, evaluate, extract",
+        ),
+        ({"recipe": None}, "recipe=None is not known"),
+        ({"batch_size": 0}, "batch_size=0 must be greater than 0"),
+        ({"train__epochs": -1}, r"train\.epochs=-1 must be greater than 0"),
+        ({"train__steps_per_epoch": 0}, r"train\.steps_per_epoch=0 must be greater than 0"),
+        ({"train__keep": 0}, r"train\.keep=0 must be greater than 0"),
+        ({"optim__learning_rate": 0.0}, r"optim\.learning_rate=0\.0 must be greater than 0"),
+        ({"optim__learning_rate": math.nan}, r"optim\.learning_rate=nan must be greater than 0"),
+        ({"optim__weight_decay": -1e-4}, r"optim\.weight_decay=-0\.0001 must not be negative"),
+        ({"seed": -1}, "seed=-1 must not be negative"),
+        ({"data__workers": -2}, r"data\.workers=-2 must not be negative"),
+        ({"augment__flip": 1.5}, r"augment\.flip=1\.5 must lie between 0 and 1"),
+        ({"spcl__momentum": -0.1}, r"spcl\.momentum=-0\.1 must lie between 0 and 1"),
+        ({"sampler__instances": 5}, r"batch_size=64 is not a multiple of sampler\.instances=5: use 60 or change"),
+        ({"sampler__instances": 80}, r"batch_size=64 is not a multiple of sampler\.instances=80: use 80 or change"),
+        ({"model__bn_group_size": 24}, r"batch_size=64 is not a multiple of model\.bn_group_size=24: use a divisor"),
+        ({"optim__schedule": "linear"}, r"optim\.schedule='linear' is not known: use one of step, cosine, constant"),
+        ({"spcl__eps_gap": 0.6}, r"spcl\.eps_gap=0\.6 must be at least 0 and less than spcl\.eps=0\.6"),
+        ({"spcl__eps_gap": -0.01}, r"spcl\.eps_gap=-0\.01 must be at least 0"),
+    ],
+)
+def test_bad_settings_name_field_value_and_fix(fields, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        settings.validate(config(**fields))
+    assert "\n" not in str(error.value)
+
+
+def test_read_follows_dots_and_ends_where_the_path_does():
+    node = ConfigDict({"a": {"b": {"c": 3}}, "n": None})
+    assert settings.read(node, "a.b.c") == 3
+    assert settings.read(node, "a.x.c") is None
+    assert settings.read(node, "n.c") is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [
+        ({"warmup_steps": 2000}, 2000),
+        ({"warmup_epochs": 1.5}, 150),
+        ({"warmup_examples": 640}, 10),
+        ({"warmup_examples": 0}, 0),
+        ({"warmup_steps": None, "warmup_epochs": 2}, 200),
+        ({}, None),
+    ],
+)
+def test_durations_in_steps(fields, steps):
+    found = settings.duration_steps(ConfigDict(fields), "warmup", steps_per_epoch=100, examples_per_step=64)
+    assert found == steps
+    assert found is None or type(found) is int
+
+
+def test_a_duration_is_given_once():
+    node = ConfigDict({"warmup_steps": 5, "warmup_epochs": 1})
+    with pytest.raises(ConfigError, match="warmup_steps=5, warmup_epochs=1: give one of them"):
+        settings.duration_steps(node, "warmup", steps_per_epoch=100, examples_per_step=64)
+
+
+def test_exit_statuses():
+    assert (ConfigError.exit_status, DataError.exit_status) == (2, 1)
+    assert issubclass(ConfigError, UserError)
+    assert issubclass(DataError, UserError)
