@@ -1,7 +1,7 @@
 """PyTorch weights as `(params, stats)` of our models, without torch.
 
     state_dict = torch_import.load("osnet_x0_25_market1501.pth")
-    model = models.build("osnet_x0_25", neck=torch_import.infer_neck(state_dict))
+    model = models.build(**torch_import.describe(state_dict))
     params, stats = torch_import.convert(state_dict, model)
 
 `load` never executes what is in the file (see `inert_pickle`); `convert` checks names and shapes in both directions and
@@ -18,9 +18,24 @@ import numpy as np
 
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.export import layouts
+from dmosnet_jax.export.identify import describe, infer_neck, infer_num_classes, infer_pool, layout
 from dmosnet_jax.export.inert_pickle import printable
 from dmosnet_jax.export.torch_file import read_tensors
 from dmosnet_jax.export.torch_pickle import TensorRef
+
+__all__ = [
+    "HEADS",
+    "Conversion",
+    "convert",
+    "describe",
+    "fill",
+    "infer_neck",
+    "infer_num_classes",
+    "infer_pool",
+    "layout",
+    "load",
+    "plan",
+]
 
 Tree = dict[str, Any]
 StateDict = Mapping[str, np.ndarray]
@@ -119,40 +134,6 @@ def _search(node: Any, depth: int, seen: set[int]) -> dict[str, TensorRef]:
         if found := _search(node.get(key), depth + 1, seen):
             return found
     return {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, TensorRef)}
-
-
-def layout(state_dict: StateDict) -> str:
-    """Name of the layout: "torchreid", "fastreid", "openunreid", "spcl" or "torchvision".
-
-    Raises:
-        DataError: the names follow none of them.
-    """
-    return layouts.recognise(state_dict).name
-
-
-def infer_neck(state_dict: StateDict) -> str | None:
-    """The neck that the weights have: "fc", "bnneck", or None for a backbone alone."""
-    names = _target_names(state_dict)
-    if "fc.0.weight" in names:
-        return "fc"
-    return "bnneck" if "bottleneck.running_mean" in names else None
-
-
-def infer_pool(state_dict: StateDict) -> str:
-    """The pooling that the weights have: "gem" (a learned exponent) or "avg"."""
-    return "gem" if "pool.p" in _target_names(state_dict) else "avg"
-
-
-def infer_num_classes(state_dict: StateDict) -> int:
-    """Number of classes of the classifier in the file, 0 for none."""
-    source = _target_names(state_dict).get("classifier.weight")
-    return 0 if source is None or state_dict[source].ndim != 2 else int(state_dict[source].shape[0])
-
-
-def _target_names(state_dict: StateDict, domain: int = -1) -> dict[str, str]:
-    """Names in the file by their common name."""
-    renamed = layouts.rename(state_dict, layouts.recognise(state_dict), domain)
-    return {target: name for name, target in renamed.items() if target is not None}
 
 
 def convert(

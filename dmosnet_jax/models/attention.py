@@ -10,6 +10,7 @@ from flax import nnx
 
 from dmosnet_jax.models.layers import Conv, average_pool
 from dmosnet_jax.models.norms import BatchNorm
+from dmosnet_jax.models.precision import wide_type
 
 HEAD_DIM = 32
 GRID = 8
@@ -33,10 +34,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         v: `[..., K, heads, dim]`.
 
     Returns:
-        `[..., Q, heads, dim]` in the dtype of `v`; the softmax runs in float32.
+        `[..., Q, heads, dim]` in the dtype of `v`; the softmax runs in at least float32.
     """
     scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    scores = jnp.einsum("...qhd,...khd->...hqk", q * scale, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("...qhd,...khd->...hqk", q * scale, k, preferred_element_type=wide_type(q))
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("...hqk,...khd->...qhd", weights, v)
 

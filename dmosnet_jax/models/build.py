@@ -10,21 +10,27 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dmosnet_jax.core.errors import ConfigError
-from dmosnet_jax.models.attention import GRID
 from dmosnet_jax.models.functional import Functional, Tree
 from dmosnet_jax.models.heads import Head, HeadSettings
-from dmosnet_jax.models.osnet import CHANNELS, OSNet, OSNetSettings
+from dmosnet_jax.models.osnet import CHANNELS, OSNetSettings
+from dmosnet_jax.models.osnet_ain import AINSettings
+from dmosnet_jax.models.resnet import VARIANTS, ResNetSettings
 
-NECKS = ("bnneck", "fc")
+NECKS = ("bnneck", "fc", "none")
 POOLS = ("avg", "gem")
-DTYPES = ("float32", "bfloat16")
+CLASSIFIERS = ("linear", "circle")
+DTYPES = ("float32", "bfloat16", "float64")
+
+# Every kind has `width`, `unit` and `create(rngs)`.
+BackboneSettings = OSNetSettings | AINSettings | ResNetSettings
 
 
-def _registry() -> dict[str, OSNetSettings]:
-    models = {}
+def _registry() -> dict[str, BackboneSettings]:
+    models: dict[str, BackboneSettings] = {"resnet50": ResNetSettings(), "resnet50_ibn_a": ResNetSettings(ibn=True)}
     for width, channels in CHANNELS.items():
         models[f"osnet_{width}"] = OSNetSettings(channels)
         models[f"osnet_ibn_{width}"] = OSNetSettings(channels, ibn=True)
+        models[f"osnet_ain_{width}"] = AINSettings(channels)
         models[f"dmosnet_{width}"] = OSNetSettings(channels, attention=(1, 0, 0))
         models[f"dmosnet_ibn_{width}"] = OSNetSettings(channels, ibn=True, attention=(1, 0, 0))
     return models
@@ -41,9 +47,9 @@ def names() -> list[str]:
 class _Network(nnx.Module):
     """Backbone and head; the reference keeps both in one namespace, so they are attributes of one module there too."""
 
-    def __init__(self, backbone: OSNetSettings, head: HeadSettings, dtype: str, rngs: nnx.Rngs):
-        self.backbone = OSNet(backbone, rngs=rngs)
-        self.head = Head(self.backbone.width, head, rngs=rngs)
+    def __init__(self, backbone: BackboneSettings, head: HeadSettings, dtype: str, rngs: nnx.Rngs):
+        self.backbone: Any = backbone.create(rngs)
+        self.head = Head(backbone.width, head, rngs=rngs)
         self.dtype = dtype
 
     def __call__(self, images: jax.Array, *, train: bool, stages: bool = False) -> dict[str, Any]:
@@ -59,8 +65,10 @@ class Model:
     Attributes:
         name: registry name.
         attention: DL-MHSA mask over conv2, conv3, conv4.
-        neck: "fc" or "bnneck".
+        neck: "fc", "bnneck" or "none".
         pool: "avg" or "gem".
+        classifier: "linear" or "circle".
+        variant: whose ResNet, a key of `resnet.VARIANTS`; "" for other networks.
         num_classes: classifier size, 0 for none.
         bn_group_size: images that share batch statistics.
         dtype: compute dtype; parameters and statistics stay float32.
@@ -71,6 +79,8 @@ class Model:
     attention: tuple[int, int, int]
     neck: str
     pool: str
+    classifier: str
+    variant: str
     num_classes: int
     bn_group_size: int | None
     dtype: str
@@ -78,15 +88,19 @@ class Model:
 
     @functools.cached_property
     def _functional(self) -> Functional:
-        base = _MODELS[self.name]
-        backbone = dataclasses.replace(base, attention=self.attention, bn_group_size=self.bn_group_size)
-        head = HeadSettings(self.neck, self.pool, self.num_classes, self.bn_group_size)
-        return Functional(lambda rngs: _Network(backbone, head, self.dtype, rngs))
+        backbone = dataclasses.replace(
+            _backbone(self.name, self.attention, self.variant), bn_group_size=self.bn_group_size
+        )
+        return Functional(lambda rngs: _Network(backbone, self._head, self.dtype, rngs))
+
+    @property
+    def _head(self) -> HeadSettings:
+        return HeadSettings(self.neck, self.pool, self.classifier, self.num_classes, self.bn_group_size)
 
     @property
     def feature_dim(self) -> int:
         """Size E of the test-time feature."""
-        return 512 if self.neck == "fc" else _MODELS[self.name].channels[-1]
+        return self._head.feature_dim(_MODELS[self.name].width)
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
         """Fresh float32 `(params, stats)`, nested dicts named as in the reference implementations."""
@@ -136,7 +150,28 @@ def _one_of(field: str, value: Any, known: Sequence[Any]) -> Any:
     return value
 
 
-def check_image_size(image_size: Sequence[int], attention: Sequence[int]) -> tuple[int, int]:
+def _backbone(name: str, attention: Sequence[int] | None, variant: str | None) -> BackboneSettings:
+    """The registry's settings with a mask and a variant, where the family has such.
+
+    Raises:
+        ConfigError: the family has not.
+    """
+    base = _MODELS[name]
+    mask = None if attention is None else tuple(int(bool(flag)) for flag in attention)
+    if mask is not None and len(mask) != 3:
+        raise ConfigError(f"model.attention={attention!r} must be three flags for conv2, conv3, conv4, e.g. (1, 0, 0)")
+    if variant and not isinstance(base, ResNetSettings):
+        raise ConfigError(f"model.variant={variant!r} is for resnet50 and resnet50_ibn_a: leave it out for {name}")
+    if isinstance(base, OSNetSettings):
+        return base if mask is None else dataclasses.replace(base, attention=mask)
+    if mask is not None and any(mask):
+        raise ConfigError(f"model.attention={attention!r} is for osnet_* and dmosnet_*: leave it out for {name}")
+    if isinstance(base, ResNetSettings) and variant:
+        return dataclasses.replace(base, variant=_one_of("variant", variant, tuple(VARIANTS)))
+    return base
+
+
+def _check_image_size(image_size: Sequence[int], unit: int) -> tuple[int, int]:
     """Validates an input size.
 
     The stem and the transitions halve the map four times; a stage with attention needs a map of whole 8x8 windows.
@@ -147,15 +182,13 @@ def check_image_size(image_size: Sequence[int], attention: Sequence[int]) -> tup
     if len(tuple(image_size)) != 2:
         raise ConfigError(f"image_size={tuple(image_size)} must be (height, width), e.g. (256, 128)")
     height, width = (int(side) for side in image_size)
-    strides = [GRID * 4 * 2**stage for stage, used in enumerate(attention) if used]
-    unit = max([16, *strides])
     wrong = [(name, side) for name, side in (("height", height), ("width", width)) if side < unit or side % unit]
     if wrong:
         name, side = wrong[0]
-        below, above = max(side // unit, 1) * unit, (side // unit + 1) * unit
+        below, above = max(side // unit, 1) * unit, max(side // unit + 1, 1) * unit
         near = f"{below}" if below == above else f"{below} or {above}"
         raise ConfigError(
-            f"image_size={(height, width)}: the {name} must be a multiple of {unit} for attention={tuple(attention)}: "
+            f"image_size={(height, width)}: the {name} must be a multiple of {unit} for this network: "
             f"the nearest that work are {near}"
         )
     return height, width
@@ -167,6 +200,8 @@ def build(
     attention: Sequence[int] | None = None,
     neck: str | None = None,
     pool: str = "avg",
+    classifier: str = "linear",
+    variant: str | None = None,
     num_classes: int = 0,
     bn_group_size: int | None = None,
     dtype: str = "float32",
@@ -178,31 +213,33 @@ def build(
         name: one of `names()`.
         attention: DL-MHSA mask over conv2, conv3, conv4; the default is the paper's (1, 0, 0) for `dmosnet_*` and none
             for `osnet_*`.
-        neck: "fc" (torchreid's 512-d embedding) or "bnneck"; default "bnneck".
+        neck: "fc" (torchreid's 512-d embedding), "bnneck" or "none"; default "bnneck".
         pool: "avg" or "gem".
+        classifier: "linear" or "circle".
+        variant: for ResNets, whose: "spcl" (also OpenUnReID; last stride 1, the default), "fastreid" (as that, with
+            another max pool) or "torchreid" (last stride 2).
         num_classes: classifier size, 0 for none.
         bn_group_size: images that share batch statistics in training, None for the whole batch.
-        dtype: compute dtype, "float32" or "bfloat16".
+        dtype: compute dtype, "float32", "bfloat16" or, to compare implementations, "float64" (with `jax_enable_x64`).
         image_size: (height, width).
 
     Raises:
         ConfigError: an unknown name or option, or an input size that the network can't take.
     """
-    base = _MODELS[_one_of("name", name, names())]
-    mask = tuple(int(bool(flag)) for flag in (base.attention if attention is None else attention))
-    if len(mask) != 3:
-        raise ConfigError(f"model.attention={attention!r} must be three flags for conv2, conv3, conv4, e.g. (1, 0, 0)")
+    backbone = _backbone(_one_of("name", name, names()), attention, variant)
     if num_classes < 0:
         raise ConfigError(f"model.num_classes={num_classes} must be 0 (no classifier) or more")
     if bn_group_size is not None and bn_group_size < 2:
         raise ConfigError(f"model.bn_group_size={bn_group_size} must be at least 2, or None for the whole batch")
     return Model(
         name=name,
-        attention=mask,
+        attention=backbone.attention if isinstance(backbone, OSNetSettings) else (0, 0, 0),
         neck=_one_of("neck", neck or "bnneck", NECKS),
         pool=_one_of("pool", pool, POOLS),
+        classifier=_one_of("classifier", classifier, CLASSIFIERS),
+        variant=backbone.variant if isinstance(backbone, ResNetSettings) else "",
         num_classes=int(num_classes),
         bn_group_size=bn_group_size,
         dtype=_one_of("dtype", dtype, DTYPES),
-        image_size=check_image_size(image_size, mask),
+        image_size=_check_image_size(image_size, backbone.unit),
     )

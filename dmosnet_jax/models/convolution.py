@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dmosnet_jax.models.precision import wide_type, widened
+
 # Above this many elements the scan beats one fused reduction on CPU.
 _SCAN_FROM_ELEMENTS = 1 << 19
 _POINTWISE_PARTS = 8
@@ -41,9 +43,9 @@ def _pointwise_forward(x, kernel):
 
 
 def _product_over_positions(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Sum over all positions of the outer products, `[I, O]` in float32."""
+    """Sum over all positions of the outer products, `[I, O]` in at least float32."""
     rows = tuple(range(x.ndim - 1))
-    return lax.dot_general(x, gradient, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(x, gradient, ((rows, rows), ((), ())), preferred_element_type=wide_type(x))
 
 
 def _pointwise_backward(saved, gradient):
@@ -51,7 +53,7 @@ def _pointwise_backward(saved, gradient):
     dx = lax.dot_general(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())))
     if _scan_pays(x) and x.shape[0] % _POINTWISE_PARTS == 0:
         parts = [a.reshape(_POINTWISE_PARTS, -1, a.shape[-1]) for a in (x, gradient)]
-        start = jnp.zeros(kernel.shape, jnp.float32)
+        start = jnp.zeros(kernel.shape, wide_type(x))
         total, _ = lax.scan(lambda total, part: (total + _product_over_positions(*part), None), start, tuple(parts))
     else:
         total = _product_over_positions(x, gradient)
@@ -91,16 +93,16 @@ def _depthwise_forward(x, kernel):
 
 
 def _taps_by_reduction(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    gradient = gradient.astype(jnp.float32)
-    return jnp.stack([jnp.sum(w.astype(jnp.float32) * gradient, axis=(0, 1, 2)) for w in _windows(x)])
+    gradient = widened(gradient)
+    return jnp.stack([jnp.sum(widened(w) * gradient, axis=(0, 1, 2)) for w in _windows(x)])
 
 
 def _taps_by_scan(x: jax.Array, gradient: jax.Array) -> jax.Array:
     def add_image(totals, pair):
-        image, image_gradient = (a.astype(jnp.float32) for a in pair)
+        image, image_gradient = map(widened, pair)
         return tuple(t + w * image_gradient for t, w in zip(totals, _windows(image), strict=True)), None
 
-    zeros = tuple(jnp.zeros(x.shape[1:], jnp.float32) for _ in range(9))
+    zeros = tuple(jnp.zeros(x.shape[1:], wide_type(x)) for _ in range(9))
     totals, _ = lax.scan(add_image, zeros, (x, gradient))
     return jnp.stack([jnp.sum(total, axis=(0, 1)) for total in totals])
 

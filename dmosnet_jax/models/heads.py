@@ -8,6 +8,7 @@ from flax import nnx
 
 from dmosnet_jax.models.layers import Linear
 from dmosnet_jax.models.norms import BatchNorm
+from dmosnet_jax.models.precision import widened
 
 EMBEDDING = 512
 
@@ -17,16 +18,23 @@ class HeadSettings:
     """What distinguishes the heads.
 
     Attributes:
-        neck: "fc" (torchreid: linear to 512, norm, ReLU) or "bnneck" (fast-reid, SpCL: norm of the pooled map).
+        neck: "fc" (torchreid's OSNet: linear to 512, norm, ReLU), "bnneck" (fast-reid, SpCL: norm of the pooled map)
+            or "none" (torchreid's and torchvision's ResNet: the pooled map itself).
         pool: "avg" or "gem" (generalised mean with a learned exponent, Radenovic et al. 2018).
+        classifier: "linear", or "circle": its logits are cosines, for `losses.identity.circle_logits`.
         num_classes: classes of the classifier, 0 for none.
         bn_group_size: images that share batch statistics, None for the whole batch.
     """
 
     neck: str = "bnneck"
     pool: str = "avg"
+    classifier: str = "linear"
     num_classes: int = 0
     bn_group_size: int | None = None
+
+    def feature_dim(self, width: int) -> int:
+        """Size of the test-time feature over a backbone of `width` channels."""
+        return EMBEDDING if self.neck == "fc" else width
 
 
 class GeneralizedMean(nnx.Module):
@@ -36,9 +44,9 @@ class GeneralizedMean(nnx.Module):
         self.p = nnx.Param(jnp.full((1,), 3.0, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        p = self.p[...][None, None, None, :]
-        powered = jnp.maximum(x.astype(jnp.float32), 1e-6) ** p
-        return jnp.mean(powered, axis=(1, 2)) ** (1.0 / self.p[...][None, :])
+        clipped = jnp.maximum(widened(x), 1e-6)
+        p = self.p[...].astype(clipped.dtype)
+        return jnp.mean(clipped ** p[None, None, None, :], axis=(1, 2)) ** (1.0 / p[None, :])
 
 
 class Head(nnx.Module):
@@ -51,16 +59,15 @@ class Head(nnx.Module):
         if settings.neck == "fc":
             norm = BatchNorm(EMBEDDING, group_size=settings.bn_group_size)
             self.fc = nnx.List([Linear(width, EMBEDDING, rngs=rngs), norm])
-        else:
+        elif settings.neck == "bnneck":
             self.bottleneck = BatchNorm(width, group_size=settings.bn_group_size)
-        self.feature_dim = EMBEDDING if settings.neck == "fc" else width
         if settings.num_classes:
-            # torchreid's classifier has a bias, a BNNeck's must not (Luo et al., "Bag of Tricks").
-            bias, std = (True, 0.01) if settings.neck == "fc" else (False, 0.001)
-            self.classifier = Linear(self.feature_dim, settings.num_classes, bias=bias, std=std, rngs=rngs)
+            # torchreid's classifier has a bias, a BNNeck's must not (Luo et al., "Bag of Tricks"), and cosines can't.
+            bias = settings.neck != "bnneck" and settings.classifier == "linear"
+            self.classifier = Linear(settings.feature_dim(width), settings.num_classes, bias=bias, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """Head outputs, all float32.
+        """Head outputs, all float32 (float64 with that compute dtype).
 
         Args:
             x: backbone map `[B, H, W, C]`.
@@ -68,18 +75,39 @@ class Head(nnx.Module):
 
         Returns:
             `pooled` [B, C]; `embedding` [B, E], what the triplet loss sees; `feature` [B, E], what the test and SpCL
-            see (not L2-normalised); with a classifier, `logits` [B, num_classes].
+            see (not L2-normalised); with a classifier, `logits` [B, num_classes], which are cosines where it is
+            "circle".
         """
         if self.settings.pool == "gem":
             pooled = self.pool(x)
         else:
-            pooled = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+            pooled = jnp.mean(widened(x), axis=(1, 2))
+        embedding = feature = pooled
         if self.settings.neck == "fc":
-            feature = jax.nn.relu(self.fc[1](self.fc[0](pooled), train=train))
-            embedding = feature
-        else:
-            feature, embedding = self.bottleneck(pooled, train=train), pooled
+            embedding = feature = jax.nn.relu(self.fc[1](self.fc[0](pooled), train=train))
+        elif self.settings.neck == "bnneck":
+            feature = self.bottleneck(pooled, train=train)
         outputs = {"pooled": pooled, "embedding": embedding, "feature": feature}
-        if self.settings.num_classes:
+        if self.settings.num_classes and self.settings.classifier == "circle":
+            outputs["logits"] = cosines(feature, self.classifier.kernel[...].astype(feature.dtype))
+        elif self.settings.num_classes:
             outputs["logits"] = self.classifier(feature)
         return outputs
+
+
+def cosines(features: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Cosine of every feature with every column.
+
+    Args:
+        features: float32 `[B, E]`.
+        kernel: float32 `[E, C]`, one class a column.
+
+    Returns:
+        float32 `[B, C]` in [-1, 1]; 0 for zero vectors.
+    """
+    return jnp.matmul(_unit(features, 1), _unit(kernel, 0), precision=jax.lax.Precision.HIGHEST)
+
+
+def _unit(x: jax.Array, axis: int) -> jax.Array:
+    # Clipped inside the root: a zero vector has a finite (zero) gradient.
+    return x / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=axis, keepdims=True), 1e-24))

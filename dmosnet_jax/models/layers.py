@@ -49,8 +49,8 @@ class Conv(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype)
         if self.depthwise:
             y = depthwise3x3(x, kernel)
-        elif self.size == 1 and self.stride == 1:
-            y = pointwise(x, kernel[0, 0])
+        elif self.size == 1:
+            y = pointwise(x[:, :: self.stride, :: self.stride], kernel[0, 0])
         else:
             pad = (self.size - 1) // 2
             y = lax.conv_general_dilated(
@@ -66,10 +66,10 @@ class Conv(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """Affine map of the last axis, normal(0, 0.01) initialised as in torchreid."""
+    """Affine map of the last axis, normal(0, 0.01) initialised as in torchreid and fast-reid."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, std: float = 0.01, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32))
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(0.01 * jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32))
         if bias:
             self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
         self.has_bias = bias
@@ -80,21 +80,28 @@ class Linear(nnx.Module):
         return y + self.bias[...].astype(y.dtype)[None, :] if self.has_bias else y
 
 
-def _halve_by_max(x: jax.Array, axis: int) -> jax.Array:
-    """Maximum over windows of three with stride 2 and padding 1 along one axis of even length."""
+def _halve_by_max(x: jax.Array, axis: int, padded: bool) -> jax.Array:
+    """Maximum over windows of three with stride 2 along one axis of even length; see `max_pool3x3`."""
     even, odd = (lax.slice_in_dim(x, start, None, 2, axis) for start in (0, 1))
-    last = lax.slice_in_dim(odd, 0, odd.shape[axis] - 1, axis=axis)
     border = jnp.full_like(lax.slice_in_dim(odd, 0, 1, axis=axis), -jnp.inf)
-    before = lax.concatenate([border, last], axis)
-    return jnp.maximum(jnp.maximum(before, even), odd)
+    if padded:
+        third = lax.concatenate([border, lax.slice_in_dim(odd, 0, odd.shape[axis] - 1, axis=axis)], axis)
+    else:
+        third = lax.concatenate([lax.slice_in_dim(even, 1, None, axis=axis), border], axis)
+    return jnp.maximum(jnp.maximum(third, even), odd)
 
 
-def max_pool3x3(x: jax.Array) -> jax.Array:
-    """Max pooling 3x3, stride 2, padding 1 over `[B, H, W, C]` with even H and W.
+def max_pool3x3(x: jax.Array, *, padded: bool = True) -> jax.Array:
+    """Max pooling 3x3 with stride 2 over `[B, H, W, C]` with even H and W.
 
     One axis after the other: the gradient of a windowed reduction is a scatter, this one's is selection.
+
+    Args:
+        x: the map.
+        padded: windows are centred on even rows and columns (PyTorch's `padding=1`); otherwise they start there and
+            the last one is cut (`ceil_mode=True`).
     """
-    return _halve_by_max(_halve_by_max(x, 2), 1)
+    return _halve_by_max(_halve_by_max(x, 2, padded), 1, padded)
 
 
 def average_pool(x: jax.Array, size: int) -> jax.Array:

@@ -1,9 +1,11 @@
-"""Batch and instance normalisation, NHWC, in float32 whatever the compute dtype."""
+"""Batch and instance normalisation, NHWC, in at least float32 whatever the compute dtype."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+
+from dmosnet_jax.models.precision import widened
 
 NORM_EPSILON = 1e-5
 
@@ -13,9 +15,9 @@ def normalise_groups(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[j
     """Normalises groups by their own statistics.
 
     Args:
-        x: `[groups, size, ..., C]` float32.
-        scale: `[C]`.
-        bias: `[C]`.
+        x: `[groups, size, ..., C]`, float32 or float64.
+        scale: `[C]`, same dtype.
+        bias: `[C]`, same dtype.
 
     Returns:
         The normalised array, and the groups' means and biased variances `[groups, C]`, which carry no gradient.
@@ -74,26 +76,24 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Normalises `[B, ..., C]`, dtype kept; with `train` it also moves the running statistics."""
-        scale, bias = self.scale[...], self.bias[...]
-        shape = x.shape
+        shape, wide = x.shape, widened(x)
+        scale, bias = self.scale[...].astype(wide.dtype), self.bias[...].astype(wide.dtype)
         if not train:
-            factor = scale * lax.rsqrt(self.var[...] + NORM_EPSILON)
-            offset = bias - self.mean[...] * factor
+            factor = scale * lax.rsqrt(self.var[...].astype(wide.dtype) + NORM_EPSILON)
+            offset = bias - self.mean[...].astype(wide.dtype) * factor
             broadcast = (1,) * (x.ndim - 1) + shape[-1:]
-            y = x.astype(jnp.float32) * factor.reshape(broadcast) + offset.reshape(broadcast)
-            return y.astype(x.dtype)
+            return (wide * factor.reshape(broadcast) + offset.reshape(broadcast)).astype(x.dtype)
         size = group_of(shape[0], self.group_size)
-        grouped = x.astype(jnp.float32).reshape(shape[0] // size, size, *shape[1:])
+        grouped = wide.reshape(shape[0] // size, size, *shape[1:])
         y, mean, var = normalise_groups(grouped, scale, bias)
         self._move(mean, var, grouped.size // mean.size)
         return y.reshape(shape).astype(x.dtype)
 
     def _move(self, mean: jax.Array, var: jax.Array, count: int) -> None:
         unbiased = jnp.mean(var, axis=0) * (count / max(count - 1, 1))
-        self.mean[...] = lax.stop_gradient(
-            (1 - self.momentum) * self.mean[...] + self.momentum * jnp.mean(mean, axis=0)
-        )
-        self.var[...] = lax.stop_gradient((1 - self.momentum) * self.var[...] + self.momentum * unbiased)
+        for running, batch in ((self.mean, jnp.mean(mean, axis=0)), (self.var, unbiased)):
+            fresh = lax.stop_gradient(batch).astype(jnp.float32)
+            running[...] = (1 - self.momentum) * running[...] + self.momentum * fresh
 
 
 def group_of(batch: int, group_size: int | None) -> int:
@@ -118,8 +118,9 @@ class InstanceNorm(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Normalises `[B, H, W, C]`, dtype kept; `train` is accepted so that norms are interchangeable."""
         del train
-        y = x.astype(jnp.float32)
+        y = widened(x)
+        scale, bias = (p[...].astype(y.dtype)[None, None, None, :] for p in (self.scale, self.bias))
         mean = jnp.mean(y, axis=(1, 2), keepdims=True)
         var = jnp.maximum(jnp.mean(jnp.square(y), axis=(1, 2), keepdims=True) - jnp.square(mean), 0.0)
-        factor = self.scale[...][None, None, None, :] * lax.rsqrt(var + NORM_EPSILON)
-        return ((y - mean) * factor + self.bias[...][None, None, None, :]).astype(x.dtype)
+        factor = scale * lax.rsqrt(var + NORM_EPSILON)
+        return ((y - mean) * factor + bias).astype(x.dtype)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dmosnet_jax.models.attention import DoubleLayerAttention
+from dmosnet_jax.models.attention import GRID, DoubleLayerAttention
 from dmosnet_jax.models.layers import Conv, average_pool, max_pool3x3
 from dmosnet_jax.models.norms import BatchNorm, InstanceNorm
 
@@ -39,6 +39,20 @@ class OSNetSettings:
     ibn: bool = False
     attention: tuple[int, int, int] = (0, 0, 0)
     bn_group_size: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Channels of the last map."""
+        return self.channels[-1]
+
+    @property
+    def unit(self) -> int:
+        """What height and width must be multiples of: four halvings, and whole windows where there is attention."""
+        return max([16, *(GRID * 4 * 2**stage for stage, used in enumerate(self.attention) if used)])
+
+    def create(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The backbone."""
+        return OSNet(self, rngs=rngs)
 
 
 class ConvUnit(nnx.Module):
@@ -154,7 +168,6 @@ class OSNet(nnx.Module):
                 layers.append(nnx.List([ConvUnit(outputs, outputs, **options)]))
             setattr(self, f"conv{stage + 2}", nnx.List(layers))
         self.conv5 = ConvUnit(widths[-1], widths[-1], **options)
-        self.width = widths[-1]
 
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Features of normalised images.

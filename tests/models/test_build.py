@@ -120,7 +120,7 @@ def test_heads_have_32_channels_where_that_divides_the_width(channels, wanted):
         ({"name": "osnet"}, "model.name='osnet' is not known: use one of dmosnet_"),
         ({"neck": "bn"}, "model.neck='bn' is not known: use one of bnneck, fc"),
         ({"pool": "max"}, "model.pool='max' is not known: use one of avg, gem"),
-        ({"dtype": "float16"}, "model.dtype='float16' is not known: use one of float32, bfloat16"),
+        ({"dtype": "float16"}, "model.dtype='float16' is not known: use one of float32, bfloat16, float64"),
         ({"attention": (1, 0)}, r"model.attention=(1, 0) must be three flags"),
         ({"num_classes": -1}, "model.num_classes=-1"),
         ({"bn_group_size": 1}, "model.bn_group_size=1 must be at least 2"),
