@@ -1,4 +1,4 @@
-"""Identity classification: cross-entropy with label smoothing, and top-1 accuracy."""
+"""Identity classification: cross-entropy with label smoothing, circle-softmax logits, and top-1 accuracy."""
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,36 @@ def cross_entropy(
         loss -= epsilon / (classes - 1) * (jnp.sum(log_probs, axis=1) - target)
     loss = jnp.where(jnp.any(hits, axis=1), loss, jnp.nan)
     return _mean(loss, mask)
+
+
+def circle_logits(cosines: jax.Array, labels: jax.Array, *, scale: float = 64.0, margin: float = 0.35) -> jax.Array:
+    """Logits of the circle softmax (Sun et al. 2020, "Circle Loss", eq. 7, with class weights as proxies).
+
+    Follows fast-reid's `CircleSoftmax` (`fastreid/layers/any_softmax.py`): with cosine s, the target's logit is
+    `scale * max(1 + margin - s, 0) * (s - 1 + margin)` and another class's `scale * max(s + margin, 0) * (s - margin)`;
+    the factors with max carry no gradient. Give the result to `cross_entropy`, and the cosines to `accuracy`.
+
+    Args:
+      cosines: [B, C] floating point in [-1, 1]; computed in float32.
+      labels: [B] integers in [0, C); a row with another value has no target.
+      scale: temperature, > 0.
+      margin: > 0.
+
+    Returns:
+      float32 [B, C].
+
+    Raises:
+      ValueError: shapes or dtypes do not fit, or scale or margin is not positive; raised while tracing.
+    """
+    _check(cosines, labels, None)
+    if not (scale > 0.0 and margin > 0.0):
+        raise ValueError(f"circle_logits: scale={scale} and margin={margin} must be positive")
+    cosines = cosines.astype(jnp.float32)
+    fixed = jax.lax.stop_gradient(cosines)
+    target = jnp.maximum(1.0 + margin - fixed, 0.0) * (cosines - (1.0 - margin))
+    other = jnp.maximum(fixed + margin, 0.0) * (cosines - margin)
+    hits = labels[:, None] == jnp.arange(cosines.shape[1], dtype=labels.dtype)[None, :]
+    return scale * jnp.where(hits, target, other)
 
 
 def accuracy(logits: jax.Array, labels: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:

@@ -124,3 +124,46 @@ def test_sharded_equals_unsharded(batch):
 def test_misfits_raise_while_tracing(logits, labels, options, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda x, y: identity.cross_entropy(x, y, **options), logits, labels)
+
+
+@pytest.fixture
+def cosines(rng):
+    return rng.uniform(-1, 1, (24, 11)).astype(np.float32), rng.integers(0, 11, 24).astype(np.int32)
+
+
+def test_circle_logits_follow_the_definition(cosines):
+    values, labels = cosines
+    got = identity.circle_logits(jnp.asarray(values), jnp.asarray(labels), scale=32.0, margin=0.25)
+    assert got.dtype == jnp.float32
+    for row in range(24):
+        for column in range(11):
+            s = float(values[row, column])
+            if column == labels[row]:
+                wanted = 32 * max(1.25 - s, 0) * (s - 0.75)
+            else:
+                wanted = 32 * max(s + 0.25, 0) * (s - 0.25)
+            assert got[row, column] == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+def test_circle_logits_weigh_the_gradient_and_do_not_differentiate_the_weight(cosines):
+    values, labels = cosines
+    got = jax.grad(lambda s: jnp.sum(identity.circle_logits(s, jnp.asarray(labels))))(jnp.asarray(values))
+    weights = np.maximum(values + 0.35, 0)
+    rows = np.arange(24)
+    weights[rows, labels] = np.maximum(1.35 - values[rows, labels], 0)
+    np.testing.assert_allclose(got, 64 * weights, rtol=1e-5)
+
+
+def test_circle_loss_falls_as_the_target_comes_nearer():
+    near = jnp.asarray([[0.9, 0.0, -0.2]], jnp.float32)
+    far = jnp.asarray([[0.3, 0.4, 0.2]], jnp.float32)
+    label = jnp.zeros(1, jnp.int32)
+    losses = [identity.cross_entropy(identity.circle_logits(x, label), label, epsilon=0.0) for x in (near, far)]
+    assert float(losses[0]) < 1e-3 < float(losses[1])
+
+
+@pytest.mark.parametrize("options", [{"scale": 0.0}, {"margin": 0.0}, {"margin": -1.0}])
+def test_circle_needs_positive_scale_and_margin(cosines, options):
+    values, labels = cosines
+    with pytest.raises(ValueError, match="must be positive"):
+        identity.circle_logits(jnp.asarray(values), jnp.asarray(labels), **options)

@@ -15,7 +15,7 @@ from dmosnet_jax.models.attention import head_count
 MASKS = list(itertools.product((0, 1), repeat=3))
 WIDTHS = ("x1_0", "x0_75", "x0_5", "x0_25")
 CONTRACT = [f"{family}_{width}" for family in ("osnet", "dmosnet") for width in WIDTHS]
-CONTRACT += ["osnet_ibn_x1_0", "dmosnet_ibn_x1_0"]
+CONTRACT += ["osnet_ibn_x1_0", "osnet_ain_x1_0", "dmosnet_ibn_x1_0", "resnet50", "resnet50_ibn_a"]
 
 
 def _count(tree) -> int:
@@ -30,11 +30,28 @@ def _count(tree) -> int:
         ("osnet_x0_5", 630_034),
         ("osnet_x0_25", 201_864),
         ("osnet_ibn_x1_0", 2_170_532),
+        ("osnet_ain_x1_0", 2_169_508),
     ],
 )
 def test_osnet_has_as_many_parameters_as_torchreid(name, wanted):
     params, _ = build(name, neck="fc").shapes()
     assert _count(params) == wanted
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet50_ibn_a"])
+def test_resnet_has_as_many_parameters_as_torchvision(name):
+    params, _ = build(name, neck="none").shapes()
+    assert _count(params) == 25_557_032 - (2048 * 1000 + 1000)
+
+
+@pytest.mark.parametrize(("variant", "side"), [("spcl", 4), ("fastreid", 4), ("torchreid", 2)])
+def test_resnet_variants_differ_in_their_last_stride(variant, side):
+    model = build("resnet50", variant=variant, image_size=(64, 32))
+    images = jax.ShapeDtypeStruct((2, 64, 32, 3), np.float32)
+    run = lambda p, s, x: model.apply(p, s, x, train=False, stages=True)[0]  # noqa: E731
+    outputs = jax.eval_shape(run, *model.shapes(), images)
+    assert outputs["stages"]["layer4"].shape == (2, side, side // 2, 2048)
+    assert outputs["stages"]["maxpool"].shape == (2, 16, 8, 64)
 
 
 @pytest.mark.parametrize(("name", "wanted"), [("dmosnet_ibn_x1_0", 1_935_908), ("dmosnet_x1_0", 1_934_884)])
@@ -118,7 +135,12 @@ def test_heads_have_32_channels_where_that_divides_the_width(channels, wanted):
     ("options", "message"),
     [
         ({"name": "osnet"}, "model.name='osnet' is not known: use one of dmosnet_"),
-        ({"neck": "bn"}, "model.neck='bn' is not known: use one of bnneck, fc"),
+        ({"neck": "bn"}, "model.neck='bn' is not known: use one of bnneck, fc, none"),
+        ({"classifier": "arc"}, "model.classifier='arc' is not known: use one of linear, circle"),
+        ({"variant": "spcl"}, "model.variant='spcl' is for resnet50"),
+        ({"name": "resnet50", "variant": "caffe"}, "model.variant='caffe' is not known: use one of spcl, fastreid"),
+        ({"name": "resnet50", "attention": (1, 0, 0)}, "model.attention=(1, 0, 0) is for osnet_* and dmosnet_*"),
+        ({"name": "osnet_ain_x0_25", "attention": (1, 0, 0)}, "leave it out for osnet_ain_x0_25"),
         ({"pool": "max"}, "model.pool='max' is not known: use one of avg, gem"),
         ({"dtype": "float16"}, "model.dtype='float16' is not known: use one of float32, bfloat16, float64"),
         ({"attention": (1, 0)}, r"model.attention=(1, 0) must be three flags"),

@@ -99,14 +99,18 @@ def test_depthwise_layer_refuses_other_sizes():
         Conv(4, 4, 5, depthwise=True, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("shape", [(2, 8, 6, 3), (1, 2, 2, 1), (2, 4, 10, 2)])
-def test_max_pool_and_its_gradient(rng, shape):
+def test_max_pool_and_its_gradient(rng, shape, padded):
+    border = (1, 0) if padded else (0, 1)
+
     def plain(x):
-        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), [(0, 0), (1, 1), (1, 1), (0, 0)])
+        padding = [(0, 0), border, border, (0, 0)]
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
 
     (x,) = _draw(rng, shape)
     (weights,) = _draw(rng, jax.eval_shape(plain, x).shape)
-    ours, pull = jax.vjp(max_pool3x3, x)
+    ours, pull = jax.vjp(lambda x: max_pool3x3(x, padded=padded), x)
     theirs, pull_plain = jax.vjp(plain, x)
     np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_allclose(pull(weights)[0], pull_plain(weights)[0], rtol=1e-6)
