@@ -131,6 +131,33 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 
 
+# The same rules backwards, for the code bases that have a network of ours.
+EXPORTS: Mapping[str, tuple[Rule, ...]] = {
+    "torchreid": (),
+    "fastreid": (
+        Rule(r"bottleneck\.(.+)", r"heads.bottleneck.0.\1"),
+        Rule(r"pool\.(.+)", r"heads.pool_layer.\1"),
+        Rule(r"classifier\.weight", "heads.weight"),
+        Rule(r"(.+)", r"backbone.\1"),
+    ),
+    "openunreid": (
+        Rule(r"bottleneck\.(.+)", r"head.feat_bn.\1"),
+        Rule(r"pool\.(.+)", r"global_pooling.\1"),
+        Rule(r"(classifier\..+)", r"\1"),
+        Rule(r"(.+)", r"backbone.\1"),
+    ),
+    "spcl": (
+        Rule(r"conv1\.(.+)", r"base.0.\1"),
+        Rule(r"bn1\.(.+)", r"base.1.\1"),
+        Rule(r"layer1\.(.+)", r"base.4.\1"),
+        Rule(r"layer2\.(.+)", r"base.5.\1"),
+        Rule(r"layer3\.(.+)", r"base.6.\1"),
+        Rule(r"layer4\.(.+)", r"base.7.\1"),
+        Rule(r"bottleneck\.(.+)", r"feat_bn.\1"),
+    ),
+}
+
+
 def unwrap(names: Iterable[str]) -> dict[str, str]:
     """Maps names to themselves without the wrapper levels (`module.`) that all of them share."""
     result = {name: name for name in names}

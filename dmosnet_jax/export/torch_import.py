@@ -70,8 +70,8 @@ class Model(Protocol):
     def num_classes(self) -> int:
         """Classifier size, 0 for none."""
 
-    def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-        """Fresh `(params, stats)`; only their shapes are used."""
+    def shapes(self) -> tuple[Tree, Tree]:
+        """`(params, stats)` with `jax.ShapeDtypeStruct` leaves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +270,7 @@ class _Matcher:
 
 def _leaf_shapes(model: Model) -> dict[_Target, jax.ShapeDtypeStruct]:
     """Shape and dtype of every leaf of the model."""
-    params, stats = jax.eval_shape(model.init, jax.random.key(0))
+    params, stats = model.shapes()
     return {(tree, path): leaf for tree, root in (("params", params), ("stats", stats)) for path, leaf in _walk(root)}
 
 

@@ -130,6 +130,9 @@ class SmallModel:
         norm = {"mean": jnp.zeros(4), "var": jnp.ones(4)}
         return params, {"conv1": {"bn": norm}, "bottleneck": norm}
 
+    def shapes(self):
+        return jax.eval_shape(self.init, jax.random.key(0))
+
 
 def small_state(prefix: str = "backbone.", head: str = "heads.bottleneck.0.", classifier: str = "heads.weight"):
     """Weights for `SmallModel` in fast-reid's names, or others."""

@@ -1,0 +1,145 @@
+"""Our weights as PyTorch state dicts, the inverse of `torch_import`.
+
+    state_dict = torch_export.to_state_dict(params, stats, model, layout="fastreid")
+    torch_export.save("dmosnet.safetensors", state_dict)
+
+The names and transpositions are the rules of `layouts` read backwards, so importing an exported file, or exporting an
+imported one, returns every tensor bit for bit.
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.core.trees import named_leaves
+from dmosnet_jax.export.aside import written_aside
+from dmosnet_jax.export.layouts import EXPORTS, KERNEL_AXES, LEAVES, Rule
+from dmosnet_jax.export.torch_write import write_pth
+from dmosnet_jax.models import Model
+
+Tree = Mapping[str, Any]
+SUFFIXES = (".safetensors", ".pth", ".pt")
+
+# Name of a leaf in PyTorch by its tree and name in ours.
+_TORCH_LEAVES = {(leaf.tree, ours): theirs for theirs, leaf in LEAVES.items() for ours in leaf.names}
+
+
+def to_state_dict(
+    params: Tree,
+    stats: Tree,
+    model: Model,
+    *,
+    layout: str = "torchreid",
+    batches: int = 0,
+    pixels: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> dict[str, np.ndarray]:
+    """Weights by PyTorch names.
+
+    Args:
+        params: the model's parameters.
+        stats: its batch statistics.
+        model: the model.
+        layout: "torchreid", "fastreid", "openunreid" or "spcl".
+        batches: value of the `num_batches_tracked` counters, which we don't keep and nothing reads.
+        pixels: mean and standard deviation in [0, 1] units, for the `pixel_mean` and `pixel_std` that fast-reid's older
+            files hold; None leaves them out.
+
+    Returns:
+        Arrays that share no memory with the trees.
+
+    Raises:
+        ConfigError: that code base has no such network, so that the file would compute something else there.
+    """
+    check_layout(model, layout)
+    result: dict[str, np.ndarray] = {}
+    for tree, root in (("params", params), ("stats", stats)):
+        for path, value in named_leaves(dict(root)):
+            module, _, last = path.rpartition(".")
+            name = _renamed(f"{module}.{_TORCH_LEAVES[tree, last]}", EXPORTS[layout])
+            result[name] = _to_torch(np.asarray(value), kernel=last == "kernel")
+            if last == "var":
+                counter = name.removesuffix("running_var") + "num_batches_tracked"
+                result[counter] = np.asarray(batches, np.int64)
+    if pixels is not None:
+        for name, values in zip(("pixel_mean", "pixel_std"), pixels, strict=True):
+            result[name] = (255 * np.asarray(values, np.float64)).astype(np.float32).reshape(3, 1, 1)
+    return result
+
+
+def _to_torch(value: np.ndarray, *, kernel: bool) -> np.ndarray:
+    axes = KERNEL_AXES.get(value.ndim) if kernel else None
+    theirs = value if axes is None else value.transpose(np.argsort(axes))
+    return np.array(theirs, order="C")
+
+
+def _renamed(name: str, rules: Sequence[Rule]) -> str:
+    for rule in rules:
+        matched, target = rule.apply(name)
+        if matched and target is not None:
+            return target
+    return name
+
+
+def check_layout(model: Model, layout: str) -> None:
+    """Checks that a code base has the model's network.
+
+    Raises:
+        ConfigError: it has not; names the layouts that do.
+    """
+    if layout not in EXPORTS:
+        raise ConfigError(f"layout={layout!r} is not known: use one of {', '.join(EXPORTS)}")
+    problem = _misfit(model, layout)
+    if problem:
+        fits = [other for other in EXPORTS if _misfit(model, other) is None]
+        advice = f"use layout={' or '.join(fits)}" if fits else "export it as a folder of ours instead"
+        raise ConfigError(f"layout={layout!r} has no {problem} (model {model.name}): {advice}")
+
+
+def _misfit(model: Model, layout: str) -> str | None:
+    """What of the model the code base has not, or None."""
+    resnet = model.name.startswith("resnet")
+    biased = model.num_classes and model.neck == "none" and model.classifier == "linear"
+    if layout == "torchreid":
+        if model.pool == "gem":
+            return "GeM pooling"
+        wanted = {"none": "torchreid", "fc": "spcl"}.get(model.neck)
+        return (
+            f"ResNet with neck={model.neck} and variant={model.variant}" if resnet and model.variant != wanted else None
+        )
+    if model.neck == "fc" or biased:
+        return f"neck={model.neck!r}"
+    if model.name.startswith("osnet_ain"):
+        return "OSNet-AIN"
+    if layout == "fastreid":
+        return f"ResNet of variant={model.variant!r}" if resnet and model.variant != "fastreid" else None
+    if not resnet or model.variant != "spcl" or model.neck != "bnneck":
+        return f"network of variant={model.variant!r} and neck={model.neck!r}"
+    return "GeM pooling" if layout == "spcl" and model.pool == "gem" else None
+
+
+def infer_batches(state_dict: Mapping[str, np.ndarray]) -> int:
+    """The largest `num_batches_tracked` of a PyTorch file, 0 without any; in a trained network all are equal."""
+    counters = [int(value) for name, value in state_dict.items() if name.endswith("num_batches_tracked")]
+    return max(counters, default=0)
+
+
+def save(path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarray]) -> None:
+    """Writes a state dict as `.safetensors`, `.pth` or `.pt`, by the suffix; it appears whole or not at all.
+
+    Raises:
+        ConfigError: another suffix.
+        DataError: the file can't be written.
+    """
+    suffix = pathlib.Path(path).suffix
+    if suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: the suffix must be one of {', '.join(SUFFIXES)}")
+    if suffix == ".safetensors":
+        with written_aside(path) as aside:
+            safetensors.numpy.save_file(dict(state_dict), aside, metadata={"format": "pt"})
+    else:
+        write_pth(path, state_dict)
