@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dmosnet_jax.models.draws import Draws
 from dmosnet_jax.models.layers import Conv, average_pool
 from dmosnet_jax.models.norms import BatchNorm
 from dmosnet_jax.models.precision import wide_type
@@ -59,7 +60,7 @@ def from_windows(x: jax.Array, height: int, width: int, grid: int) -> jax.Array:
 class DoubleLayerAttention(nnx.Module):
     """DL-MHSA: attention inside 8x8 windows, then from every position to the 8x8-pooled map, both with a residual."""
 
-    def __init__(self, channels: int, *, grid: int = GRID, group_size: int | None, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, grid: int = GRID, group_size: int | None, rngs: Draws):
         self.norm = BatchNorm(channels, group_size=group_size)
         self.qkv = Conv(channels, 3 * channels, 1, bias=True, rngs=rngs)
         self.grid_norm = BatchNorm(channels, group_size=group_size)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.models.draws import Draws
 from dmosnet_jax.models.functional import Functional, Tree
 from dmosnet_jax.models.heads import Head, HeadSettings
 from dmosnet_jax.models.osnet import CHANNELS, OSNetSettings
@@ -47,7 +48,7 @@ def names() -> list[str]:
 class _Network(nnx.Module):
     """Backbone and head; the reference keeps both in one namespace, so they are attributes of one module there too."""
 
-    def __init__(self, backbone: BackboneSettings, head: HeadSettings, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, backbone: BackboneSettings, head: HeadSettings, dtype: str, rngs: Draws):
         self.backbone: Any = backbone.create(rngs)
         self.head = Head(backbone.width, head, rngs=rngs)
         self.dtype = dtype

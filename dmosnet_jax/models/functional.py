@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dmosnet_jax.models.draws import Draws
+
 Tree = dict[str, Any]
 
 
@@ -32,14 +34,14 @@ def _to_tree(state: Any) -> Tree:
 class Functional:
     """Pure `init` and `apply` of a module made by `create(rngs)`."""
 
-    def __init__(self, create: Callable[[nnx.Rngs], nnx.Module]):
+    def __init__(self, create: Callable[[Draws], nnx.Module]):
         self._create = create
-        abstract = nnx.eval_shape(lambda: create(nnx.Rngs(0)))
+        abstract = nnx.eval_shape(lambda: create(Draws()))
         self._graph, self._params, self._stats = _split(abstract)
 
     def init(self, key: jax.Array) -> tuple[Tree, Tree]:
-        """Fresh `(params, stats)`."""
-        _, params, stats = _split(self._create(nnx.Rngs(key)))
+        """Fresh `(params, stats)` as NumPy arrays; the key must be concrete, so not under `jax.jit`."""
+        _, params, stats = _split(self._create(Draws(key)))
         return _to_tree(params), _to_tree(stats)
 
     def shapes(self) -> tuple[Tree, Tree]:

@@ -4,8 +4,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from dmosnet_jax.models.draws import Draws
 from dmosnet_jax.models.layers import Linear
 from dmosnet_jax.models.norms import BatchNorm
 from dmosnet_jax.models.precision import widened
@@ -41,7 +43,7 @@ class GeneralizedMean(nnx.Module):
     """GeM pooling, `mean(max(x, 1e-6) ** p) ** (1 / p)` with a learned scalar p, 3 at the start."""
 
     def __init__(self):
-        self.p = nnx.Param(jnp.full((1,), 3.0, jnp.float32))
+        self.p = nnx.Param(np.full((1,), 3.0, np.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         clipped = jnp.maximum(widened(x), 1e-6)
@@ -52,7 +54,7 @@ class GeneralizedMean(nnx.Module):
 class Head(nnx.Module):
     """Maps `[B, H, W, C]` to the outputs that losses and evaluation use."""
 
-    def __init__(self, width: int, settings: HeadSettings, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, settings: HeadSettings, *, rngs: Draws):
         self.settings = settings
         if settings.pool == "gem":
             self.pool = GeneralizedMean()

@@ -7,16 +7,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 from dmosnet_jax.models.convolution import depthwise3x3, pointwise
-
-
-def _kaiming_fan_out(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """He et al. (2015) normal init over the outgoing connections, as torchreid initialises its convolutions."""
-    height, width, _, outputs = shape
-    return math.sqrt(2.0 / (height * width * outputs)) * jax.random.normal(key, shape, jnp.float32)
+from dmosnet_jax.models.draws import Draws
 
 
 class Conv(nnx.Module):
@@ -34,14 +30,16 @@ class Conv(nnx.Module):
         stride: int = 1,
         depthwise: bool = False,
         bias: bool = False,
-        rngs: nnx.Rngs,
+        rngs: Draws,
     ):
         if depthwise and (inputs != outputs or size != 3 or stride != 1):
             raise ValueError(f"depthwise needs 3x3, stride 1 and as many outputs as inputs, got {size=} {stride=}")
         fan_in = 1 if depthwise else inputs
-        self.kernel = nnx.Param(_kaiming_fan_out(rngs.params(), (size, size, fan_in, outputs)))
+        # He et al. (2015) over the outgoing connections, as torchreid.
+        std = math.sqrt(2.0 / (size * size * outputs))
+        self.kernel = nnx.Param(rngs.normal((size, size, fan_in, outputs), std))
         if bias:
-            self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
+            self.bias = nnx.Param(np.zeros((outputs,), np.float32))
         self.size, self.stride, self.depthwise, self.has_bias = size, stride, depthwise, bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -68,10 +66,10 @@ class Conv(nnx.Module):
 class Linear(nnx.Module):
     """Affine map of the last axis, normal(0, 0.01) initialised as in torchreid and fast-reid."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(0.01 * jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32))
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True, rngs: Draws):
+        self.kernel = nnx.Param(rngs.normal((inputs, outputs), 0.01))
         if bias:
-            self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
+            self.bias = nnx.Param(np.zeros((outputs,), np.float32))
         self.has_bias = bias
 
     def __call__(self, x: jax.Array) -> jax.Array:

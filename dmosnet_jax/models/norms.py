@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -68,10 +69,10 @@ class BatchNorm(nnx.Module):
     """
 
     def __init__(self, channels: int, *, group_size: int | None = None, momentum: float = 0.1):
-        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
-        self.mean = nnx.BatchStat(jnp.zeros((channels,), jnp.float32))
-        self.var = nnx.BatchStat(jnp.ones((channels,), jnp.float32))
+        self.scale = nnx.Param(np.ones((channels,), np.float32))
+        self.bias = nnx.Param(np.zeros((channels,), np.float32))
+        self.mean = nnx.BatchStat(np.zeros((channels,), np.float32))
+        self.var = nnx.BatchStat(np.ones((channels,), np.float32))
         self.group_size, self.momentum = group_size, momentum
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -112,8 +113,8 @@ class InstanceNorm(nnx.Module):
     """Per-image, per-channel normalisation with scale and bias, no running statistics (IBN-Net's style norm)."""
 
     def __init__(self, channels: int):
-        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
+        self.scale = nnx.Param(np.ones((channels,), np.float32))
+        self.bias = nnx.Param(np.zeros((channels,), np.float32))
 
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Normalises `[B, H, W, C]`, dtype kept; `train` is accepted so that norms are interchangeable."""

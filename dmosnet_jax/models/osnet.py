@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dmosnet_jax.models.attention import GRID, DoubleLayerAttention
+from dmosnet_jax.models.draws import Draws
 from dmosnet_jax.models.layers import Conv, average_pool, max_pool3x3
 from dmosnet_jax.models.norms import BatchNorm, InstanceNorm
 
@@ -50,7 +51,7 @@ class OSNetSettings:
         """What height and width must be multiples of: four halvings, and whole windows where there is attention."""
         return max([16, *(GRID * 4 * 2**stage for stage, used in enumerate(self.attention) if used)])
 
-    def create(self, rngs: nnx.Rngs) -> nnx.Module:
+    def create(self, rngs: Draws) -> nnx.Module:
         """The backbone."""
         return OSNet(self, rngs=rngs)
 
@@ -68,7 +69,7 @@ class ConvUnit(nnx.Module):
         linear: bool = False,
         ibn: bool = False,
         group_size: int | None,
-        rngs: nnx.Rngs,
+        rngs: Draws,
     ):
         self.conv = Conv(inputs, outputs, size, stride=stride, rngs=rngs)
         self.bn = InstanceNorm(outputs) if ibn else BatchNorm(outputs, group_size=group_size)
@@ -82,7 +83,7 @@ class ConvUnit(nnx.Module):
 class LightConv(nnx.Module):
     """Lite 3x3: linear 1x1, depthwise 3x3, norm, ReLU."""
 
-    def __init__(self, channels: int, *, group_size: int | None, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, group_size: int | None, rngs: Draws):
         self.conv1 = Conv(channels, channels, 1, rngs=rngs)
         self.conv2 = Conv(channels, channels, 3, depthwise=True, rngs=rngs)
         self.bn = BatchNorm(channels, group_size=group_size)
@@ -94,7 +95,7 @@ class LightConv(nnx.Module):
 class AttentionStream(nnx.Module):
     """The stream that replaces the 9x9 one: linear 1x1, DL-MHSA, norm, ReLU."""
 
-    def __init__(self, channels: int, *, group_size: int | None, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, group_size: int | None, rngs: Draws):
         self.conv1 = Conv(channels, channels, 1, rngs=rngs)
         self.attn2 = DoubleLayerAttention(channels, group_size=group_size, rngs=rngs)
         self.bn = BatchNorm(channels, group_size=group_size)
@@ -106,7 +107,7 @@ class AttentionStream(nnx.Module):
 class ChannelGate(nnx.Module):
     """Unified aggregation gate: per-channel weights from the pooled map, shared by the four streams."""
 
-    def __init__(self, channels: int, *, reduction: int = 16, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, reduction: int = 16, rngs: Draws):
         hidden = channels // reduction
         self.fc1 = Conv(channels, hidden, 1, bias=True, rngs=rngs)
         self.fc2 = Conv(hidden, channels, 1, bias=True, rngs=rngs)
@@ -119,9 +120,7 @@ class ChannelGate(nnx.Module):
 class OSBlock(nnx.Module):
     """Omni-scale residual block with streams of receptive field 3, 5, 7 and 9 (or DL-MHSA)."""
 
-    def __init__(
-        self, inputs: int, outputs: int, *, ibn: bool, attention: bool, group_size: int | None, rngs: nnx.Rngs
-    ):
+    def __init__(self, inputs: int, outputs: int, *, ibn: bool, attention: bool, group_size: int | None, rngs: Draws):
         mid = outputs // 4
         options: dict[str, Any] = {"group_size": group_size, "rngs": rngs}
         self.conv1 = ConvUnit(inputs, mid, **options)
@@ -154,7 +153,7 @@ class OSBlock(nnx.Module):
 class OSNet(nnx.Module):
     """OSNet up to conv5; with `attention`, DM-OSNet."""
 
-    def __init__(self, settings: OSNetSettings, *, rngs: nnx.Rngs):
+    def __init__(self, settings: OSNetSettings, *, rngs: Draws):
         stem, *widths = settings.channels
         group_size = settings.bn_group_size
         options: dict[str, Any] = {"group_size": group_size, "rngs": rngs}

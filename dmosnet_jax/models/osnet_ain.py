@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dmosnet_jax.models.draws import Draws
 from dmosnet_jax.models.layers import Conv, average_pool, max_pool3x3
 from dmosnet_jax.models.norms import InstanceNorm
 from dmosnet_jax.models.osnet import ChannelGate, ConvUnit, LightConv
@@ -41,7 +42,7 @@ class AINSettings:
         """What height and width must be multiples of."""
         return 16
 
-    def create(self, rngs: nnx.Rngs) -> nnx.Module:
+    def create(self, rngs: Draws) -> nnx.Module:
         """The backbone."""
         return OSNetAIN(self, rngs=rngs)
 
@@ -61,7 +62,7 @@ class Stream(nnx.Module):
 class BareConv(nnx.Module):
     """A 1x1 convolution that leaves the norm to the block."""
 
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, *, rngs: Draws):
         self.conv = Conv(inputs, outputs, 1, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -72,7 +73,7 @@ class BareConv(nnx.Module):
 class AINBlock(nnx.Module):
     """Omni-scale block; with `instance_norm` the residual branch ends in one instead of a batch norm."""
 
-    def __init__(self, inputs: int, outputs: int, *, instance_norm: bool, group_size: int | None, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, *, instance_norm: bool, group_size: int | None, rngs: Draws):
         mid = outputs // 4
         options: dict[str, Any] = {"group_size": group_size, "rngs": rngs}
         self.conv1 = ConvUnit(inputs, mid, **options)
@@ -100,7 +101,7 @@ class AINBlock(nnx.Module):
 class OSNetAIN(nnx.Module):
     """OSNet-AIN up to conv5."""
 
-    def __init__(self, settings: AINSettings, *, rngs: nnx.Rngs):
+    def __init__(self, settings: AINSettings, *, rngs: Draws):
         stem, *widths = settings.channels
         options: dict[str, Any] = {"group_size": settings.bn_group_size, "rngs": rngs}
         self.conv1 = ConvUnit(3, stem, 7, stride=2, ibn=True, **options)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dmosnet_jax.models.draws import Draws
 from dmosnet_jax.models.layers import Conv, max_pool3x3
 from dmosnet_jax.models.norms import BatchNorm, InstanceNorm
 
@@ -65,7 +66,7 @@ class ResNetSettings:
         """What height and width must be multiples of."""
         return 16
 
-    def create(self, rngs: nnx.Rngs) -> nnx.Module:
+    def create(self, rngs: Draws) -> nnx.Module:
         """The backbone."""
         return ResNet50(self, rngs=rngs)
 
@@ -87,7 +88,7 @@ class Bottleneck(nnx.Module):
     """1x1, 3x3 and 1x1 convolutions with a residual."""
 
     def __init__(
-        self, inputs: int, planes: int, *, stride: int, project: bool, ibn: bool, group_size: int | None, rngs: nnx.Rngs
+        self, inputs: int, planes: int, *, stride: int, project: bool, ibn: bool, group_size: int | None, rngs: Draws
     ):
         outputs = planes * _EXPANSION
         self.conv1 = Conv(inputs, planes, 1, rngs=rngs)
@@ -115,7 +116,7 @@ class Bottleneck(nnx.Module):
 class ResNet50(nnx.Module):
     """ResNet50 up to layer4."""
 
-    def __init__(self, settings: ResNetSettings, *, rngs: nnx.Rngs):
+    def __init__(self, settings: ResNetSettings, *, rngs: Draws):
         variant = VARIANTS[settings.variant]
         options: dict[str, Any] = {"group_size": settings.bn_group_size, "rngs": rngs}
         self.conv1 = Conv(3, 64, 7, stride=2, rngs=rngs)

@@ -87,7 +87,7 @@ def _make_data(config: Any) -> None:
 def _untrained(config: Any) -> scoring.Scores:
     """Scores of the network as it is drawn."""
     model = build_for(config)
-    params, stats = jax.jit(model.init)(jax.random.key(config.seed))
+    params, stats = model.init(jax.random.key(config.seed))
     scores = scoring.Scorer(config, model, make_mesh())(params, stats)
     say(f"untrained {model.name}: {scoring.summary(scores.ranking.results())}")
     return scores

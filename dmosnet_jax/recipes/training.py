@@ -165,7 +165,7 @@ class TrainingRun(abc.ABC):
             return self._resume(store, latest)
         key = jax.random.key(self.config.seed)
         if self.weights is None:
-            params, stats = jax.jit(self.model.init)(key)
+            params, stats = self.model.init(key)
         else:
             params, stats, fresh = self.weights.start(self.model, key)
             say(f"starts from {self.weights.path}" + (f"; drawn afresh: {', '.join(fresh)}" if fresh else ""))

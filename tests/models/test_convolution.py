@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import lax
 
 from dmosnet_jax.models import convolution
 from dmosnet_jax.models.convolution import depthwise3x3, pointwise
+from dmosnet_jax.models.draws import Draws
 from dmosnet_jax.models.layers import Conv, average_pool, max_pool3x3
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -84,7 +84,7 @@ def test_the_scan_is_chosen_on_one_cpu_and_a_large_array_only(monkeypatch):
 )
 def test_conv_layer_pads_and_strides_as_in_the_reference(rng, size, stride, depthwise, bias):
     inputs, outputs = 6, 6 if depthwise else 10
-    layer = Conv(inputs, outputs, size, stride=stride, depthwise=depthwise, bias=bias, rngs=nnx.Rngs(0))
+    layer = Conv(inputs, outputs, size, stride=stride, depthwise=depthwise, bias=bias, rngs=Draws())
     x, kernel, offset = _draw(rng, (2, 9, 8, inputs), layer.kernel[...].shape, (outputs,))
     layer.kernel[...] = kernel
     wanted = _plain(x, kernel, stride=stride, groups=inputs if depthwise else 1)
@@ -96,7 +96,7 @@ def test_conv_layer_pads_and_strides_as_in_the_reference(rng, size, stride, dept
 
 def test_depthwise_layer_refuses_other_sizes():
     with pytest.raises(ValueError, match="depthwise needs 3x3, stride 1"):
-        Conv(4, 4, 5, depthwise=True, rngs=nnx.Rngs(0))
+        Conv(4, 4, 5, depthwise=True, rngs=Draws())
 
 
 @pytest.mark.parametrize("padded", [True, False])
