@@ -13,7 +13,7 @@ from configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    options = common.parse_arg(arg, model="dmosnet_x0_25", pretrain_epochs=4, finetune_epochs=10)
+    options = common.parse_arg(arg, model="dmosnet_x0_25", pretrain_epochs=3, finetune_epochs=15)
     config = common.base("quickstart", options["model"])
     config.dataset = "synthetic"
     # Empty: inside the workdir.
