@@ -133,9 +133,6 @@ class SmallModel:
     def shapes(self):
         return jax.eval_shape(self.init, jax.random.key(0))
 
-    def shapes(self):
-        return jax.eval_shape(self.init, jax.random.key(0))
-
 
 def small_state(prefix: str = "backbone.", head: str = "heads.bottleneck.0.", classifier: str = "heads.weight"):
     """Weights for `SmallModel` in fast-reid's names, or others."""
