@@ -1,10 +1,11 @@
 """What the training recipes share: model and weights, optimiser, resume, loop, final scores."""
 
 import abc
+import contextlib
 import fcntl
-import io
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -135,14 +136,16 @@ class TrainingRun(abc.ABC):
 
     def run(self) -> dict[str, Any]:
         """Trains from the newest checkpoint, or from the start, to the end; returns the final results."""
-        config = self.config
         self.workdir.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            write_json(self.workdir / "config.json", _plain(config))
-        lock = _lock(self.workdir)
-        store = Checkpoints(self.workdir, keep=config.train.keep)
+        with _alone(self.workdir):
+            return self._finish(self._train())
+
+    def _train(self) -> TrainState:
+        store = Checkpoints(self.workdir, keep=self.config.train.keep)
         try:
             state = self._initial_state(store)
+            if jax.process_index() == 0:
+                write_json(self.workdir / "config.json", _plain(self.config))
             loop = Loop(
                 self,
                 compile_step(self.make_step(), state, self.mesh),
@@ -150,14 +153,11 @@ class TrainingRun(abc.ABC):
                 mesh=self.mesh,
                 workdir=self.workdir,
                 checkpoints=store,
-                batch_size=config.batch_size,
+                batch_size=self.config.batch_size,
             )
-            state = loop.run(state)
+            return loop.run(state)
         finally:
             store.close()
-        results = self._finish(state)
-        lock.close()
-        return results
 
     def _initial_state(self, store: Checkpoints) -> TrainState:
         latest = store.latest()
@@ -236,22 +236,30 @@ class TrainingRun(abc.ABC):
         )
 
 
-def _lock(workdir: pathlib.Path) -> io.TextIOBase:
-    """Holds the workdir for this process until the file is closed or the process ends, however that happens.
+@contextlib.contextmanager
+def _alone(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the workdir for this run; the system lets go when the process ends, however that happens.
 
     Raises:
         ConfigError: another process trains there.
     """
-    file = (workdir / f".lock.{jax.process_index()}").open("w", encoding="utf-8")
+    folder = os.open(workdir, os.O_RDONLY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if jax.process_index() == 0:
+            _lock(folder, workdir)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _lock(folder: int, workdir: pathlib.Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        file.close()
         raise ConfigError(f"{workdir}: another process trains there: wait for it, or give another --workdir") from error
     except OSError:
-        # Some network file systems have no locks; training there is as safe as the user makes it.
-        pass
-    return file
+        # Some network file systems have no locks; there it is up to the user.
+        return
 
 
 def _plain(value: Any) -> Any:
