@@ -1,0 +1,106 @@
+"""One way to open weights of any kind: a folder of ours, a training run's checkpoint, or a PyTorch file."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.trees import differences
+from dmosnet_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from dmosnet_jax.export import folder, torch_import
+from dmosnet_jax.models import Model, build
+from dmosnet_jax.train import checkpoints
+
+Tree = dict[str, Any]
+# Options of `models.build` that belong to the weights; the others are the user's to choose.
+PARTS = ("name", "attention", "neck", "pool", "classifier", "variant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """Weights, and what is known of their network.
+
+    Attributes:
+        path: where they come from.
+        options: arguments of `models.build` that the weights tell; what they don't tell is absent.
+        mean: per-channel mean of the pixels, in [0, 1] units.
+        std: per-channel standard deviation of the pixels.
+        state_dict: arrays of a PyTorch file, or None.
+        trees: `(params, stats)` of a checkpoint or folder of ours, or None.
+    """
+
+    path: str
+    options: Mapping[str, Any]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    state_dict: Mapping[str, np.ndarray] | None = None
+    trees: tuple[Tree, Tree] | None = None
+
+    def model(self, **overrides: Any) -> Model:
+        """The network without a classifier.
+
+        Args:
+            **overrides: options of `models.build`; None means: as the weights say.
+
+        Raises:
+            ConfigError: neither the weights nor the caller say which network it is, or an option is wrong.
+        """
+        options = {**self.options, **{key: value for key, value in overrides.items() if value is not None}}
+        if options.get("name") is None:
+            raise ConfigError(f"{self.path}: does not tell its network: give name=NAME, one of models.names()")
+        return build(**options)
+
+    def weights(self, model: Model) -> tuple[Tree, Tree]:
+        """`(params, stats)` as NumPy arrays for a model.
+
+        Raises:
+            DataError: they belong to another model; every difference is listed.
+        """
+        if self.state_dict is not None:
+            try:
+                return torch_import.convert(self.state_dict, model)
+            except DataError as error:
+                raise DataError(f"{self.path}: {error}") from error
+        assert self.trees is not None
+        params, stats = self.trees
+        params = {name: part for name, part in params.items() if name != "classifier" or model.num_classes}
+        pairs = zip(model.shapes(), (params, stats), strict=True)
+        problems = [text for expected, found in pairs for text in differences(expected, found)]
+        if problems:
+            raise DataError(f"{self.path}: does not fit model {model.name}: {'; '.join(problems)}")
+        return params, stats
+
+
+def open_weights(path: str | os.PathLike[str]) -> Opened:
+    """Opens weights.
+
+    Args:
+        path: a folder with a `model.json`; a run's workdir, its `checkpoints` folder, one step of it or
+            `checkpoints/best`; or a PyTorch or safetensors file.
+
+    Raises:
+        DataError: nothing there, damaged, or refused.
+    """
+    where, place = str(path), pathlib.Path(path)
+    if folder.is_folder(place):
+        params, stats, card = folder.load(place)
+        return Opened(where, card.options(), card.mean, card.std, trees=(params, stats))
+    if place.is_dir() or place.name == checkpoints.BEST:
+        return _from_run(checkpoints.load_model(place))
+    state_dict = torch_import.load(path)
+    told = {name: value for name, value in torch_import.describe(state_dict).items() if value is not None}
+    return Opened(where, told, state_dict=state_dict)
+
+
+def _from_run(saved: checkpoints.SavedModel) -> Opened:
+    described, config = saved.meta.get("model", {}), saved.meta.get("config", {})
+    options = {name: described[name] for name in (*PARTS, "image_size") if described.get(name) not in (None, "")}
+    pixels = [tuple(config.get(field) or default) for field, default in _PIXELS]
+    return Opened(str(saved.path), options, pixels[0], pixels[1], trees=(saved.params, saved.stats))
+
+
+_PIXELS = (("pixel_mean", IMAGENET_MEAN), ("pixel_std", IMAGENET_STD))

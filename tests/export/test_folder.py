@@ -1,0 +1,142 @@
+"""Exported folders: what is written is read back, and every kind of damage is one line."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dmosnet_jax import models
+from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.export import folder
+from tests.models.drawn import draw_tree
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+@pytest.fixture
+def exported(tmp_path, rng):
+    model = models.build("dmosnet_ibn_x0_25", attention=(0, 1, 0), pool="gem", image_size=(128, 64), num_classes=3)
+    params, stats = (draw_tree(tree, rng) for tree in model.shapes())
+    card = folder.Card.of(model, mean=MEAN, std=STD, source="drawn", licence="CC0")
+    folder.save(tmp_path / "model", params, stats, card)
+    return tmp_path / "model", params, stats, card
+
+
+def test_round_trip_is_bit_identical(exported):
+    path, params, stats, card = exported
+    assert folder.is_folder(path)
+    got_params, got_stats, got_card = folder.load(path)
+    assert got_card == card
+    assert jax.tree.structure((got_params, got_stats)) == jax.tree.structure((params, stats))
+    jax.tree.map(np.testing.assert_array_equal, (got_params, got_stats), (params, stats))
+    assert {type(leaf) for leaf in jax.tree.leaves((got_params, got_stats))} == {np.ndarray}
+    assert sorted(p.name for p in path.parent.iterdir()) == ["model"]
+
+
+def test_card_says_what_a_user_needs(exported):
+    path, *_ = exported
+    values = json.loads((path / "model.json").read_text())
+    assert values == {
+        "format": 1,
+        "name": "dmosnet_ibn_x0_25",
+        "attention": [0, 1, 0],
+        "neck": "bnneck",
+        "pool": "gem",
+        "classifier": "linear",
+        "variant": "",
+        "num_classes": 3,
+        "image_size": [128, 64],
+        "mean": list(MEAN),
+        "std": list(STD),
+        "feature_dim": 128,
+        "source": "drawn",
+        "licence": "CC0",
+    }
+
+
+def test_arrays_of_another_model_are_refused_with_all_differences(tmp_path, rng):
+    model = models.build("osnet_x0_25")
+    params, stats = (draw_tree(tree, rng) for tree in model.shapes())
+    del params["bottleneck"]
+    params["conv5"]["conv"]["kernel"] = np.zeros((1, 1, 128, 7), np.float32)
+    stats["extra"] = {"mean": np.zeros(3, np.float32)}
+    with pytest.raises(DataError) as caught:
+        folder.save(tmp_path / "model", params, stats, folder.Card.of(model, mean=MEAN, std=STD))
+    for part in ("missing bottleneck.scale", "missing bottleneck.bias", "conv5.conv.kernel has shape", "extra.mean"):
+        assert part in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_not_overwritten(exported):
+    path, params, stats, card = exported
+    before = (path / "model.json").read_bytes()
+    with pytest.raises(DataError, match="exists already"):
+        folder.save(path, params, stats, dataclasses.replace(card, source="other"))
+    assert (path / "model.json").read_bytes() == before
+
+
+def test_an_unwritable_place(tmp_path, exported):
+    _, params, stats, card = exported
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="can't be written"):
+        folder.save(tmp_path / "file" / "model", params, stats, card)
+
+
+def test_flipped_bits_and_missing_files_are_found(exported):
+    path, *_ = exported
+    files = sorted(p for p in (path / "parameters").rglob("*") if p.is_file() and p.stat().st_size)
+    for file in files:
+        sound = file.read_bytes()
+        damaged = bytearray(sound)
+        damaged[len(damaged) // 2] ^= 0x10
+        for data in (bytes(damaged), sound[:-1], None):
+            file.unlink() if data is None else file.write_bytes(data)
+            with pytest.raises(DataError, match="is damaged") as caught:
+                folder.load(path)
+            assert "\n" not in str(caught.value)
+        file.write_bytes(sound)
+    folder.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "osnet_x9"}, "model.name='osnet_x9' is not known"),
+        ({"name": 3}, "model.name=3 is not known"),
+        ({"image_size": [100, 64]}, "the height must be a multiple"),
+        ({"image_size": 5}, "model.json"),
+        ({"mean": [1, 2]}, "mean=.1, 2. must be three numbers"),
+        ({"mean": "grey"}, "mean='grey' must be three numbers"),
+        ({"std": [0.1, 0, 0.1]}, "std=.* must be three numbers"),
+        ({"feature_dim": 512}, "feature_dim=512 is 128"),
+        ({"num_classes": "many"}, "model.json"),
+        ({"num_classes": 4}, "has shape"),
+        ({"name": "osnet_x0_25", "attention": [0, 0, 0]}, "unexpected"),
+        ({"format": 2}, "is not of format 1"),
+        ({"format": None}, "is not of format 1"),
+        ({"colour": "red"}, "missing or unknown fields: colour"),
+    ],
+)
+def test_cards_that_do_not_fit(exported, change, message):
+    path, *_ = exported
+    values = json.loads((path / "model.json").read_text())
+    (path / "model.json").write_text(json.dumps(values | change))
+    with pytest.raises(DataError, match=message) as caught:
+        folder.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00\xff", '"name"'])
+def test_damaged_cards(exported, text):
+    path, *_ = exported
+    (path / "model.json").write_text(text, encoding="latin-1")
+    with pytest.raises(DataError, match=r"model\.json: is (damaged|not of format 1)"):
+        folder.load(path)
+
+
+def test_no_folder(tmp_path):
+    assert not folder.is_folder(tmp_path)
+    with pytest.raises(DataError, match=r"model\.json: can't be read"):
+        folder.load(tmp_path)
