@@ -1,0 +1,202 @@
+"""The extractor: any kind of image and any kind of weights, and the figures of real ones."""
+
+import io
+import subprocess
+import sys
+import zipfile
+
+import jax
+import numpy as np
+import optax
+import pytest
+from PIL import Image
+
+import dmosnet_jax
+from dmosnet_jax import models
+from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.data import augment, transforms
+from dmosnet_jax.evaluation import ranking
+from dmosnet_jax.export import folder, opening, torch_export
+from dmosnet_jax.train import checkpoints
+from dmosnet_jax.train import state as train_state
+from tests.models.drawn import draw_tree
+
+SIZE = (64, 32)
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def _drawn(name="osnet_x0_25", **options):
+    model = models.build(name, image_size=SIZE, **options)
+    rng = np.random.default_rng(3)
+    return model, *(draw_tree(tree, rng) for tree in model.shapes())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder, and its model and weights."""
+    model, params, stats = _drawn()
+    path = tmp_path_factory.mktemp("export") / "model"
+    folder.save(path, params, stats, folder.Card.of(model, mean=MEAN, std=STD))
+    return path, model, params, stats
+
+
+@pytest.fixture(scope="module")
+def extractor(saved):
+    return dmosnet_jax.load(saved[0], batch_size=4)
+
+
+@pytest.fixture
+def arrays(rng):
+    return [rng.integers(0, 256, size=(*size, 3), dtype=np.uint8) for size in ((90, 40), (64, 32), (31, 57))]
+
+
+def test_features_are_the_models(saved, extractor, arrays):
+    _, model, params, stats = saved
+    images = np.stack([transforms.resize(image, SIZE) for image in arrays])
+    pixels = augment.normalise(images, MEAN, STD)
+    wanted = jax.jit(lambda *a: model.apply(*a, train=False)[0]["feature"])(params, stats, pixels)
+    got = extractor(arrays)
+    assert (got.dtype, got.shape, extractor.feature_dim) == (np.float32, (3, 128), 128)
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_paths_pil_images_and_arrays_give_the_same(extractor, arrays, tmp_path):
+    paths = []
+    for number, image in enumerate(arrays):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(image).save(paths[-1])
+    wanted = extractor(arrays)
+    pictures = [Image.fromarray(image) for image in arrays]
+    for images in (paths, [str(path) for path in paths], pictures, [arrays[0], pictures[1], paths[2]], iter(arrays)):
+        np.testing.assert_array_equal(extractor(images), wanted)
+
+
+def test_one_image_none_and_a_stack(extractor, arrays):
+    wanted = extractor(arrays)
+    np.testing.assert_allclose(extractor(arrays[1]), wanted[1:2], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(extractor(Image.fromarray(arrays[1])), wanted[1:2], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(extractor(np.stack([arrays[1]] * 2)), wanted[[1, 1]], rtol=1e-4, atol=1e-4)
+    assert extractor([]).shape == (0, 128)
+
+
+def test_batches_do_not_change_features(extractor, rng):
+    images = rng.integers(0, 256, size=(11, 40, 20, 3), dtype=np.uint8)
+    together = extractor(images)
+    alone = np.concatenate([extractor(image) for image in images])
+    np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-3)
+
+
+def test_normalised_features_are_unit(extractor, arrays):
+    features = extractor(arrays, normalised=True)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), np.ones(3), rtol=1e-5)
+    plain = extractor(arrays)
+    np.testing.assert_allclose(features, plain / np.linalg.norm(plain, axis=1, keepdims=True), rtol=1e-5)
+
+
+def test_modes_of_pil_images(extractor, arrays):
+    image = Image.fromarray(arrays[0])
+    grey = image.convert("L")
+    np.testing.assert_array_equal(extractor(grey), extractor(np.repeat(np.asarray(grey)[..., None], 3, axis=2)))
+    palette = image.convert("P")
+    palette.info["transparency"] = 0
+    assert extractor(palette).shape == (1, 128)
+    assert palette.info["transparency"] == 0
+
+
+def test_pictures_that_are_none_are_named(extractor, arrays, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a jpeg")
+    cases = {
+        "gone.jpg": [arrays[0], tmp_path / "gone.jpg"],
+        "broken.jpg": [arrays[0], tmp_path / "broken.jpg"],
+        "float32[4, 4, 3]": [arrays[0], np.zeros((4, 4, 3), np.float32)],
+        "uint8[4, 4]": [arrays[0], np.zeros((4, 4), np.uint8)],
+        "empty image": [arrays[0], np.zeros((0, 4, 3), np.uint8)],
+        "NoneType": [arrays[0], None],
+        "mode I;16": [arrays[0], Image.fromarray(np.zeros((4, 4), np.uint16))],
+    }
+    for part, images in cases.items():
+        with pytest.raises(DataError, match=r"images\[1\]: ") as caught:
+            extractor(images)
+        assert part in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="images of type int: give paths"):
+        extractor(5)
+
+
+def test_few_programs_serve_any_number_of_images(saved, rng):
+    extractor = dmosnet_jax.load(saved[0], batch_size=4)
+    images = rng.integers(0, 256, size=(9, *SIZE, 3), dtype=np.uint8)
+    for count in (9, 1, 2, 3, 4, 5, 8):
+        assert len(extractor(images[:count])) == count
+    assert extractor._forward._cache_size() == 3
+
+
+def test_pytorch_files_tell_their_network(tmp_path, arrays):
+    model, params, stats = _drawn("dmosnet_x0_25", pool="gem", num_classes=3)
+    path = tmp_path / "weights.safetensors"
+    torch_export.save(path, torch_export.to_state_dict(params, stats, model, layout="fastreid"))
+    loaded = dmosnet_jax.load(path, image_size=SIZE)
+    assert (loaded.model.name, loaded.model.attention, loaded.model.pool) == ("dmosnet_x0_25", (1, 0, 0), "gem")
+    assert loaded.model.num_classes == 0
+    assert (loaded.mean, loaded.std) == (augment.IMAGENET_MEAN, augment.IMAGENET_STD)
+    assert opening.open_weights(path).options["neck"] == "bnneck"
+
+
+def test_a_run_tells_its_network_size_and_pixels(tmp_path):
+    model, params, stats = _drawn("osnet_ibn_x0_25", neck="fc", num_classes=3)
+    state = train_state.create(params, stats, optax.sgd(0.1), seed=0, mesh=make_mesh())
+    store = checkpoints.Checkpoints(tmp_path / "run")
+    described = {name: getattr(model, name) for name in (*opening.PARTS, "image_size")}
+    meta = {"model": described, "config": {"pixel_mean": MEAN, "pixel_std": STD}, "loop": {}}
+    store.save(state, meta)
+    store.close()
+    loaded = dmosnet_jax.load(tmp_path / "run")
+    assert (loaded.model.name, loaded.model.neck, loaded.model.image_size) == ("osnet_ibn_x0_25", "fc", SIZE)
+    assert (loaded.mean, loaded.std) == (MEAN, STD)
+    jax.tree.map(np.testing.assert_array_equal, loaded._weights[1], stats)
+
+
+def test_wrong_options_and_weights(saved, tmp_path):
+    path, *_ = saved
+    with pytest.raises(ConfigError, match="batch_size=0 must be at least 1"):
+        dmosnet_jax.load(path, batch_size=0)
+    with pytest.raises(ConfigError, match=r"model\.dtype='int8' is not known"):
+        dmosnet_jax.load(path, dtype="int8")
+    with pytest.raises(DataError, match=r"does not fit model osnet_x0_5: .*conv1\.conv\.kernel has shape"):
+        dmosnet_jax.load(path, name="osnet_x0_5")
+    with pytest.raises(DataError, match="no checkpoint here"):
+        dmosnet_jax.load(tmp_path)
+    unknown = {"conv1.conv.weight": np.zeros((5, 3, 7, 7), np.float32)}
+    torch_export.save(tmp_path / "x.pth", unknown)
+    with pytest.raises(ConfigError, match=r"x\.pth: does not tell its network: give name=NAME"):
+        dmosnet_jax.load(tmp_path / "x.pth")
+
+
+def test_importing_the_package_imports_no_jax():
+    command = "import sys, dmosnet_jax; sys.exit('jax' in sys.modules or not callable(dmosnet_jax.load))"
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
+    with pytest.raises(AttributeError, match="no attribute 'lood'"):
+        _ = dmosnet_jax.lood
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("weights", "wanted"),
+    [
+        ("market1501", {"mAP": 82.76, "rank1": 91.85, "rank5": 98.05, "rank10": 98.95, "mINP": 67.40}),
+        ("msmt17", {"mAP": 32.79, "rank1": 47.55}),
+    ],
+)
+def test_real_weights_score_what_they_scored_in_pytorch(shared, weights, wanted):
+    extractor = dmosnet_jax.load(shared(f"weights/osnet_x0_25_{weights}.pth"))
+    with zipfile.ZipFile(shared("data/Market-1501-qq.zip")) as archive:
+        files = [name for name in archive.namelist() if "/query/" in name and name.endswith(".jpg")]
+        features = extractor([Image.open(io.BytesIO(archive.read(name))) for name in files])
+    assert len(files) == 2467
+    names = [name.rsplit("/", 1)[1] for name in files]
+    ids = np.array([int(name.split("_")[0]) for name in names], np.int32)
+    cameras = np.array([int(name.split("_c")[1][0]) for name in names], np.int32)
+    scores = ranking.evaluate(features, features, ids, ids, cameras, cameras)
+    for field, value in wanted.items():
+        assert 100 * scores[field] == pytest.approx(value, abs=0.2), field
