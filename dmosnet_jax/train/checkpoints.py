@@ -97,11 +97,12 @@ def _manager(
         # What is kept is the policy's business; without a `best_fn`, scores would not be written beside the arrays.
         best_fn=_score,
     )
+    # Opening reads every score.
+    for step in _steps(folder):
+        _check_files(folder / str(step), [_METRICS])
     try:
         return ocp.CheckpointManager(folder.absolute(), options=options, handler_registry=_handlers())
     except ValueError as error:
-        for step in _steps(folder):
-            _check_files(folder / str(step), (_META, _METRICS))
         raise DataError(_damaged(folder, error)) from error
 
 

@@ -1,0 +1,269 @@
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.memory import hybrid
+from dmosnet_jax.train import checkpoints
+from dmosnet_jax.train import state as train_state
+from dmosnet_jax.train.checkpoints import Checkpoints
+
+OPTIMISER = optax.chain(optax.add_decayed_weights(0.1), optax.scale_by_adam(), optax.scale(-1e-3))
+META = {"model": {"name": "osnet_x0_25"}, "config": {"seed": 3}, "loop": {"indep_threshold": 0.25}}
+
+
+def make_state(mesh, *, seed=0, step=5, memory=False, width=6):
+    """A state with random numbers in every array."""
+    rng = np.random.default_rng(seed)
+    params = {"conv1": {"kernel": rng.normal(size=(3, width))}, "fc": {"0": {"bias": rng.normal(size=(width,))}}}
+    params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
+    state = train_state.create(params, {"bn": {"mean": np.float32([1, 2])}}, OPTIMISER, seed=seed, mesh=mesh)
+    state = jax.tree.map(lambda leaf: leaf + jnp.asarray(rng.integers(1, 9, leaf.shape), leaf.dtype), state)
+    if memory:
+        features = rng.normal(size=(20, 4)).astype(np.float32)
+        labels = rng.integers(0, 5, 20)
+        state = state.replace(memory=hybrid.init(features, labels, momentum=0.2, temperature=0.05, mesh=mesh))
+    return state.replace(step=jnp.int32(step))
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+
+
+def save(workdir, *states, keep=3, scores=()):
+    store = Checkpoints(workdir, keep=keep)
+    for number, state in enumerate(states):
+        score = scores[number] if scores else None
+        store.save(state, META, metrics=None if score is None else {"mAP": score, "rank1": 0.5})
+    store.close()
+
+
+def steps_in(workdir):
+    return sorted(p.name for p in (workdir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize(("saved_on", "restored_on"), [(1, 1), (8, 1), (1, 8), (8, 4)])
+def test_a_new_process_on_any_device_count_restores_every_bit(tmp_path, memory, saved_on, restored_on):
+    state = make_state(make_mesh(jax.devices()[:saved_on]), memory=memory)
+    save(tmp_path, state)
+    mesh = make_mesh(jax.devices()[:restored_on])
+    like = make_state(mesh, seed=1, memory=memory)
+    shapes = train_state.shapes(like.params, like.stats, OPTIMISER).replace(memory=like.memory)
+    store = Checkpoints(tmp_path)
+    assert store.latest() == 5
+    assert store.meta(5) == META
+    for target in (like, shapes):
+        restored = store.restore(target, 5, mesh)
+        assert_same(restored, state)
+        places = train_state.shardings(like, mesh)
+        for leaf, place in zip(jax.tree.leaves(restored), jax.tree.leaves(places), strict=True):
+            assert leaf.sharding == place
+    store.close()
+
+
+def test_latest_ones_and_the_best_are_kept(tmp_path):
+    mesh = make_mesh()
+    states = [make_state(mesh, step=step) for step in range(1, 7)]
+    save(tmp_path, *states, keep=2, scores=[0.2, 0.7, None, 0.5, None, None])
+    assert steps_in(tmp_path) == ["2", "5", "6"]
+    # The scores are read again by a new process, and a better one takes the place.
+    save(tmp_path, make_state(mesh, step=7), make_state(mesh, step=8), keep=2, scores=[0.6, None])
+    assert steps_in(tmp_path) == ["2", "7", "8"]
+    save(tmp_path, make_state(mesh, step=9), make_state(mesh, step=10), keep=1, scores=[0.8, 0.1])
+    assert steps_in(tmp_path) == ["10", "9"]
+    assert checkpoints.find(tmp_path / "best")[1] == 9
+
+
+def test_a_step_is_saved_once(tmp_path):
+    mesh = make_mesh()
+    store = Checkpoints(tmp_path)
+    assert store.latest() is None
+    store.save(make_state(mesh, seed=0), META)
+    store.save(make_state(mesh, seed=1), {"loop": {}})
+    store.close()
+    store = Checkpoints(tmp_path)
+    assert_same(store.restore(make_state(mesh, seed=2), 5, mesh), make_state(mesh, seed=0))
+    store.close()
+
+
+def test_the_state_may_be_donated_while_it_is_being_saved(tmp_path):
+    mesh = make_mesh()
+    state = make_state(mesh)
+    expected = jax.tree.map(np.array, state)
+    store = Checkpoints(tmp_path)
+    store.save(state, META)
+    jax.block_until_ready(jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)(state))
+    store.close()
+    found = checkpoints.load_model(tmp_path)
+    assert_same(found.params, expected.params)
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    mesh = make_mesh()
+    save(tmp_path, make_state(mesh, step=1), make_state(mesh, step=2))
+    folder = tmp_path / "checkpoints"
+    # Killed while writing step 3, and while deleting step 0.
+    shutil.copytree(folder / "2", folder / "3.orbax-checkpoint-tmp")
+    (folder / ".old" / "0" / "model").mkdir(parents=True)
+    store = Checkpoints(tmp_path)
+    assert store.latest() == 2
+    store.save(make_state(mesh, step=3), META)
+    store.close()
+    assert steps_in(tmp_path) == ["1", "2", "3"]
+
+
+def test_find_takes_workdir_folder_step_and_best(tmp_path):
+    mesh = make_mesh()
+    workdir = tmp_path / "7"
+    save(workdir, *(make_state(mesh, step=step) for step in (3, 12, 20)), scores=[0.4, 0.9, 0.6])
+    folder = workdir / "checkpoints"
+    for path, step in [
+        (workdir, 20),
+        (folder, 20),
+        (folder / "3", 3),
+        (folder / "best", 12),
+        (workdir / "best", 12),
+        (workdir / "12", 12),
+    ]:
+        assert checkpoints.find(path) == (folder, step)
+        assert checkpoints.find(str(path)) == (folder, step)
+
+
+def test_best_of_checkpoints_without_scores_is_the_latest(tmp_path):
+    mesh = make_mesh()
+    save(tmp_path, make_state(mesh, step=0), make_state(mesh, step=4))
+    assert checkpoints.find(tmp_path / "best")[1] == 4
+    save(tmp_path / "zero", make_state(mesh, step=0), make_state(mesh, step=4), scores=[0.5, None])
+    assert checkpoints.find(tmp_path / "zero" / "best")[1] == 0
+
+
+def test_find_says_what_is_there(tmp_path):
+    save(tmp_path / "run", make_state(make_mesh(), step=3))
+    (tmp_path / "file").write_text("")
+    for path in ("nowhere", "file", "nowhere/best", "nowhere/3"):
+        with pytest.raises(DataError, match="no checkpoint here: give a run's workdir"):
+            checkpoints.find(tmp_path / path)
+    with pytest.raises(DataError, match=r"run/checkpoints/8: no such checkpoint; there are 3"):
+        checkpoints.find(tmp_path / "run" / "checkpoints" / "8")
+
+
+def test_weights_alone_are_read_without_a_state(tmp_path):
+    state = make_state(make_mesh(), memory=True)
+    save(tmp_path, state)
+    found = checkpoints.load_model(tmp_path)
+    assert (found.step, found.path, found.meta) == (5, tmp_path / "checkpoints" / "5", META)
+    assert_same(found.params, jax.tree.map(np.asarray, state.params))
+    assert_same(found.stats, jax.tree.map(np.asarray, state.stats))
+
+
+def test_another_models_checkpoint_is_refused_with_every_difference(tmp_path):
+    mesh = make_mesh()
+    save(tmp_path, make_state(mesh))
+    store = Checkpoints(tmp_path)
+    with pytest.raises(DataError, match="checkpoint of another model or setting: params") as error:
+        store.restore(make_state(mesh, width=7), 5, mesh)
+    text = str(error.value)
+    assert "params.conv1.kernel has shape (3, 6), not (3, 7)" in text
+    assert "params.fc.0.bias has shape (6,), not (7,)" in text
+    assert "\n" not in text
+    with pytest.raises(DataError, match=r"missing memory\.features"):
+        store.restore(make_state(mesh, memory=True), 5, mesh)
+    store.close()
+
+
+def files_of(workdir):
+    folder = workdir / "checkpoints" / "5"
+    # Orbax's own notes on the saving, which nothing is read from.
+    notes = ("_CHECKPOINT_METADATA", "commit_success.txt")
+    return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.name not in notes)
+
+
+def truncated(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def emptied(path):
+    os.truncate(path, 0)
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def resume(workdir, like, mesh):
+    store = Checkpoints(workdir)
+    try:
+        assert store.meta(5) == META
+        return store.restore(like, 5, mesh)
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("harm", [truncated, emptied, flipped, os.unlink])
+def test_damage_to_any_file_is_one_line(tmp_path, capfd, harm):
+    mesh = make_mesh()
+    save(tmp_path / "whole", make_state(mesh, step=2), make_state(mesh, memory=True), scores=[0.5, 0.1])
+    like = make_state(mesh, memory=True)
+    for name in files_of(tmp_path / "whole"):
+        if name.name == "checksums.json" and harm is os.unlink:
+            continue
+        workdir = tmp_path / "harmed"
+        shutil.copytree(tmp_path / "whole", workdir)
+        harm(workdir / "checkpoints" / "5" / name)
+        with pytest.raises(DataError, match=r"checkpoints/5: checkpoint is damaged") as error:
+            resume(workdir, like, mesh)
+        assert str(name) in str(error.value) or name.name == "checksums.json"
+        assert "\n" not in str(error.value)
+        if name.parts[0] != "train":
+            with pytest.raises(DataError, match=r"checkpoints/5: checkpoint is damaged"):
+                checkpoints.load_model(workdir)
+        shutil.rmtree(workdir)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_checkpoints_without_checksums_are_read_and_damage_is_still_an_error(tmp_path):
+    mesh = make_mesh()
+    save(tmp_path, make_state(mesh))
+    folder = tmp_path / "checkpoints" / "5"
+    (folder / "checksums.json").unlink()
+    assert checkpoints.load_model(tmp_path).step == 5
+    emptied(folder / "model" / "_METADATA")
+    with pytest.raises(DataError, match=r"checkpoints/5: checkpoint can't be read"):
+        checkpoints.load_model(tmp_path)
+    shutil.rmtree(folder / "model")
+    with pytest.raises(DataError, match=r"checkpoints/5: checkpoint can't be read"):
+        resume(tmp_path, make_state(mesh), mesh)
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    mesh = make_mesh()
+    save(tmp_path, make_state(mesh, step=5))
+    store = Checkpoints(tmp_path)
+
+    def full(*unused):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.integrity, "seal", full)
+    store.save(make_state(mesh, step=6), META)
+    with pytest.raises(DataError, match=r"checkpoints/6: checkpoint can't be written \(.*No space left on device"):
+        store.wait()
+    monkeypatch.undo()
+    assert checkpoints.find(tmp_path)[1] == 5
+    assert checkpoints.load_model(tmp_path).step == 5
+
+
+def test_meta_is_plain_json(tmp_path):
+    save(tmp_path, make_state(make_mesh()))
+    assert json.loads((tmp_path / "checkpoints" / "5" / "meta" / "metadata").read_text()) == META
