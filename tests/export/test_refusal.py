@@ -209,15 +209,25 @@ def _renamed_and_reshaped(rng: np.random.Generator, writer, weights, count: int)
         yield (writer.zipped if rng.integers(2) else writer.legacy)(*writer.state(changed))
 
 
-def test_mutated_files_end_in_weights_or_one_line(writer, put, small_weights, small_model):
-    """About 900 damaged files: an error of ours in one line, or weights of the model's shapes; never anything else."""
+def _mutated_payloads(rng: np.random.Generator, writer, marker: pathlib.Path):
+    """One damaged version of every hostile file."""
+    for payload, _ in _payloads(writer, marker).values():
+        for data in _hiding_places(writer, payload).values():
+            yield from _mutants(rng, data, 1)
+
+
+def test_mutated_files_end_in_weights_or_one_line(writer, put, small_weights, small_model, tmp_path_factory):
+    """More than 1,000 damaged files: one line of ours, or weights of the model's shapes; never anything else."""
+    marker = tmp_path_factory.mktemp("elsewhere") / "ran"
     rng = np.random.default_rng(11)
     weights, model = small_weights(), small_model()
     body, storages = writer.state(weights)
     sound = [writer.zipped(body, storages), writer.legacy(body, storages), save_safetensors(weights)]
-    files = [mutant for base in sound for mutant in _mutants(rng, base, 170)]
+    files = [mutant for base in sound for mutant in _mutants(rng, base, 180)]
     files += _mutated_pickles(rng, writer, body, storages, 250)
     files += _renamed_and_reshaped(rng, writer, weights, 150)
+    files += _mutated_payloads(rng, writer, marker)
+    assert len(files) > 1000
     accepted = refused = 0
     tracemalloc.start()
     try:
@@ -237,8 +247,9 @@ def test_mutated_files_end_in_weights_or_one_line(writer, put, small_weights, sm
                 assert problem.isprintable()
                 refused += 1
             assert tracemalloc.get_traced_memory()[1] - before < 20_000_000
+            assert not marker.exists()
     finally:
         tracemalloc.stop()
-    assert refused > 400
+    assert refused > 500
     assert accepted > 20
     assert not [name for name in os.listdir(path.parent) if name != path.name]
