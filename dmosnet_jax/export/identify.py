@@ -37,6 +37,12 @@ def infer_num_classes(state_dict: StateDict) -> int:
     return 0 if source is None or state_dict[source].ndim != 2 else int(state_dict[source].shape[0])
 
 
+def infer_batches(state_dict: StateDict) -> int:
+    """The largest `num_batches_tracked` of a PyTorch file, 0 without any; in a trained network all are equal."""
+    counters = [int(value) for name, value in state_dict.items() if name.endswith("num_batches_tracked")]
+    return max(counters, default=0)
+
+
 def describe(state_dict: StateDict) -> dict[str, Any]:
     """Options of `models.build` that the weights tell.
 

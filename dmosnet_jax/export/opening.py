@@ -12,6 +12,7 @@ from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.trees import differences
 from dmosnet_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from dmosnet_jax.export import folder, torch_import
+from dmosnet_jax.export.identify import infer_batches
 from dmosnet_jax.models import Model, build
 from dmosnet_jax.train import checkpoints
 
@@ -29,6 +30,8 @@ class Opened:
         options: arguments of `models.build` that the weights tell; what they don't tell is absent.
         mean: per-channel mean of the pixels, in [0, 1] units.
         std: per-channel standard deviation of the pixels.
+        num_classes: classes of the classifier among the weights, 0 for none.
+        batches: training steps, as far as the weights tell.
         state_dict: arrays of a PyTorch file, or None.
         trees: `(params, stats)` of a checkpoint or folder of ours, or None.
     """
@@ -37,11 +40,13 @@ class Opened:
     options: Mapping[str, Any]
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    num_classes: int = 0
+    batches: int = 0
     state_dict: Mapping[str, np.ndarray] | None = None
     trees: tuple[Tree, Tree] | None = None
 
     def model(self, **overrides: Any) -> Model:
-        """The network without a classifier.
+        """The network, without a classifier unless `num_classes` is given.
 
         Args:
             **overrides: options of `models.build`; None means: as the weights say.
@@ -88,19 +93,22 @@ def open_weights(path: str | os.PathLike[str]) -> Opened:
     where, place = str(path), pathlib.Path(path)
     if folder.is_folder(place):
         params, stats, card = folder.load(place)
-        return Opened(where, card.options(), card.mean, card.std, trees=(params, stats))
+        return Opened(where, card.options(), card.mean, card.std, card.num_classes, trees=(params, stats))
     if place.is_dir() or place.name == checkpoints.BEST:
         return _from_run(checkpoints.load_model(place))
     state_dict = torch_import.load(path)
     told = {name: value for name, value in torch_import.describe(state_dict).items() if value is not None}
-    return Opened(where, told, state_dict=state_dict)
+    counts = torch_import.infer_num_classes(state_dict), infer_batches(state_dict)
+    return Opened(where, told, IMAGENET_MEAN, IMAGENET_STD, *counts, state_dict=state_dict)
 
 
 def _from_run(saved: checkpoints.SavedModel) -> Opened:
     described, config = saved.meta.get("model", {}), saved.meta.get("config", {})
     options = {name: described[name] for name in (*PARTS, "image_size") if described.get(name) not in (None, "")}
-    pixels = [tuple(config.get(field) or default) for field, default in _PIXELS]
-    return Opened(str(saved.path), options, pixels[0], pixels[1], trees=(saved.params, saved.stats))
+    mean, std = (tuple(config.get(field) or default) for field, default in _PIXELS)
+    kernel = saved.params.get("classifier", {}).get("kernel")
+    classes = 0 if kernel is None else kernel.shape[1]
+    return Opened(str(saved.path), options, mean, std, classes, saved.step, trees=(saved.params, saved.stats))
 
 
 _PIXELS = (("pixel_mean", IMAGENET_MEAN), ("pixel_std", IMAGENET_STD))

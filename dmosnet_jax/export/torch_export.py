@@ -95,9 +95,14 @@ def check_layout(model: Model, layout: str) -> None:
         raise ConfigError(f"layout={layout!r} is not known: use one of {', '.join(EXPORTS)}")
     problem = _misfit(model, layout)
     if problem:
-        fits = [other for other in EXPORTS if _misfit(model, other) is None]
-        advice = f"use layout={' or '.join(fits)}" if fits else "export it as a folder of ours instead"
+        others = [other for other in EXPORTS if fits(model, other)]
+        advice = f"use layout={' or '.join(others)}" if others else "export it as a folder of ours instead"
         raise ConfigError(f"layout={layout!r} has no {problem} (model {model.name}): {advice}")
+
+
+def fits(model: Model, layout: str) -> bool:
+    """Whether the code base of a layout has the model's network."""
+    return _misfit(model, layout) is None
 
 
 def _misfit(model: Model, layout: str) -> str | None:
@@ -120,12 +125,6 @@ def _misfit(model: Model, layout: str) -> str | None:
     if not resnet or model.variant != "spcl" or model.neck != "bnneck":
         return f"network of variant={model.variant!r} and neck={model.neck!r}"
     return "GeM pooling" if layout == "spcl" and model.pool == "gem" else None
-
-
-def infer_batches(state_dict: Mapping[str, np.ndarray]) -> int:
-    """The largest `num_batches_tracked` of a PyTorch file, 0 without any; in a trained network all are equal."""
-    counters = [int(value) for name, value in state_dict.items() if name.endswith("num_batches_tracked")]
-    return max(counters, default=0)
 
 
 def save(path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarray]) -> None:

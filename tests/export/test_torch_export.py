@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from dmosnet_jax import models
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.export import torch_export, torch_import
+from dmosnet_jax.export import identify, torch_export, torch_import
 from tests.models.drawn import draw_tree
 
 PIXELS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -36,7 +36,7 @@ def test_import_then_export_is_bit_identical(shared, tmp_path, file, layout, pix
     original = torch_import.load(shared(file))
     model = models.build(**torch_import.describe(original), num_classes=torch_import.infer_num_classes(original))
     params, stats = torch_import.convert(original, model)
-    counted = torch_export.infer_batches(original)
+    counted = identify.infer_batches(original)
     exported = torch_export.to_state_dict(params, stats, model, layout=layout, batches=counted, pixels=pixels)
     path = tmp_path / f"out{suffix}"
     torch_export.save(path, exported)

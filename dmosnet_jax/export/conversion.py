@@ -1,0 +1,68 @@
+"""Weights of any kind to weights of any kind: a run's checkpoint, a PyTorch file or a folder of ours, in and out."""
+
+import os
+import pathlib
+from typing import Any
+
+from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.export import folder, torch_export
+from dmosnet_jax.export.opening import open_weights
+from dmosnet_jax.models import Model
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    classifier: bool = True,
+    origin: str = "",
+    licence: str = "",
+    **options: Any,
+) -> Model:
+    """Exports weights.
+
+    Args:
+        source: see `opening.open_weights`.
+        target: a file with the suffix `.safetensors`, `.pth` or `.pt`, or a folder that doesn't exist yet.
+        layout: of a file, see `torch_export.to_state_dict`; None takes fast-reid's names for a BNNeck and torchreid's
+            for others, where these code bases have the network.
+        classifier: keep the training identities' classifier.
+        origin: for a folder's card: where the weights come from; default the source's path.
+        licence: for a folder's card.
+        **options: options of `models.build` that the weights don't tell; None means: as they say.
+
+    Returns:
+        The network.
+
+    Raises:
+        ConfigError: the network isn't told, or the layout has no such network.
+        DataError: the source can't be read or belongs to another network, or the target can't be written.
+    """
+    opened = open_weights(source)
+    model = opened.model(**options, num_classes=opened.num_classes if classifier else 0)
+    params, stats = opened.weights(model)
+    if pathlib.Path(target).suffix in torch_export.SUFFIXES:
+        chosen = layout or _usual_layout(model)
+        state_dict = torch_export.to_state_dict(params, stats, model, layout=chosen, batches=opened.batches)
+        torch_export.save(target, state_dict)
+    else:
+        if layout is not None:
+            suffixes = ", ".join(torch_export.SUFFIXES)
+            raise ConfigError(f"{target}: layout={layout!r} is for a file: give it one of the suffixes {suffixes}")
+        card = folder.Card.of(model, mean=opened.mean, std=opened.std, source=origin or str(source), licence=licence)
+        folder.save(target, params, stats, card)
+    return model
+
+
+def _usual_layout(model: Model) -> str:
+    """fast-reid's names for its kind of head, else the first layout that has the network.
+
+    Raises:
+        ConfigError: none has.
+    """
+    preferred = sorted(torch_export.EXPORTS, key=lambda name: name != "fastreid") if model.neck == "bnneck" else None
+    for name in preferred or torch_export.EXPORTS:
+        if torch_export.fits(model, name):
+            return name
+    raise ConfigError(f"model {model.name} fits no PyTorch code base: export it as a folder (a path without a suffix)")
