@@ -192,6 +192,22 @@ def test_spcl_and_torchvision_names_become_torchvision_stages():
     ]
 
 
+def test_domain_norms_inside_ibn_keep_their_place():
+    names = ["base.0.weight", "base.4.0.bn1.BN.BN_S.weight", "base.4.0.bn1.BN.BN_T.weight", "base.4.0.bn1.IN.weight"]
+    assert list(layouts.rename(names, layouts.recognise(names)).values()) == [
+        "conv1.weight",
+        None,
+        "layer1.0.bn1.BN.weight",
+        "layer1.0.bn1.IN.weight",
+    ]
+    names = ["backbone.layer1.0.bn1.BN.dsbn.0.bias", "backbone.layer1.0.bn1.BN.dsbn.1.bias", "head.feat_bn.dsbn.1.bias"]
+    assert list(layouts.rename(names, layouts.recognise(names)).values()) == [
+        None,
+        "layer1.0.bn1.BN.bias",
+        "bottleneck.bias",
+    ]
+
+
 def test_unknown_layout(small_model):
     with pytest.raises(DataError, match=r"2 tensors \(a, b, .*no known layout \(openunreid, fastreid"):
         torch_import.convert({"a": np.ones(1), "b": np.ones(1)}, small_model())
