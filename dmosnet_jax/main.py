@@ -3,6 +3,7 @@
 Exit status: 0 done, 1 bad data, 2 bad command or config, 143 stopped by a signal with its state saved.
 """
 
+import errno
 import importlib
 import os
 import pathlib
@@ -13,8 +14,8 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dmosnet_jax.core.errors import ConfigError, UserError
-from dmosnet_jax.core.settings import validate
+from dmosnet_jax.core.errors import ConfigError, DataError, UserError
+from dmosnet_jax.core.settings import read, validate
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: configs/<file>.py[:arguments].", lock_config=True
@@ -26,16 +27,35 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, w
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, where the cluster does not tell.")
 
 
+# What a system may refuse, whatever the program: the file and the reason are all that helps.
+_REFUSALS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+}
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
-        if _CONFIG.value is None:
+        if not flags.FLAGS["config"].present:
             raise ConfigError("--config is not set: give --config=configs/<file>.py, e.g. configs/quickstart.py")
+        if not _config_file().is_file():
+            raise ConfigError(f"--config={_config_file()}: no such file: give configs/<file>.py[:arguments]")
+        # A file that could not be loaded says so only when it is read.
+        read(_CONFIG.value, "recipe")
         if len(rest) > 1:
             raise ConfigError(f"argument {rest[1]!r} is not understood: flags start with --, e.g. --workdir=DIR")
     except ConfigError:
         raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+    except Exception as error:
+        # A config file is code of the user's, so anything may come out of it.
         lines = str(error.args[0] if error.args else error).strip().splitlines()
         raise ConfigError(
             f"bad command line: {' '.join(line.strip() for line in lines) or type(error).__name__}"
@@ -43,9 +63,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
+def _config_file() -> pathlib.Path:
+    return pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
+
+
 def _workdir() -> pathlib.Path:
-    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem.split(":")[0]
-    return pathlib.Path(_WORKDIR.value or os.path.join("runs", name))
+    return pathlib.Path(_WORKDIR.value or os.path.join("runs", _config_file().stem))
 
 
 def _join_cluster() -> None:
@@ -82,6 +105,11 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except OSError as error:
+        if error.errno not in _REFUSALS or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}: give another place, or make room there", file=sys.stderr)
+        sys.exit(DataError.exit_status)
 
 
 if __name__ == "__main__":

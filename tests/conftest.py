@@ -1,4 +1,4 @@
-"""Strict numerics, eight CPU devices, the shared reference files, and a tiny data set for every test."""
+"""Strict numerics, eight CPU devices, the shared reference files, a tiny data set and the command line."""
 
 import os
 
@@ -6,10 +6,16 @@ import os
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import dataclasses
 import io
 import json
 import pathlib
+import re
 import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import google_crc32c
 import jax
@@ -101,6 +107,7 @@ def write_tiny(
     cameras: int = 2,
     images: int = 3,
     labelled: bool = True,
+    picture: Callable[[np.random.Generator, int, int], bytes] = _picture,
 ) -> pathlib.Path:
     """Writes a converted data set in two shards a split and returns its folder."""
     folder = data_dir / name / "1.0.0"
@@ -113,7 +120,7 @@ def write_tiny(
         framed = [
             _framed(
                 _example(
-                    _picture(rng, pid, camid), pid if labelled else -1, camid, f"{split}/{pid:04d}_c{camid}_{k}.jpg"
+                    picture(rng, pid, camid), pid if labelled else -1, camid, f"{split}/{pid:04d}_c{camid}_{k}.jpg"
                 )
             )
             for pid, camid, k in rows
@@ -129,8 +136,154 @@ def write_tiny(
 
 
 @pytest.fixture(scope="session")
+def tiny_writer():
+    """See `write_tiny`."""
+    return write_tiny
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> pathlib.Path:
     """A data_dir with the data set `tiny`: 8 identities x 2 cameras x 3 images in each of train, query and gallery."""
     data_dir = tmp_path_factory.mktemp("data")
     write_tiny(data_dir)
     return data_dir
+
+
+# The command line, as a user runs it.
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """What a command left behind; `errors` are the lines on stderr that are not a progress bar's."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        lines = self.err.replace("\r", "\n").splitlines()
+        return [line for line in lines if line.strip("\x1b[A ") and not re.search(r"\d+%\|.*\d/\d", line)]
+
+
+class CommandLine:
+    """Runs `python -m dmosnet_jax.main` in processes of their own, outside of the checkout."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+        self._server: subprocess.Popen | None = None
+        self._jobs = 0
+
+    def start(self, *args: str, devices: int = 1, script: str | None = None, **environment: str) -> subprocess.Popen:
+        """Starts a command; `script` runs instead of the module."""
+        what = ["-m", "dmosnet_jax.main"] if script is None else ["-c", script]
+        return subprocess.Popen(
+            [sys.executable, *what, *args],
+            cwd=self._folder,
+            env=_environment(devices) | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, *args: str, timeout: float = 300, **options: Any) -> Finished:
+        """Runs a command to its end."""
+        process = self.start(*args, **options)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        return Finished(process.returncode, out, err)
+
+    def forked(self, *args: str) -> Finished:
+        """Runs a command to its end on one device, in a fork of a process that has imported the libraries already."""
+        if self._server is None:
+            self._server = subprocess.Popen(
+                [sys.executable, "-c", _SERVER],
+                cwd=self._folder,
+                env=_environment(1),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._jobs += 1
+        out, err = (self._folder / f"{self._jobs}.{name}" for name in ("out", "err"))
+        self._server.stdin.write(json.dumps([str(out), str(err), *args]) + "\n")
+        self._server.stdin.flush()
+        status = int(self._server.stdout.readline())
+        return Finished(status, out.read_text(), err.read_text())
+
+    def close(self) -> None:
+        """Ends the server."""
+        if self._server is not None:
+            self._server.communicate()
+
+
+# The libraries take seconds to import; nothing of them has threads or devices before the fork.
+_SERVER = """
+import importlib, json, os, runpy, sys
+for recipe in ("spcl", "supervised", "evaluate", "extract"):
+    importlib.import_module("dmosnet_jax.recipes." + recipe)
+answers = os.dup(1)
+for line in sys.stdin:
+    out, err, *args = json.loads(line)
+    child = os.fork()
+    if not child:
+        for number, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        sys.argv = ["dmosnet_jax.main", *args]
+        runpy.run_module("dmosnet_jax.main", run_name="__main__", alter_sys=True)
+        sys.exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.write(answers, f"{status}\\n".encode())
+"""
+
+
+def _environment(devices: int) -> dict[str, str]:
+    return os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        "JAX_COMPILATION_CACHE_DIR": CACHE,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture(scope="session")
+def cli(tmp_path_factory):
+    """See `CommandLine`."""
+    line = CommandLine(tmp_path_factory.mktemp("cli"))
+    yield line
+    line.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(tiny_data):
+    """The function `tiny_flags(recipe, **fields)`: flags of a run of `recipe` on the tiny data, two epochs of ten."""
+
+    def flags(recipe: str, **fields: Any) -> list[str]:
+        config = {
+            "dataset": "tiny",
+            "data_dir": str(tiny_data),
+            "image_size": "(64, 32)",
+            "model.name": "osnet_x0_25",
+            "eval.batch_size": 16,
+            "eval.report": False,
+            "data.threads": 1,
+        }
+        if recipe in ("finetune", "spcl_market1501"):
+            config |= {
+                "batch_size": 16,
+                "model.bn_group_size": 8,
+                "train.epochs": 2,
+                "train.steps_per_epoch": 10,
+                "train.log_every_steps": 1,
+                "train.checkpoint_every_steps": 4,
+                "train.eval_every_epochs": 1,
+            }
+        if recipe == "spcl_market1501":
+            config |= {"optim.learning_rate": 3.5e-5, "spcl.k1": 8, "spcl.k2": 3}
+        return [f"--config={ROOT}/configs/{recipe}.py", *(f"--config.{k}={v}" for k, v in (config | fields).items())]
+
+    return flags

@@ -17,8 +17,12 @@ AXIS = "data"
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """A one-axis mesh over the given devices, or over all devices of all processes."""
-    return Mesh(np.asarray(jax.devices() if devices is None else devices), (AXIS,))
+    """A one-axis mesh over the given devices, or over all devices of all processes.
+
+    Each process's devices stand together, whatever their numbers: its slice of a batch is contiguous.
+    """
+    ordered = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
+    return Mesh(np.asarray(ordered), (AXIS,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -60,9 +60,16 @@ def validate(config: Any) -> None:
         config, "seed", "optim.weight_decay", "optim.warmup_steps", "augment.pad", "data.threads", "data.workers"
     )
     _fraction(config, "augment.flip", "augment.erase", "spcl.momentum", "loss.label_smoothing", "optim.warmup_factor")
+    _check_image_size(config)
     _check_sampler(config)
     _check_groups(config)
     _check_schedule(config)
+
+
+def _check_image_size(config: Any) -> None:
+    size = read(config, "image_size")
+    if size is not None and not (len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
+        raise ConfigError(f"image_size={tuple(size)} must be (height, width) in pixels, e.g. (256, 128)")
 
 
 def _check_sampler(config: Any) -> None:

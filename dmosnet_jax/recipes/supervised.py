@@ -4,6 +4,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data.datasets import relabel
 from dmosnet_jax.data.samplers import identity_epoch
@@ -20,6 +22,8 @@ class SupervisedRun(TrainingRun):
         if self.split.pids.min() < 0:
             raise DataError(f"{self.config.dataset}: training images without an identity; use the spcl recipe for them")
         self._labels = relabel(self.split.pids)
+        # Whether the sampler can fill a batch must not wait for the first epoch.
+        self._plan(epoch=0, steps=1)
         return int(self._labels.max()) + 1
 
     def default_steps_per_epoch(self) -> int:
@@ -37,16 +41,19 @@ class SupervisedRun(TrainingRun):
 
     def begin_epoch(self, state: TrainState, epoch: int, offset: int) -> tuple[TrainState, Any, Mapping[str, float]]:
         """The epoch's batches."""
-        plan = identity_epoch(
+        plan = self._plan(epoch, self.schedule.steps_per_epoch)
+        return state, self.stream(plan, start=offset, labels=self._labels), {}
+
+    def _plan(self, epoch: int, steps: int) -> np.ndarray:
+        return identity_epoch(
             self._labels,
             self.split.camids,
             batch_size=self.config.batch_size,
             instances=self.config.sampler.instances,
             seed=self.config.seed,
             epoch=epoch,
-            steps=self.schedule.steps_per_epoch,
+            steps=steps,
         )
-        return state, self.stream(plan, start=offset, labels=self._labels), {}
 
 
 def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
