@@ -60,6 +60,9 @@ def model(name: str | None = None) -> ConfigDict:
             "attention": config_dict.placeholder(tuple),
             "neck": config_dict.placeholder(str),
             "pool": config_dict.placeholder(str),
+            # How the classifier scores (linear or circle), and whose ResNet it is.
+            "classifier": config_dict.placeholder(str),
+            "variant": config_dict.placeholder(str),
             # Images that share batch statistics; 0 is the whole batch.
             "bn_group_size": 16,
             "dtype": "float32",
@@ -78,9 +81,16 @@ def base(recipe: str, model_name: str | None = None) -> ConfigDict:
     config.pixel_mean = (0.485, 0.456, 0.406)
     config.pixel_std = (0.229, 0.224, 0.225)
     config.model = model(model_name)
-    # Decoding threads and processes; `cache_mib` of host memory may keep the decoded images.
+    # Decoding threads and processes; up to `cache_mib` of host memory keeps the decoded images of each split.
     config.data = ConfigDict({"threads": 4, "workers": 0, "cache_mib": 4096})
     config.eval = ConfigDict({"batch_size": 128, "rerank": False, "report": True, "rank_lists": 10})
+    return config
+
+
+def as_trained(config: ConfigDict) -> ConfigDict:
+    """Leaves the image size (256x128 where the weights do not tell) and the pixel statistics to the weights."""
+    for field in ("image_size", "pixel_mean", "pixel_std"):
+        config[field] = config_dict.placeholder(tuple)
     return config
 
 

@@ -17,4 +17,5 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = common.base("evaluate")
     config.dataset = options["dataset"]
     config.checkpoint = options["checkpoint"]
+    common.as_trained(config)
     return config

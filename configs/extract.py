@@ -1,4 +1,4 @@
-"""Features of a folder, a zip or a list of images as an .npz file: `features` float32 [N, D] and `files` [N].
+"""Features of a folder of images as an .npz file: `features` float32 [N, D] and `files` [N].
 
     python -m dmosnet_jax.main --config=configs/extract.py --config.images=photos --config.checkpoint=runs/finetune \
         --config.output=features.npz
@@ -16,5 +16,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = common.base("extract")
     config.images = options["images"]
     config.checkpoint = options["checkpoint"]
+    common.as_trained(config)
     config.output = options["output"]
     return config

@@ -3,8 +3,8 @@
     python -m dmosnet_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 Renders people under several cameras, converts them, pre-trains by SpCL without labels, fine-tunes with labels, and
-evaluates the untrained network and each stage. `pretrain` and `finetune` are whole configs of their own:
-`--config.finetune.train.epochs=20`.
+evaluates the untrained network and each stage. `pretrain` and `finetune` are configs of their own but for the data and
+the model: `--config.finetune.train.epochs=20`.
 """
 
 from ml_collections import ConfigDict
@@ -38,4 +38,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.finetune.optim.learning_rate = 1e-3
     config.finetune.optim.schedule = "cosine"
     config.finetune.optim.decay_epochs = (options["finetune_epochs"] // 2,)
+    # Both stages take these from above.
+    for stage in (config.pretrain, config.finetune):
+        for field in ("seed", "dataset", "data_dir", "image_size", "pixel_mean", "pixel_std", "model", "data", "eval"):
+            del stage[field]
     return config

@@ -10,8 +10,9 @@ import numpy as np
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.mesh import make_mesh
 from dmosnet_jax.data.records import Record
+from dmosnet_jax.export.opening import open_weights
 from dmosnet_jax.recipes import scoring
-from dmosnet_jax.recipes.weights import build_for, open_weights
+from dmosnet_jax.recipes.weights import as_trained, build_for
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -91,8 +92,9 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
             raise ConfigError(f"{field} is not set: give --config.{field}=PATH")
     images = find_images(config.images)
     weights = open_weights(config.checkpoint)
-    model = build_for(config, weights.settings, where=config.checkpoint)
-    params, stats = weights.convert(model)
+    config = as_trained(config, weights)
+    model = build_for(config, weights)
+    params, stats = weights.weights(model)
     features = scoring.make_extractor(config, model, make_mesh())(params, stats, images)
     arrays = {"features": features, "files": np.asarray(images.files)}
     if jax.process_index() == 0:

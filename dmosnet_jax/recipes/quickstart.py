@@ -10,6 +10,7 @@ import numpy as np
 
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.core.settings import validate
 from dmosnet_jax.data.datasets import split_names
 from dmosnet_jax.evaluation import ranking
 from dmosnet_jax.recipes import scoring, spcl, supervised
@@ -37,6 +38,9 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.data_dir = config.data_dir or str(workdir / "data")
+    for name in ("pretrain", "finetune"):
+        # Not when its turn comes.
+        validate(_stage(config, name))
     _make_data(config)
     untrained = _untrained(config)
     stages: dict[str, Any] = {"chance": _chance(untrained.scorer, config.seed), "untrained": untrained.metrics()}
@@ -78,7 +82,7 @@ def _make_data(config: Any) -> None:
     done = subprocess.run(command, check=False)
     if done.returncode == 2:
         raise ConfigError(
-            f"{' '.join(command[1:])} failed: run it by itself, and install its packages with pip install -e .[convert]"
+            f"{' '.join(command[1:])} failed: see the message above; its packages come with pip install -e '.[convert]'"
         )
     if done.returncode:
         raise DataError(f"{' '.join(command[1:])} failed with exit status {done.returncode}: see the message above")
@@ -96,9 +100,9 @@ def _untrained(config: Any) -> scoring.Scores:
 def _chance(scorer: scoring.Scorer, seed: int) -> dict[str, float]:
     """Scores of random features: what a network that has learnt nothing gets."""
     draw = np.random.default_rng(seed).normal
-    features = [draw(size=(len(split), 64)).astype(np.float32) for split in (scorer.query, scorer.gallery)]
+    query, gallery = (draw(size=(len(split), 64)).astype(np.float32) for split in (scorer.query, scorer.gallery))
     labels = (scorer.query.pids, scorer.gallery.pids, scorer.query.camids, scorer.gallery.camids)
-    result = ranking.evaluate(*features, *labels)
+    result = ranking.evaluate(query, gallery, *labels)
     return {name: float(result[name]) for name in scoring.METRICS}
 
 

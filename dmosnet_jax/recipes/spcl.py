@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from dmosnet_jax.core.mesh import to_host
@@ -94,20 +95,31 @@ class SpclRun(TrainingRun):
             min_samples=settings.min_samples,
             indep_threshold=self._threshold,
         )
-        self._threshold = float(found.indep_threshold)
+        labels, threshold = _same_everywhere(found.labels, float(found.indep_threshold))
+        self._threshold = threshold
         seconds = time.perf_counter() - since
         stages = ", ".join(f"{name} {value:.1f}" for name, value in found.seconds.items())
         say(
             f"epoch {epoch + 1}: {found.num_clusters} clusters, {found.num_unclustered} un-clustered images, largest "
             f"cluster {found.largest_cluster}, threshold {self._threshold:.4f}, {seconds:.1f} s ({stages})"
         )
-        return found.labels, {
+        return labels, {
             "clusters": found.num_clusters,
             "unclustered": found.num_unclustered,
             "largest_cluster": found.largest_cluster,
             "indep_threshold": self._threshold,
             **{f"seconds_{name}": value for name, value in found.seconds.items()},
         }
+
+
+def _same_everywhere(labels: np.ndarray, threshold: float) -> tuple[np.ndarray, float]:
+    """Process 0's result: hosts that differ in a last bit must not train on different labels."""
+    if jax.process_count() == 1:
+        return labels, threshold
+    from jax.experimental import multihost_utils
+
+    labels, exact = multihost_utils.broadcast_one_to_all((labels, np.float32(threshold)))
+    return np.asarray(labels), float(exact)
 
 
 def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:

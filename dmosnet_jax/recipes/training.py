@@ -16,9 +16,10 @@ from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.mesh import check_batch, make_mesh
 from dmosnet_jax.data.datasets import Split, load_split, split_names
 from dmosnet_jax.data.pipeline import TrainStream
+from dmosnet_jax.export.opening import open_weights
 from dmosnet_jax.models import Model
 from dmosnet_jax.recipes import scoring
-from dmosnet_jax.recipes.weights import Weights, build_for, open_weights, settings_of
+from dmosnet_jax.recipes.weights import build_for, settings_of, start_from
 from dmosnet_jax.train import optim
 from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train.checkpoints import Checkpoints
@@ -48,14 +49,8 @@ class TrainingRun(abc.ABC):
         self.split: Split = load_split(config.data_dir, config.dataset, "train")
         self.mesh: Mesh = make_mesh()
         check_batch(config.batch_size, self.mesh)
-        self.weights: Weights | None = open_weights(config.pretrained) if config.pretrained else None
-        self.model: Model = build_for(
-            config,
-            self.weights.settings if self.weights else None,
-            num_classes=self.num_classes(),
-            where=config.pretrained,
-            start=True,
-        )
+        self.weights = open_weights(config.pretrained) if config.pretrained else None
+        self.model: Model = build_for(config, self.weights, num_classes=self.num_classes(), start=True)
         self.schedule = self._make_schedule()
         rate = optim.learning_rate(
             config.optim,
@@ -99,7 +94,16 @@ class TrainingRun(abc.ABC):
 
     def meta(self) -> dict[str, Any]:
         """See `loop.Recipe`."""
-        return {"model": settings_of(self.model), "config": _plain(self.config), "loop": self.loop_values()}
+        return {
+            "model": settings_of(self.model),
+            "config": _plain(self.config),
+            "loop": self.loop_values(),
+            "lengths": self._fixed_lengths(),
+        }
+
+    def _fixed_lengths(self) -> dict[str, int]:
+        """What must stay as it is over a run, or its epochs would shift."""
+        return {"steps_per_epoch": self.schedule.steps_per_epoch, "images": len(self.split.pids)}
 
     def files(self, indices: np.ndarray) -> list[str]:
         """See `loop.Recipe`."""
@@ -167,7 +171,7 @@ class TrainingRun(abc.ABC):
         if self.weights is None:
             params, stats = self.model.init(key)
         else:
-            params, stats, fresh = self.weights.start(self.model, key)
+            params, stats, fresh = start_from(self.weights, self.model, key)
             say(f"starts from {self.weights.path}" + (f"; drawn afresh: {', '.join(fresh)}" if fresh else ""))
         state = train_state.create(params, stats, self.optimiser, seed=self.config.seed, mesh=self.mesh)
         say(f"{self.model.name}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, {self._lengths()}")
@@ -189,9 +193,9 @@ class TrainingRun(abc.ABC):
         config, before = _plain(self.config), meta.get("config", {})
         fixed = [field for field in ("recipe", "dataset", "seed", "batch_size") if config[field] != before.get(field)]
         changed += [f"{field}={config[field]!r} (was {before.get(field)!r})" for field in fixed]
-        steps = before.get("train", {}).get("steps_per_epoch")
-        if steps is not None and steps != self.schedule.steps_per_epoch:
-            changed.append(f"train.steps_per_epoch={self.schedule.steps_per_epoch} (was {steps})")
+        lengths = meta.get("lengths", {})
+        found = self._fixed_lengths()
+        changed += [f"{k}={found[k]} (was {lengths[k]})" for k in found if k in lengths and lengths[k] != found[k]]
         if changed:
             raise DataError(
                 f"{self.workdir}: its checkpoint at step {step} is of another run: {'; '.join(changed)}; give another "
