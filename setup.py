@@ -22,7 +22,7 @@ def _version() -> str:
     return match.group(1)
 
 
-# The CPU build is a third of the size and all that conversion needs; it exists for Linux and Windows on x86-64 only.
+# The CPU build is a third of the size and all that conversion needs; it exists for Linux on x86-64.
 _CPU_WHEEL = "platform_machine == 'x86_64' and sys_platform == 'linux'"
 _NO_CPU_WHEEL = "platform_machine != 'x86_64' or sys_platform != 'linux'"
 CONVERT = [

@@ -1,9 +1,9 @@
 """The paper's pre-training: DM-OSNet by SpCL on the half of LUPerson that the CFS score selects.
 
-    python -m data_prep.convert --dataset=luperson --source=LUPerson --data_dir=data
     python -m dmosnet_jax.main --config=configs/spcl_luperson.py --workdir=runs/spcl_luperson --config.data_dir=data
 
-30 epochs of every image once, learning rate 3.5e-4, a tenth of it every 10 epochs, four groups of 16 images (paper,
+Needs LUPerson as a converted data set of that name; its conversion is not part of this version. 30 epochs of as many
+images as the data set has, learning rate 3.5e-4, a tenth of it every 10 epochs, four groups of 16 images (paper,
 section 4.2). One pass over 2.09 million images is 32,658 steps; give a multi-GPU host or a TPU slice.
 """
 

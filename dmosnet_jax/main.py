@@ -1,6 +1,7 @@
 """Command line: `python -m dmosnet_jax.main --config=configs/<file>.py[:arguments] --workdir=DIR [--config.field=...]`.
 
-Exit status: 0 done, 1 bad data, 2 bad command or config, 143 stopped by a signal with its state saved.
+Exit status: 0 done, 1 bad data, 2 bad command or config, 143 stopped by a signal with its state saved,
+130 interrupted elsewhere.
 """
 
 import errno
@@ -105,6 +106,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
+        sys.exit(130)
     except OSError as error:
         if error.errno not in _REFUSALS or error.filename is None:
             raise

@@ -34,6 +34,21 @@ jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+# The test extra brings these: where continuous integration lacks one, a test that needs it must not just be skipped.
+_EXTRAS = ("tensorflow", "tensorflow_datasets", "sklearn")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Fails a test that was skipped in CI for want of a package of the test extra."""
+    report = yield
+    if os.environ.get("CI") and report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2]
+        if "import" in reason and any(name in reason for name in _EXTRAS):
+            report.outcome, report.longrepr = "failed", f"not to be skipped in CI: {reason}"
+    return report
+
+
 def shared_file(relative: str) -> pathlib.Path:
     """Path of a reference file, or skips the calling test with the reason."""
     path = SHARED / relative

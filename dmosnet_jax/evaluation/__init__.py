@@ -1,0 +1,1 @@
+"""What a network is worth: extraction, ranking, re-ranking, report."""

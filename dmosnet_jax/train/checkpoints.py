@@ -1,4 +1,4 @@
-"""Checkpoints: one unit of train state, memory, pseudo-labels and loop state. The only file that imports Orbax.
+"""Checkpoints: one unit of train state, memory, pseudo-labels and loop state. Training's only way to Orbax.
 
 A checkpoint is a folder `checkpoints/<step>` with the items `model` (parameters and statistics), `train` (step,
 optimiser, key, memory), `meta` (JSON: model, config, loop state) and, where the state was evaluated, `metrics`. Orbax
