@@ -48,7 +48,8 @@ class Conv(nnx.Module):
         if self.depthwise:
             y = depthwise3x3(x, kernel)
         elif self.size == 1:
-            y = pointwise(x[:, :: self.stride, :: self.stride], kernel[0, 0])
+            seen = x if self.stride == 1 else x[:, :: self.stride, :: self.stride]
+            y = pointwise(seen, kernel[0, 0])
         else:
             pad = (self.size - 1) // 2
             y = lax.conv_general_dilated(
