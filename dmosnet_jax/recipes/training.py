@@ -189,7 +189,9 @@ class TrainingRun(abc.ABC):
     def _check_same_run(self, meta: Mapping[str, Any], step: int) -> None:
         """Refuses to continue a run under settings that would make it another one."""
         now, then = _plain(settings_of(self.model)), meta.get("model", {})
-        changed = [f"model.{k}={now[k]!r} (was {then.get(k)!r})" for k in now if k != "dtype" and now[k] != then.get(k)]
+        changed = [
+            f"model.{k}={now[k]!r} (was {then[k]!r})" for k in now if k in then and k != "dtype" and now[k] != then[k]
+        ]
         config, before = _plain(self.config), meta.get("config", {})
         fixed = [field for field in ("recipe", "dataset", "seed", "batch_size") if config[field] != before.get(field)]
         changed += [f"{field}={config[field]!r} (was {before.get(field)!r})" for field in fixed]

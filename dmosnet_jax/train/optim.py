@@ -62,4 +62,12 @@ def make_optimiser(config: Any, schedule: optax.Schedule) -> optax.GradientTrans
     parts = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
     if config.clip_norm:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
-    return optax.chain(*parts, scale, optax.scale_by_learning_rate(schedule))
+    frozen = optax.masked(optax.set_to_zero(), _is_neck_bias)
+    return optax.chain(*parts, scale, optax.scale_by_learning_rate(schedule), frozen)
+
+
+def _is_neck_bias(params: Any) -> Any:
+    """True at the bias of the BNNeck, which is never trained (Luo et al. 2019, "Bag of Tricks"; FastReID, SpCL)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: [getattr(step, "key", None) for step in path[-2:]] == ["bottleneck", "bias"], params
+    )

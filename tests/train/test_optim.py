@@ -143,3 +143,14 @@ def test_gradients_are_clipped_by_their_common_norm(rng):
 def test_unknown_optimiser():
     with pytest.raises(ConfigError, match=r"optim\.name='lamb' is not known: use adam or sgd"):
         optim.make_optimiser(ConfigDict(BASE | {"name": "lamb"}), lambda step: step)
+
+
+def test_bias_of_the_neck_is_never_trained():
+    leaf = jnp.ones((3,), jnp.float32)
+    params = {"bottleneck": {"scale": leaf, "bias": leaf}, "conv1": {"bn": {"bias": leaf}}}
+    transform = optim.make_optimiser(ConfigDict(BASE), lambda _: jnp.float32(0.1))
+    with jax.numpy_dtype_promotion("standard"):
+        # Optax counts its steps in integers.
+        updates, _ = transform.update(jax.tree.map(jnp.ones_like, params), transform.init(params), params)
+    moved = jax.tree.map(lambda update: bool(jnp.all(update != 0)), updates)
+    assert moved == {"bottleneck": {"scale": True, "bias": False}, "conv1": {"bn": {"bias": True}}}
