@@ -4,7 +4,6 @@ Exit status: 0 done, 1 bad data, 2 bad command or config, 143 stopped by a signa
 130 interrupted elsewhere.
 """
 
-import errno
 import importlib
 import os
 import pathlib
@@ -15,7 +14,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dmosnet_jax.core.errors import ConfigError, DataError, UserError
+from dmosnet_jax.core.errors import ConfigError, UserError, refusal
 from dmosnet_jax.core.settings import read, validate
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -26,20 +25,6 @@ _DISTRIBUTED = flags.DEFINE_boolean("distributed", False, "Join the other proces
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where the cluster does not tell.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, where the cluster does not tell.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, where the cluster does not tell.")
-
-
-# What a system may refuse, whatever the program: the file and the reason are all that helps.
-_REFUSALS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-}
 
 
 def _parse(argv: Sequence[str]) -> list[str]:
@@ -103,17 +88,15 @@ def main() -> None:
     logging.set_verbosity(logging.ERROR)
     try:
         app.run(lambda _: _run(), flags_parser=_parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+    except (UserError, OSError) as error:
+        failure = refusal(error) if isinstance(error, OSError) else error
+        if failure is None:
+            raise
+        print(f"error: {failure}", file=sys.stderr)
+        sys.exit(failure.exit_status)
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in _REFUSALS or error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}: give another place, or make room there", file=sys.stderr)
-        sys.exit(DataError.exit_status)
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ def tiny_flags(tiny_data):
                 "train.eval_every_epochs": 1,
             }
         if recipe == "spcl_market1501":
-            config |= {"optim.learning_rate": 3.5e-5, "spcl.k1": 8, "spcl.k2": 3}
+            config |= {"spcl.k1": 8, "spcl.k2": 3}
         return [f"--config={ROOT}/configs/{recipe}.py", *(f"--config.{k}={v}" for k, v in (config | fields).items())]
 
     return flags

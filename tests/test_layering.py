@@ -1,4 +1,4 @@
-"""Rooms import downward only, and only conversion imports TensorFlow."""
+"""Rooms import downward only, only conversion imports TensorFlow, and what is public says what it does."""
 
 import ast
 import pathlib
@@ -60,6 +60,7 @@ def test_a_file_imports_only_from_below(path):
     assert "configs" not in tops
     if parts[1] in ("benchmarks", "__init__.py"):
         return
+    assert "torch" not in tops
     own = MAIN if parts[1] == "main.py" else ROOMS[parts[1]]
     for name in names:
         other = level(name)
@@ -82,3 +83,30 @@ def test_no_file_is_a_drawer():
     for path in FILES:
         lines = path.read_text(encoding="utf-8").count("\n")
         assert lines <= 350, f"{path.relative_to(ROOT)}: {lines} lines"
+
+
+def public(node, prefix=""):
+    """Names and nodes of what a module offers: functions, classes and methods without an underscore."""
+    for child in node.body:
+        if isinstance(child, ast.FunctionDef | ast.ClassDef) and not child.name.startswith("_"):
+            yield prefix + child.name, child
+            if isinstance(child, ast.ClassDef):
+                yield from public(child, f"{child.name}.")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_public_things_are_documented(path):
+    if path.parent.name == "configs":
+        return
+    silent = [name for name, node in public(ast.parse(path.read_text(encoding="utf-8"))) if not ast.get_docstring(node)]
+    if "models" in path.parts:
+        # A module of a network is described where it is defined.
+        silent = [name for name in silent if "." not in name]
+    assert silent == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_stay_readable(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 70, f"{node.name} has more than 70 lines"

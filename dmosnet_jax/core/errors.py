@@ -4,6 +4,21 @@
 ours and keeps its traceback.
 """
 
+import errno
+
+# What a system may refuse to any program; other codes, as a file that is not there, mean that we did not look.
+_REFUSALS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+}
+
 
 class UserError(Exception):
     """A problem with what the user gave: the message says what, where, the value and the fix, in one line."""
@@ -21,3 +36,10 @@ class DataError(UserError):
     """A file, record, image or checkpoint is missing, damaged or of another kind (exit status 1)."""
 
     exit_status = 1
+
+
+def refusal(error: OSError) -> DataError | None:
+    """What to tell a user whose system refused to write or read a file; None where the error is not of that kind."""
+    if error.errno not in _REFUSALS or error.filename is None:
+        return None
+    return DataError(f"{error.filename}: {error.strerror}: give another place, or make room there")

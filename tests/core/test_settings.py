@@ -4,7 +4,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from dmosnet_jax.core import settings
-from dmosnet_jax.core.errors import ConfigError, DataError, UserError
+from dmosnet_jax.core.errors import ConfigError
 
 
 def config(**fields):
@@ -105,9 +105,3 @@ def test_a_duration_is_given_once():
     node = ConfigDict({"warmup_steps": 5, "warmup_epochs": 1})
     with pytest.raises(ConfigError, match="warmup_steps=5, warmup_epochs=1: give one of them"):
         settings.duration_steps(node, "warmup", steps_per_epoch=100, examples_per_step=64)
-
-
-def test_exit_statuses():
-    assert (ConfigError.exit_status, DataError.exit_status) == (2, 1)
-    assert issubclass(ConfigError, UserError)
-    assert issubclass(DataError, UserError)

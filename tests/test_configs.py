@@ -1,0 +1,97 @@
+"""Every experiment file: it loads, passes the checks, is strict about its arguments and says how it is run."""
+
+import importlib.util
+import pathlib
+import re
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common
+from dmosnet_jax import models
+from dmosnet_jax.core import settings
+from dmosnet_jax.core.errors import ConfigError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"loaded_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_loads_and_passes_the_checks(path):
+    config = load(path).get_config()
+    config.lock()
+    settings.validate(config)
+    name = config.model.name or config.get("default_model")
+    if name is not None:
+        models.build(name, neck=config.model.neck, dtype=config.model.dtype, image_size=config.image_size)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("arg", ["nonsense=1", "market1501,nonsense=1", "a,b"])
+def test_unknown_arguments_are_refused(path, arg):
+    with pytest.raises(ConfigError, match=r"config argument '(nonsense=1|b)' is not known: use \w+=\.\.\."):
+        load(path).get_config(arg)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_says_the_command_that_runs_it(path):
+    text = load(path).__doc__
+    assert re.search(rf"python -m dmosnet_jax\.main --config=configs/{path.stem}\.py", text)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_commands_in_the_docstring_use_fields_that_exist(path):
+    module = load(path)
+    for flag in re.findall(r"--config\.([\w.]+)=", module.__doc__):
+        *above, last = flag.split(".")
+        node = module.get_config()
+        for part in above:
+            node = node[part]
+        assert last in node, flag
+
+
+def test_first_option_goes_without_its_name():
+    options = common.parse_arg("duke,epochs=60", dataset="market1501", epochs=120, rate=0.5)
+    assert options == {"dataset": "duke", "epochs": 60, "rate": 0.5}
+    assert common.parse_arg(None, dataset="a") == common.parse_arg("", dataset="a") == {"dataset": "a"}
+    assert common.parse_arg("rate=2", dataset="a", rate=0.5) == {"dataset": "a", "rate": 2.0}
+    assert common.parse_arg("pretrained=runs/a=b", dataset="a", pretrained="")["pretrained"] == "runs/a=b"
+
+
+@pytest.mark.parametrize("text", ["many", "1.5", "True", "[3]", ""])
+def test_values_have_the_type_of_the_default(text):
+    with pytest.raises(ConfigError, match=r"config argument epochs='.*' must be of type int, like 120"):
+        common.parse_arg(f"epochs={text}", dataset="market1501", epochs=120)
+
+
+def test_finetune_is_the_papers():
+    config = load(ROOT / "configs" / "finetune.py").get_config("dukemtmc,pretrained=runs/x")
+    assert (config.dataset, config.pretrained, config.train.epochs) == ("dukemtmc", "runs/x", 120)
+    assert (config.batch_size, config.sampler.instances) == (64, 4)
+    assert (config.optim.learning_rate, config.optim.weight_decay) == (3.5e-4, 5e-4)
+    assert (config.optim.warmup_steps, tuple(config.optim.decay_epochs)) == (2000, (50, 100))
+    assert config.loss == ConfigDict(
+        {"label_smoothing": 0.1, "triplet": "hinge", "triplet_margin": 0.3, "triplet_weight": 1.0}
+    )
+
+
+@pytest.mark.parametrize("name", ["spcl_luperson", "spcl_market1501"])
+def test_spcl_is_the_references(name):
+    config = load(ROOT / "configs" / f"{name}.py").get_config()
+    assert dict(config.spcl) == {
+        "temperature": 0.05,
+        "momentum": 0.2,
+        "k1": 30,
+        "k2": 6,
+        "eps": 0.6,
+        "eps_gap": 0.02,
+        "min_samples": 4,
+    }
+    assert (config.batch_size, config.sampler.instances, config.optim.learning_rate) == (64, 4, 3.5e-4)
