@@ -10,9 +10,9 @@ from typing import Any
 
 import jax
 import tqdm
-from tensorboardX import SummaryWriter
 
 from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.train.events import EventFile
 
 FILE = "metrics.jsonl"
 
@@ -69,7 +69,7 @@ class MetricsWriter:
             kept = [row for row in read_rows(path) if row["step"] <= first_step] if first_step else []
             _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(path.parent), purge_step=first_step + 1 if first_step else None)
+        self._events = EventFile(path.parent, purge_step=first_step + 1 if first_step else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Records scalars of a step."""
@@ -77,9 +77,8 @@ class MetricsWriter:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float) and math.isfinite(value):
-                self._events.add_scalar(name, value, step)
+        finite = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        self._events.scalars(step, {name: value for name, value in finite.items() if math.isfinite(value)})
 
     def close(self) -> None:
         """Flushes and closes both files."""

@@ -1,0 +1,224 @@
+"""The steps with a network small enough to follow, and with a real one in bfloat16."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from dmosnet_jax import models
+from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.core.mesh import make_mesh, to_devices
+from dmosnet_jax.data import augment
+from dmosnet_jax.losses import identity, triplet
+from dmosnet_jax.memory import hybrid
+from dmosnet_jax.train import state as train_state
+from dmosnet_jax.train import steps
+
+CONFIG = {
+    "augment": {"flip": 0.5, "pad": 2, "erase": 0.5},
+    "pixel_mean": (0.5, 0.4, 0.3),
+    "pixel_std": (0.2, 0.2, 0.25),
+    "loss": {"label_smoothing": 0.1, "triplet": "hinge", "triplet_margin": 0.3, "triplet_weight": 0.5},
+}
+CLASSES = 4
+
+
+class Linear:
+    """A network of two matrices; its statistics count the images it has seen in training."""
+
+    def apply(self, params, stats, images, *, train):
+        rows = images.reshape(images.shape[0], -1)
+        embedding = jnp.matmul(rows, params["embed"], precision="highest")
+        logits = jnp.matmul(embedding, params["classifier"], precision="highest")
+        seen = {"seen": stats["seen"] + rows.shape[0]} if train else stats
+        return {"embedding": embedding, "feature": embedding, "logits": logits}, seen
+
+
+def linear_weights(rng):
+    shapes = {"embed": (8 * 4 * 3, 5), "classifier": (5, CLASSES)}
+    params = {name: 0.1 * rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    return params, {"seen": np.float32(0)}
+
+
+def make_batch(rng, count=16):
+    return {
+        "image": rng.integers(0, 256, (count, 8, 4, 3), np.uint8),
+        "pid": np.repeat(np.arange(CLASSES), count // CLASSES).astype(np.int32),
+        "camid": np.ones(count, np.int32),
+        "index": rng.permutation(40)[:count].astype(np.int32),
+        "mask": np.ones(count, bool),
+    }
+
+
+def run(step, state, batch, mesh):
+    with jax.numpy_dtype_promotion("standard"):
+        return steps.compile_step(step, state, mesh)(jax.tree.map(jnp.copy, state), to_devices(batch, mesh))
+
+
+def augmented(state, batch):
+    options = {**CONFIG["augment"], "mean": CONFIG["pixel_mean"], "std": CONFIG["pixel_std"]}
+    return augment.augment(train_state.step_key(state), batch["image"], **options)
+
+
+@pytest.mark.parametrize("kind", ["hinge", "soft", "none"])
+def test_supervised_step_descends_its_losses(rng, kind):
+    mesh = make_mesh(jax.devices()[:1])
+    params, stats = linear_weights(rng)
+    batch = make_batch(rng)
+    config = ConfigDict(CONFIG)
+    config.loss.triplet = kind
+    optimiser = optax.sgd(0.25)
+    state = train_state.create(params, stats, optimiser, seed=3, mesh=mesh)
+
+    def losses(params):
+        outputs, _ = Linear().apply(params, stats, augmented(state, batch), train=True)
+        first = identity.cross_entropy(outputs["logits"], jnp.asarray(batch["pid"]), epsilon=0.1)
+        if kind == "none":
+            return first, (first, None)
+        margin = 0.3 if kind == "hinge" else None
+        second = triplet.batch_hard(outputs["embedding"], jnp.asarray(batch["pid"]), margin=margin)
+        return first + jnp.float32(0.5) * second, (first, second)
+
+    (loss, parts), gradient = jax.jit(jax.value_and_grad(losses, has_aux=True))(params)
+    after, metrics = run(steps.supervised_step(Linear(), optimiser, config), state, batch, mesh)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss_id"], parts[0], rtol=1e-5)
+    assert ("loss_triplet" in metrics) == (kind != "none")
+    if kind != "none":
+        np.testing.assert_allclose(metrics["loss_triplet"], parts[1], rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradient_norm"], optax.global_norm(gradient), rtol=1e-5)
+    assert 0 <= float(metrics["accuracy"]) <= 1
+    for name, start in params.items():
+        np.testing.assert_allclose(after.params[name], start - 0.25 * gradient[name], rtol=1e-5, atol=1e-6)
+    assert (int(after.step), float(after.stats["seen"])) == (1, 16.0)
+    np.testing.assert_array_equal(after.key, state.key)
+
+
+def test_unknown_triplet_loss():
+    config = ConfigDict(CONFIG)
+    config.loss.triplet = "cube"
+    with pytest.raises(ConfigError, match=r"loss\.triplet='cube' is not known: use hinge, soft or none"):
+        steps.supervised_step(Linear(), optax.sgd(0.1), config)
+
+
+def with_memory(state, rng, mesh):
+    features = rng.standard_normal((40, 5), np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    labels = rng.integers(0, 9, 40)
+    return state.replace(memory=hybrid.init(features, labels, momentum=0.2, temperature=0.05, mesh=mesh))
+
+
+def test_spcl_step_contrasts_with_the_memory_from_before_it_moves(rng):
+    mesh = make_mesh(jax.devices()[:1])
+    params, stats = linear_weights(rng)
+    batch = make_batch(rng)
+    optimiser = optax.sgd(0.25)
+    state = with_memory(train_state.create(params, stats, optimiser, seed=3, mesh=mesh), rng, mesh)
+    indices = jnp.asarray(batch["index"])
+
+    def loss_of(params):
+        outputs, _ = Linear().apply(params, stats, augmented(state, batch), train=True)
+        features = steps.normalised(outputs["feature"])
+        return hybrid.loss(state.memory, features, indices), features
+
+    (loss, features), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
+    after, metrics = run(steps.spcl_step(Linear(), optimiser, ConfigDict(CONFIG)), state, batch, mesh)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(after.params["embed"], params["embed"] - 0.25 * gradient["embed"], rtol=1e-4, atol=1e-6)
+    moved = hybrid.update(state.memory, features, indices)
+    np.testing.assert_allclose(after.memory.features, moved.features, atol=1e-6)
+    np.testing.assert_allclose(after.memory.class_sums, moved.class_sums, atol=1e-5)
+    assert not np.allclose(after.memory.features, state.memory.features)
+
+
+@pytest.mark.parametrize("recipe", ["supervised", "spcl"])
+def test_device_counts_agree(rng, recipe):
+    params, stats = linear_weights(rng)
+    batches = [make_batch(np.random.default_rng(seed)) for seed in range(5)]
+    optimiser = optax.sgd(0.05)
+    outcomes = []
+    for count in (1, 2, 8):
+        mesh = make_mesh(jax.devices()[:count])
+        state = train_state.create(params, stats, optimiser, seed=3, mesh=mesh)
+        if recipe == "spcl":
+            state = with_memory(state, np.random.default_rng(1), mesh)
+            step = steps.spcl_step(Linear(), optimiser, ConfigDict(CONFIG))
+        else:
+            step = steps.supervised_step(Linear(), optimiser, ConfigDict(CONFIG))
+        compiled = steps.compile_step(step, state, mesh)
+        losses = []
+        for batch in batches:
+            state, metrics = compiled(state, to_devices(batch, mesh))
+            losses.append(float(metrics["loss"]))
+        places = train_state.shardings(state, mesh)
+        for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+        outcomes.append((losses, jax.tree.map(np.asarray, state)))
+    for losses, state in outcomes[1:]:
+        np.testing.assert_allclose(losses, outcomes[0][0], rtol=1e-4)
+        for one, other in zip(jax.tree.leaves(outcomes[0][1]), jax.tree.leaves(state), strict=True):
+            np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-4)
+
+
+def test_every_step_draws_anew_and_a_resumed_one_the_same(rng):
+    mesh = make_mesh(jax.devices()[:1])
+    state = train_state.create(*linear_weights(rng), optax.sgd(0.1), seed=3, mesh=mesh)
+    other = train_state.create(*linear_weights(rng), optax.sgd(0.1), seed=4, mesh=mesh)
+    keys = [
+        np.asarray(jax.random.key_data(train_state.step_key(s.replace(step=jnp.int32(number)))))
+        for s in (state, state, other)
+        for number in (0, 1)
+    ]
+    np.testing.assert_array_equal(keys[:2], keys[2:4])
+    assert len({tuple(key) for key in keys}) == 4
+
+
+def test_shapes_are_those_of_create(rng):
+    mesh = make_mesh()
+    params, stats = linear_weights(rng)
+    state = train_state.create(params, stats, optax.adam(0.1), seed=3, mesh=mesh)
+    shapes = train_state.shapes(params, stats, optax.adam(0.1))
+    assert jax.tree.structure(shapes) == jax.tree.structure(state)
+    for shape, leaf in zip(jax.tree.leaves(shapes), jax.tree.leaves(state), strict=True):
+        assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
+
+
+def test_rows_are_scaled_to_unit_length_with_pytorchs_care_for_zero(rng):
+    rows = rng.standard_normal((5, 7), np.float32)
+    rows[2] = 0
+    found, pull = jax.vjp(steps.normalised, rows)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), [1, 1, 0, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose(found[0], rows[0] / np.linalg.norm(rows[0]), rtol=1e-6)
+    (gradient,) = pull(np.ones_like(rows))
+    assert np.isfinite(gradient).all()
+    # The gradient has no part along the row.
+    np.testing.assert_allclose(np.asarray(gradient * rows).sum(axis=1)[[0, 1, 3, 4]], 0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_bfloat16_computes_and_float32_remembers(rng):
+    mesh = make_mesh(jax.devices()[:1])
+    model = models.build("osnet_x0_25", num_classes=CLASSES, image_size=(64, 32), bn_group_size=8, dtype="bfloat16")
+    batch = {**make_batch(rng, 8), "image": rng.integers(0, 256, (8, 64, 32, 3), np.uint8)}
+    optimiser = optax.sgd(1e-3)
+    state = train_state.create(*model.init(jax.random.key(0)), optimiser, seed=0, mesh=mesh)
+    kinds = jax.tree.map(lambda leaf: leaf.dtype, state)
+    step = steps.supervised_step(model, optimiser, ConfigDict(CONFIG))
+    lowered = steps.compile_step(step, state, mesh).lower(state, to_devices(batch, mesh))
+    assert "bf16" in lowered.as_text()
+    compiled = lowered.compile()
+    before = jax.tree.map(np.asarray, state.stats)
+    for _ in range(3):
+        state, metrics = compiled(state, to_devices(batch, mesh))
+        assert np.isfinite(float(metrics["loss"]))
+        assert metrics["loss"].dtype == jnp.float32
+    assert jax.tree.map(lambda leaf: leaf.dtype, state) == kinds
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.stats))} == {jnp.dtype("float32")}
+    # A step that forgot to return the statistics would freeze them without a sign.
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(state.stats), strict=True):
+        assert not np.array_equal(old, new)
+    assert dataclasses.replace(model, dtype="float32").shapes() == model.shapes()
