@@ -11,6 +11,7 @@ import io
 import json
 import pathlib
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -26,6 +27,9 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = pathlib.Path(os.environ.get("DMOSNET_SHARED", ROOT.parent / "shared"))
 CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+
+# A shell starts background jobs with SIGINT ignored, and commands started here would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

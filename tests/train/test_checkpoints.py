@@ -226,7 +226,8 @@ def test_damage_to_any_file_is_one_line(tmp_path, capfd, harm):
             resume(workdir, like, mesh)
         assert str(name) in str(error.value) or name.name == "checksums.json"
         assert "\n" not in str(error.value)
-        if name.parts[0] != "train":
+        # Loading a model looks neither at the optimiser's files nor at their checksums.
+        if name.parts[0] != "train" and name.name != "checksums.json":
             with pytest.raises(DataError, match=r"checkpoints/5: checkpoint is damaged"):
                 checkpoints.load_model(workdir)
         shutil.rmtree(workdir)
