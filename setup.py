@@ -45,7 +45,7 @@ setuptools.setup(
     extras_require={
         "convert": CONVERT,
         "test": [*TEST, *CONVERT],
-        # Only to compare with the PyTorch implementations; torchreid itself is loaded by file path.
-        "peers": ["torch>=2.6"],
+        # Only to compare with the PyTorch implementations; of torchreid, single modules are loaded by file path.
+        "peers": ["torch>=2.6", "torchreid>=0.2.5"],
     },
 )
