@@ -1,0 +1,227 @@
+"""Whole runs of the command line: killed at their worst moments, on other device counts, without the converters."""
+
+import json
+import signal
+import time
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+from dmosnet_jax import models
+from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.train import state as train_state
+from dmosnet_jax.train.checkpoints import Checkpoints
+
+RECIPES = ("finetune", "spcl_market1501")
+STEPS = 20
+
+# Runs the command line, and sends the process a signal: argv[1] is "step:N:NUMBER" (when step N has been logged) or
+# "save:N:NUMBER" (when the save of step N goes on in the background).
+INTERRUPTED = """
+import os, runpy, sys
+from dmosnet_jax.train import checkpoints, metrics
+
+kind, step, number = sys.argv.pop(1).split(":")
+owner, name = {"step": (metrics.MetricsWriter, "write"), "save": (checkpoints.Checkpoints, "save")}[kind]
+original = getattr(owner, name)
+
+def interrupting(self, first, *rest, **options):
+    original(self, first, *rest, **options)
+    if int(getattr(first, "step", first)) == int(step):
+        os.kill(os.getpid(), int(number))
+
+setattr(owner, name, interrupting)
+runpy.run_module("dmosnet_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+# Runs the command line where what only conversion needs can't be imported.
+WITHOUT_CONVERTERS = """
+import runpy, sys
+
+sys.modules.update(dict.fromkeys(("tensorflow", "torch", "apache_beam", "data_prep")))
+runpy.run_module("dmosnet_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+# Runs the command line, and tells which of the converters were imported although nobody needs them.
+TELLING = """
+import atexit, runpy, sys
+
+heavy = ("tensorflow", "torch", "apache_beam", "data_prep")
+atexit.register(lambda: print("imported:", [name for name in heavy if name in sys.modules]))
+runpy.run_module("dmosnet_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def rows(workdir):
+    """Rows of the metrics without what depends on the clock."""
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("images_per_second", "seconds_")
+    return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in found]
+
+
+def arrays(workdir, step):
+    folder = workdir / "checkpoints" / str(step)
+    with ocp.StandardCheckpointer() as reader:
+        trees = {item: reader.restore(folder / item) for item in ("model", "train")}
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
+
+
+def leftovers(workdir):
+    return [p for p in workdir.rglob("*") if "tmp" in p.name or p.name.startswith(".") or "partial" in p.name]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Weights under which rounding stays rounding.
+
+    A deep network with batch norm multiplies a relative change of 1e-7 in its fresh weights by 50,000 on the way to the
+    gradient; with each block's last scale at a tenth, by about 20.
+    """
+    workdir = tmp_path_factory.mktemp("start")
+    model = models.build("osnet_x0_25", image_size=(64, 32))
+    params, stats = model.init(jax.random.key(0))
+    damped = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * np.float32(0.1 if "['conv3']['bn']['scale']" in jax.tree_util.keystr(path) else 1),
+        params,
+    )
+    state = train_state.create(damped, stats, optax.identity(), seed=0, mesh=make_mesh())
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(state, {"model": {"name": model.name, "neck": model.neck}})
+    checkpoints.close()
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_flags, start, uninterrupted):
+    """The function `flags(recipe)`: fine-tuning from `start`, SpCL from what fine-tuning gave."""
+
+    def give(recipe):
+        if recipe == "finetune":
+            return tiny_flags(recipe, pretrained=start)
+        fields = {"model.neck": "bnneck", "optim.learning_rate": 1e-5}
+        return tiny_flags(recipe, pretrained=uninterrupted("finetune")[0], **fields)
+
+    return give
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(request, cli, tmp_path_factory):
+    """The function `uninterrupted(recipe)`: workdir and outcome of a whole run on one device."""
+    done = {}
+
+    def run(recipe):
+        if recipe not in done:
+            workdir = tmp_path_factory.mktemp(recipe) / "run"
+            command = request.getfixturevalue("flags")(recipe)
+            done[recipe] = workdir, cli(*command, f"--workdir={workdir}", script=WITHOUT_CONVERTERS)
+        return done[recipe]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_whole_run_leaves_what_it_should(uninterrupted, recipe):
+    workdir, finished = uninterrupted(recipe)
+    assert finished.status == 0, finished.err
+    assert finished.errors == []
+    steps = [row["step"] for row in rows(workdir) if "loss" in row]
+    assert steps == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows(workdir) if "mAP" in row] == [10, 20]
+    scores = {row["mAP"]: row["step"] for row in rows(workdir) if "mAP" in row}
+    assert {int(p.name) for p in (workdir / "checkpoints").iterdir()} == {12, 16, 20, scores[max(scores)]}
+    assert leftovers(workdir) == []
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["num_query"] == results["num_valid_query"] == results["num_gallery"] == 48
+    assert results["mAP"] == rows(workdir)[-1]["mAP"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_killed_and_stopped_run_ends_as_an_uninterrupted_one(uninterrupted, cli, flags, tmp_path, recipe):
+    place = tmp_path / "run"
+    command = [*flags(recipe), f"--workdir={place}"]
+    # From outside, wherever it is: no checkpoint needs to be there yet.
+    process = cli.start(*command)
+    while process.poll() is None and len(rows_so_far(place)) < 3:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    # While a checkpoint is being written in the background.
+    finished = cli(f"save:8:{signal.SIGKILL.value}", *command, script=INTERRUPTED)
+    assert finished.status == -signal.SIGKILL, finished.err
+    half = [p.name for p in (place / "checkpoints").iterdir() if not p.name.isdigit()]
+    assert half == ["8.orbax-checkpoint-tmp"]
+    # Politely, in the next epoch.
+    finished = cli(f"step:13:{signal.SIGTERM.value}", *command, script=INTERRUPTED)
+    assert finished.status == 143, finished.err
+    assert len(finished.errors) == 1
+    assert finished.errors[0].startswith("error: stopped by SIGTERM at step 13")
+    assert (place / "checkpoints" / "13").is_dir()
+    assert leftovers(place) == []
+
+    finished = cli(*command, script=TELLING)
+    assert finished.status == 0, finished.err
+    assert finished.out.endswith("imported: []\n")
+    workdir, _ = uninterrupted(recipe)
+    assert rows(place) == rows(workdir)
+    assert leftovers(place) == []
+    expected, found = arrays(workdir, STEPS), arrays(place, STEPS)
+    assert expected.keys() == found.keys()
+    assert any("memory" in name for name in found) == (recipe == "spcl_market1501")
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name, strict=True)
+    for name in ("results.json", f"checkpoints/{STEPS}/meta/metadata"):
+        assert json.loads((place / name).read_text()) == json.loads((workdir / name).read_text())
+
+
+def rows_so_far(workdir):
+    path = workdir / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_eight_devices_give_the_losses_of_one(uninterrupted, cli, flags, tmp_path, recipe):
+    finished = cli(*flags(recipe), f"--workdir={tmp_path}", devices=8)
+    assert finished.status == 0, finished.err
+    assert "devices: 8 cpu" in finished.out
+    workdir, _ = uninterrupted(recipe)
+    for name, tolerance in (("loss", 1e-4), ("gradient_norm", 1e-2)):
+        one, eight = ([row[name] for row in rows(folder) if name in row] for folder in (workdir, tmp_path))
+        assert len(one) == STEPS
+        np.testing.assert_allclose(eight, one, rtol=tolerance, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_trained_network_is_evaluated_and_extracts_by_its_workdir_alone(uninterrupted, cli, tiny_flags, tmp_path):
+    workdir, _ = uninterrupted("finetune")
+    flags = [flag for flag in tiny_flags("evaluate", checkpoint=workdir) if "model.name" not in flag]
+    finished = cli(*flags, f"--workdir={tmp_path / 'scores'}", script=WITHOUT_CONVERTERS)
+    assert finished.status == 0, finished.err
+    assert finished.errors == []
+    expected, found = (json.loads((folder / "results.json").read_text()) for folder in (workdir, tmp_path / "scores"))
+    shared = expected.keys() & found.keys()
+    assert {"mAP", "rank1", "rank5", "rank10", "mINP", "num_query", "num_valid_query", "num_gallery"} <= shared
+    assert all(found[name] == expected[name] for name in shared)
+
+    (tmp_path / "photos" / "deep").mkdir(parents=True)
+    for name, colour in (("b.png", (200, 10, 10)), ("deep/a.jpg", (10, 200, 10)), ("deep/c.jpg", (10, 10, 200))):
+        Image.new("RGB", (20, 50), colour).save(tmp_path / "photos" / name)
+    output = tmp_path / "new" / "features.npz"
+    fields = {"images": tmp_path / "photos", "checkpoint": workdir, "output": output}
+    flags = [flag for flag in tiny_flags("extract", **fields) if "model.name" not in flag]
+    finished = cli(*flags, script=WITHOUT_CONVERTERS)
+    assert finished.status == 0, finished.err
+    assert finished.errors == []
+    with np.load(output, allow_pickle=False) as arrays:
+        assert arrays["files"].tolist() == ["b.png", "deep/a.jpg", "deep/c.jpg"]
+        assert (arrays["features"].shape, arrays["features"].dtype) == ((3, 128), np.float32)
+        assert np.isfinite(arrays["features"]).all()
+        assert len(np.unique(arrays["features"].round(4), axis=0)) == 3
+    assert [p.name for p in output.parent.iterdir()] == ["features.npz"]
