@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.export.inert_pickle import printable
+from dmosnet_jax.core.inert_pickle import printable
 
 # Wrappers (DataParallel, torch.compile) that put one more level before every name.
 _WRAPPERS = ("module.", "_orig_mod.")

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors
 
+from dmosnet_jax.core import inert_pickle
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.export import inert_pickle
-from dmosnet_jax.export.inert_pickle import printable
+from dmosnet_jax.core.inert_pickle import printable
 from dmosnet_jax.export.torch_pickle import StorageRef, TensorRef, TorchVocabulary, decode, item_size, view
 
 # Chooses the named tensors that are wanted from what the pickle holds.

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.core.inert_pickle import printable
 from dmosnet_jax.export import layouts
 from dmosnet_jax.export.identify import describe, infer_neck, infer_num_classes, infer_pool, layout
-from dmosnet_jax.export.inert_pickle import printable
 from dmosnet_jax.export.torch_file import read_tensors
 from dmosnet_jax.export.torch_pickle import TensorRef
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.export.inert_pickle import Global, Opaque, printable
+from dmosnet_jax.core.inert_pickle import Global, Opaque, printable
 
 _MAX_DIMENSIONS = 16
 # Elements; keeps every product of checked sizes within NumPy's 63 bits.

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save as save_safetensors
 
+from dmosnet_jax.core import inert_pickle
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.export import inert_pickle, torch_import
+from dmosnet_jax.export import torch_import
 
 
 def _payloads(writer, marker: pathlib.Path) -> dict[str, tuple[bytes, str]]:

@@ -5,6 +5,7 @@ gigabytes in its C implementation), so filtering its `find_class` is not enough 
 standard library only splits the stream into opcodes (`pickletools.genops`, which executes nothing), and the opcodes are
 carried out on plain lists and dicts. A name in the stream becomes a `Global`, a call becomes whatever the `Vocabulary`
 makes of it, and nothing is imported or called on the stream's behalf. Memory and time are linear in its length.
+`plain_pickle.read_plain` reads files of names and numbers with it.
 """
 
 import dataclasses
@@ -58,13 +59,22 @@ def printable(text: object, limit: int = 120) -> str:
     return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
 
 
-def interpret(stream: BinaryIO, vocabulary: Vocabulary, where: str) -> Any:
+def interpret(
+    stream: BinaryIO,
+    vocabulary: Vocabulary,
+    where: str,
+    *,
+    kind: str = "a weights file",
+    max_opcodes: int | None = None,
+) -> Any:
     """Reads one pickle (any protocol up to 5) and leaves the stream behind its end.
 
     Args:
         stream: seekable bytes in memory; a pickle starts at its position.
         vocabulary: the meaning of globals, calls and persistent identifiers.
         where: the file, for messages.
+        kind: what the file should be, for messages.
+        max_opcodes: a longer pickle is refused; None: `MAX_OPCODES`.
 
     Returns:
         None, bool, int, float, str, bytes, list (also for sets), tuple, dict, `Global`, `Opaque` and what `vocabulary`
@@ -75,19 +85,16 @@ def interpret(stream: BinaryIO, vocabulary: Vocabulary, where: str) -> Any:
         DataError: not a pickle, damaged, too long, or refused by the vocabulary.
     """
     machine = _Machine(vocabulary, where)
+    limit = MAX_OPCODES if max_opcodes is None else max_opcodes
     try:
         for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
-            if count >= MAX_OPCODES:
-                raise DataError(
-                    f"{where}: the pickle has more than {MAX_OPCODES:,} opcodes; this is not a weights file"
-                )
+            if count >= limit:
+                raise DataError(f"{where}: the pickle has more than {limit:,} opcodes; this is not {kind}")
             if opcode.name == "STOP":
                 return machine.pop()
             handler = _HANDLERS.get(opcode.name)
             if handler is None:
-                raise DataError(
-                    f"{where}: pickle opcode {opcode.name} at byte {position} has no place in a weights file"
-                )
+                raise DataError(f"{where}: pickle opcode {opcode.name} at byte {position} has no place in {kind}")
             handler(machine, argument)
     except _MALFORMED as error:
         raise DataError(f"{where}: damaged pickle ({printable(error)}); copy or download the file again") from error
