@@ -100,7 +100,8 @@ def training(config: ConfigDict) -> ConfigDict:
     config.pretrained = ""
     config.batch_size = 64
     config.sampler = ConfigDict({"instances": 4})
-    config.augment = ConfigDict({"flip": 0.5, "pad": 10, "erase": 0.5})
+    # `autoaugment`: share of the images that AutoAugment's policy changes before the resize.
+    config.augment = ConfigDict({"flip": 0.5, "pad": 10, "erase": 0.5, "autoaugment": 0.0})
     config.optim = ConfigDict(
         {
             "name": "adam",
@@ -126,6 +127,25 @@ def training(config: ConfigDict) -> ConfigDict:
             "checkpoint_every_steps": 500,
             "eval_every_epochs": 1,
             "keep": 3,
+        }
+    )
+    return config
+
+
+def identities(config: ConfigDict) -> ConfigDict:
+    """Adds the losses of training with identities (paper, section 4.2)."""
+    config.loss = ConfigDict(
+        {
+            "label_smoothing": 0.1,
+            # hinge (with the margin), soft (soft margin) or none, on the `embedding` before the BNNeck or the `feature`
+            # after it.
+            "triplet": "hinge",
+            "triplet_margin": 0.3,
+            "triplet_weight": 1.0,
+            "triplet_on": "embedding",
+            # Where `model.classifier` is circle.
+            "circle_scale": 64.0,
+            "circle_margin": 0.35,
         }
     )
     return config

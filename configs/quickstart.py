@@ -28,10 +28,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.pretrain.spcl.k1 = 12
     config.pretrain.spcl.k2 = 3
 
-    config.finetune = common.training(common.base("supervised"))
-    config.finetune.loss = ConfigDict(
-        {"label_smoothing": 0.1, "triplet": "hinge", "triplet_margin": 0.3, "triplet_weight": 1.0}
-    )
+    config.finetune = common.identities(common.training(common.base("supervised")))
     config.finetune.train.epochs = options["finetune_epochs"]
     config.finetune.train.steps_per_epoch = 20
     config.finetune.train.eval_every_epochs = 5

@@ -109,7 +109,7 @@ def test_broken_config_files(cli, tmp_path, content, parts):
         ({"model.dtype": "float8"}, ["model.dtype='float8' is not known"]),
         ({"image_size": "(60, 32)"}, ["image_size=(60, 32): the height must be a multiple of 16", "48 or 64"]),
         ({"optim.name": "lamb"}, ["optim.name='lamb' is not known: use adam or sgd"]),
-        ({"loss.triplet": "cube"}, ["loss.triplet='cube' is not known: use hinge, soft or none"]),
+        ({"loss.triplet": "cube"}, ["loss.triplet='cube' is not known: use one of hinge, soft, none"]),
         ({"dataset": "../tiny"}, ["dataset='../tiny' is not a name"]),
         (
             {"batch_size": 64, "model.bn_group_size": 0, "sampler.instances": 2},

@@ -4,13 +4,14 @@ import importlib.util
 import pathlib
 import re
 
+import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from configs import common
 from dmosnet_jax import models
 from dmosnet_jax.core import settings
 from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.train import optim
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
@@ -77,9 +78,29 @@ def test_finetune_is_the_papers():
     assert (config.batch_size, config.sampler.instances) == (64, 4)
     assert (config.optim.learning_rate, config.optim.weight_decay) == (3.5e-4, 5e-4)
     assert (config.optim.warmup_steps, tuple(config.optim.decay_epochs)) == (2000, (50, 100))
-    assert config.loss == ConfigDict(
-        {"label_smoothing": 0.1, "triplet": "hinge", "triplet_margin": 0.3, "triplet_weight": 1.0}
-    )
+    loss = config.loss
+    assert (loss.label_smoothing, loss.triplet, loss.triplet_margin, loss.triplet_weight) == (0.1, "hinge", 0.3, 1.0)
+    assert (loss.triplet_on, config.augment.autoaugment, config.default_model) == ("embedding", 0.0, "dmosnet_x1_0")
+
+
+def test_finetune_is_as_released():
+    module = load(ROOT / "configs" / "finetune.py")
+    config = module.get_config("msmt17,recipe=released")
+    assert (config.default_model, config.model.pool, config.model.classifier) == ("dmosnet_ibn_x1_0", "gem", "circle")
+    assert (config.batch_size, config.sampler.instances, config.augment.autoaugment) == (64, 16, 0.1)
+    assert (config.loss.triplet, config.loss.triplet_on, config.loss.label_smoothing) == ("soft", "feature", 0.1)
+    assert (config.loss.circle_scale, config.loss.circle_margin) == (64.0, 0.35)
+    assert (config.train.epochs, config.optim.schedule, config.optim.decay_epochs) == (60, "cosine", (30,))
+    rate = optim.learning_rate(config.optim, steps_per_epoch=100, total_steps=6000, batch_size=64)
+    np.testing.assert_allclose([rate(0), rate(2000), rate(3000), rate(6000)], [3.5e-5, 3.5e-4, 3.5e-4, 7e-7], rtol=1e-5)
+
+    config = module.get_config("cuhk03_detected,recipe=released,epochs=3")
+    assert (config.default_model, config.model.pool, config.model.classifier) == ("dmosnet_ibn_x1_0", None, None)
+    assert (config.batch_size, config.loss.triplet, config.loss.triplet_margin) == (96, "hinge", 0.3)
+    assert (config.train.epochs, config.optim.decay_epochs) == (3, (40, 90))
+    assert module.get_config("cuhk03_labeled,recipe=released").train.epochs == 120
+    with pytest.raises(ConfigError, match=r"recipe='best' is not known: use paper or released"):
+        module.get_config("recipe=best")
 
 
 @pytest.mark.parametrize("name", ["spcl_luperson", "spcl_market1501"])

@@ -6,6 +6,8 @@ from dmosnet_jax.core.errors import ConfigError
 
 RECIPES = ("quickstart", "spcl", "supervised", "evaluate", "extract")
 SCHEDULES = ("step", "cosine", "constant")
+TRIPLETS = ("hinge", "soft", "none")
+TRIPLET_FEATURES = ("embedding", "feature")
 
 
 def _positive(config: Any, *fields: str) -> None:
@@ -27,6 +29,13 @@ def _fraction(config: Any, *fields: str) -> None:
         value = read(config, field)
         if value is not None and not 0 <= value <= 1:
             raise ConfigError(f"{field}={value} must lie between 0 and 1")
+
+
+def _below_one(config: Any, *fields: str) -> None:
+    for field in fields:
+        value = read(config, field)
+        if value is not None and not 0 <= value < 1:
+            raise ConfigError(f"{field}={value} must be at least 0 and less than 1")
 
 
 def read(config: Any, field: str) -> Any:
@@ -57,16 +66,28 @@ def validate(config: Any) -> None:
     )
     _positive(config, "sampler.instances", "spcl.temperature", "spcl.eps", "spcl.k1", "spcl.k2", "spcl.min_samples")
     _not_negative(
-        config, "seed", "optim.weight_decay", "optim.warmup_steps", "augment.pad", "data.threads", "data.workers"
+        config,
+        "eval.rank_lists",
+        "seed",
+        "optim.weight_decay",
+        "optim.warmup_steps",
+        "augment.pad",
+        "data.threads",
+        "data.workers",
     )
-    _fraction(config, "augment.flip", "augment.erase", "spcl.momentum", "loss.label_smoothing", "optim.warmup_factor")
+    _fraction(config, "augment.flip", "augment.erase", "augment.autoaugment", "optim.warmup_factor")
+    _below_one(config, "spcl.momentum", "loss.label_smoothing")
     _check_image_size(config)
     _check_sampler(config)
     _check_groups(config)
     _check_schedule(config)
+    _check_loss(config)
 
 
 def _check_image_size(config: Any) -> None:
+    deviations = read(config, "pixel_std")
+    if deviations is not None and not all(value > 0 for value in deviations):
+        raise ConfigError(f"pixel_std={tuple(deviations)} must be greater than 0")
     size = read(config, "image_size")
     if size is not None and not (len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
         raise ConfigError(f"image_size={tuple(size)} must be (height, width) in pixels, e.g. (256, 128)")
@@ -95,8 +116,20 @@ def _check_schedule(config: Any) -> None:
     if schedule is not None and schedule not in SCHEDULES:
         raise ConfigError(f"optim.schedule={schedule!r} is not known: use one of {', '.join(SCHEDULES)}")
     eps, gap = read(config, "spcl.eps"), read(config, "spcl.eps_gap")
-    if eps is not None and gap is not None and not 0 <= gap < eps:
-        raise ConfigError(f"spcl.eps_gap={gap} must be at least 0 and less than spcl.eps={eps}")
+    if eps is not None and gap is not None and not (0 <= gap < eps and eps + gap < 1):
+        raise ConfigError(
+            f"spcl.eps={eps} with spcl.eps_gap={gap}: the radii eps - eps_gap to eps + eps_gap must lie between 0 and 1"
+        )
+
+
+def _check_loss(config: Any) -> None:
+    for field, known in (("loss.triplet", TRIPLETS), ("loss.triplet_on", TRIPLET_FEATURES)):
+        value = read(config, field)
+        if value is not None and value not in known:
+            raise ConfigError(f"{field}={value!r} is not known: use one of {', '.join(known)}")
+    if read(config, "loss.triplet") == "hinge":
+        _positive(config, "loss.triplet_margin")
+    _positive(config, "loss.circle_scale", "loss.circle_margin")
 
 
 def duration_steps(config: Any, name: str, *, steps_per_epoch: int, examples_per_step: int) -> int | None:

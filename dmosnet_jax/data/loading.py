@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sized
+import functools
+from collections.abc import Callable, Sized
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from PIL import Image
 
 from dmosnet_jax.core.errors import ConfigError, DataError, UserError
 from dmosnet_jax.data import transforms
 
 if TYPE_CHECKING:
+    from dmosnet_jax.data.autoaugment import AutoAugment
     from dmosnet_jax.data.records import Record
 
 HostBatch = dict[str, np.ndarray]
@@ -94,7 +97,9 @@ class BatchLoader:
         process_count: int = 1,
         labels: np.ndarray | None = None,
         cache: ImageCache | None = None,
+        policy: AutoAugment | None = None,
     ):
+        self._policy = policy
         self._split, self._plan, self._mask, self._cache = split, plan, mask, cache
         count = len(split.source)
         self._size = (int(image_size[0]), int(image_size[1]))
@@ -122,11 +127,13 @@ class BatchLoader:
             return Failure(error)
 
     def _load(self, step: int) -> HostBatch:
-        rows = self._local(np.asarray(self._plan[step], np.int32))
+        batch = np.asarray(self._plan[step], np.int32)
+        rows = self._local(batch)
+        changes = self._changes(step, len(batch))
         mask = np.ones(len(rows), bool) if self._mask is None else self._local(self._mask[step])
         images = np.zeros((len(rows), *self._size, 3), np.uint8)
-        for place in np.flatnonzero(mask):
-            images[place] = self._image(int(rows[place]))
+        for place in map(int, np.flatnonzero(mask)):
+            images[place] = self._image(int(rows[place]), changes.get(place))
         minus_one = np.int32(-1)
         return {
             "image": images,
@@ -136,13 +143,25 @@ class BatchLoader:
             "mask": mask,
         }
 
-    def _image(self, row: int) -> np.ndarray:
-        cache = self._cache
+    def _changes(self, step: int, batch_size: int) -> dict[int, Callable[[Image.Image], Image.Image]]:
+        """What the policy does before the resize, by place in this process's part of the batch."""
+        if self._policy is None:
+            return {}
+        chosen, places = self._policy.chosen(step, batch_size), self._local(np.arange(batch_size))
+        return {
+            local: functools.partial(self._policy, step=step, place=int(place))
+            for local, place in enumerate(places)
+            if chosen[place]
+        }
+
+    def _image(self, row: int, change: Callable[[Image.Image], Image.Image] | None) -> np.ndarray:
+        # A changed image is made anew every time.
+        cache = self._cache if change is None else None
         if cache is not None and cache.filled[row]:
             return cache.images[row]
         record = self._split.record(row)
         try:
-            image = transforms.load(record.image, self._size)
+            image = transforms.load(record.image, self._size, change)
         except DataError as error:
             where = f"{self._split.name} image {row} ({record.filename})"
             raise DataError(f"{where}: {error}; replace the file and convert again") from error

@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 
 from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.data.autoaugment import AutoAugment
 from dmosnet_jax.data.loading import BatchLoader, Failure, HostBatch, ImageCache, Images, Plan
 from dmosnet_jax.data.samplers import evaluation_order
 
@@ -44,6 +45,7 @@ class TrainStream:
         process_count: int = 1,
         labels: np.ndarray | None = None,
         cache: ImageCache | None = None,
+        policy: AutoAugment | None = None,
     ):
         """Prepares the stream; nothing is read before the first batch is asked for.
 
@@ -59,6 +61,7 @@ class TrainStream:
           process_count: number of JAX processes; must divide B.
           labels: int [N], given as `pid` instead of the split's (pseudo-labels, or identities renumbered).
           cache: decoded images to share between streams; only without worker processes.
+          policy: changes images before they are resized.
 
         Raises:
           ConfigError: an option is out of range.
@@ -73,6 +76,7 @@ class TrainStream:
             process_count=process_count,
             labels=labels,
             cache=cache,
+            policy=policy,
         )
         self._steps = len(plan)
         self._threads, self._workers = threads, workers

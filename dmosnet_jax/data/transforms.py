@@ -5,6 +5,7 @@ Pillow, convert to RGB and resize with its bicubic filter.
 """
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -50,12 +51,13 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(_resize(Image.fromarray(image), size))
 
 
-def load(data: bytes, size: tuple[int, int]) -> np.ndarray:
+def load(data: bytes, size: tuple[int, int], change: Callable[[Image.Image], Image.Image] | None = None) -> np.ndarray:
     """`resize(decode(data), size)`, without the array in between.
 
     Args:
       data: an encoded image.
       size: (H, W) in pixels, height first.
+      change: applied to the RGB image before it is resized.
 
     Returns:
       uint8 [H, W, 3] RGB.
@@ -63,7 +65,8 @@ def load(data: bytes, size: tuple[int, int]) -> np.ndarray:
     Raises:
       DataError: as `decode`.
     """
-    return np.asarray(_resize(_decode(data), size))
+    image = _decode(data)
+    return np.asarray(_resize(image if change is None else change(image), size))
 
 
 def _decode(data: bytes) -> Image.Image:

@@ -78,7 +78,7 @@ class SpclRun(TrainingRun):
             epoch=epoch,
             steps=self.schedule.steps_per_epoch,
         )
-        return state, self.stream(plan, start=offset, labels=labels), notes
+        return state, self.stream(plan, epoch=epoch, start=offset, labels=labels), notes
 
     def _has_cameras(self) -> bool:
         return bool(len(np.unique(self.split.camids)) > 1)

@@ -42,7 +42,7 @@ class SupervisedRun(TrainingRun):
     def begin_epoch(self, state: TrainState, epoch: int, offset: int) -> tuple[TrainState, Any, Mapping[str, float]]:
         """The epoch's batches."""
         plan = self._plan(epoch, self.schedule.steps_per_epoch)
-        return state, self.stream(plan, start=offset, labels=self._labels), {}
+        return state, self.stream(plan, epoch=epoch, start=offset, labels=self._labels), {}
 
     def _plan(self, epoch: int, steps: int) -> np.ndarray:
         return identity_epoch(

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.mesh import check_batch, make_mesh
+from dmosnet_jax.data.autoaugment import AutoAugment
 from dmosnet_jax.data.datasets import Split, load_split, split_names
 from dmosnet_jax.data.pipeline import TrainStream
 from dmosnet_jax.export.opening import open_weights
@@ -121,8 +122,9 @@ class TrainingRun(abc.ABC):
         say(f"epoch {epoch}: mAP {100 * scores['mAP']:.2f}  rank-1 {100 * scores['rank1']:.2f}")
         return scores
 
-    def stream(self, plan: np.ndarray, *, start: int, labels: np.ndarray | None) -> TrainStream:
+    def stream(self, plan: np.ndarray, *, epoch: int, start: int, labels: np.ndarray | None) -> TrainStream:
         """Training batches of an epoch's plan from step `start` on."""
+        share = self.config.augment.autoaugment
         return TrainStream(
             self.split,
             plan,
@@ -134,6 +136,7 @@ class TrainingRun(abc.ABC):
             process_count=jax.process_count(),
             labels=labels,
             cache=self.cache,
+            policy=AutoAugment(share, self.config.seed, epoch) if share else None,
         )
 
     # The run.

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.mesh import by_rows, replicated
 from dmosnet_jax.data import augment as augmentation
 from dmosnet_jax.losses import identity, triplet
@@ -36,22 +35,25 @@ def _apply_gradient(
 
 
 def supervised_step(model: Model, optimiser: optax.GradientTransformation, config: Any) -> Step:
-    """Cross-entropy with label smoothing plus batch-hard triplet loss (paper, section 4.2; fast-reid's BoT).
+    """Cross-entropy with label smoothing plus batch-hard triplet loss (paper, section 4.2; fast-reid's BoT and SBS).
 
-    The batch's `pid` holds class indices. Metrics: `loss`, `loss_id`, `loss_triplet`, `accuracy`, `gradient_norm`.
+    The batch's `pid` holds class indices. A circle classifier's cosines become logits with the label's margin first.
+    Metrics: `loss`, `loss_id`, `loss_triplet`, `accuracy`, `gradient_norm`.
     """
     margin = config.loss.triplet_margin if config.loss.triplet == "hinge" else None
-    if config.loss.triplet not in ("hinge", "soft", "none"):
-        raise ConfigError(f"loss.triplet={config.loss.triplet!r} is not known: use hinge, soft or none")
 
     def losses(params, state, batch):
         images = _augmented(state, batch, config)
         outputs, stats = model.apply(params, state.stats, images, train=True)
-        by_class = identity.cross_entropy(outputs["logits"], batch["pid"], epsilon=config.loss.label_smoothing)
+        logits = outputs["logits"]
+        if model.classifier == "circle":
+            scale, relaxation = config.loss.circle_scale, config.loss.circle_margin
+            logits = identity.circle_logits(logits, batch["pid"], scale=scale, margin=relaxation)
+        by_class = identity.cross_entropy(logits, batch["pid"], epsilon=config.loss.label_smoothing)
         parts = {"loss_id": by_class, "accuracy": identity.accuracy(outputs["logits"], batch["pid"])}
         total = by_class
         if config.loss.triplet != "none":
-            parts["loss_triplet"] = triplet.batch_hard(outputs["embedding"], batch["pid"], margin=margin)
+            parts["loss_triplet"] = triplet.batch_hard(outputs[config.loss.triplet_on], batch["pid"], margin=margin)
             total = total + config.loss.triplet_weight * parts["loss_triplet"]
         return total, (stats, parts)
 

@@ -22,7 +22,7 @@ def config(**fields):
         "optim": {"learning_rate": 1e-3, "weight_decay": 0.0, "schedule": "step", "warmup_factor": 0.1},
         "train": {"epochs": 1, "steps_per_epoch": None, "log_every_steps": 1, "checkpoint_every_steps": 1, "keep": 1},
         "spcl": {"temperature": 0.05, "momentum": 0.2, "k1": 30, "k2": 6, "eps": 0.6, "eps_gap": 0.02},
-        "loss": {"label_smoothing": 0.1},
+        "loss": {"label_smoothing": 0.1, "triplet": "hinge", "triplet_margin": 0.3},
     }
     for field, value in fields.items():
         node = base
@@ -59,7 +59,16 @@ def test_good_settings_pass():
         ({"seed": -1}, "seed=-1 must not be negative"),
         ({"data__workers": -2}, r"data\.workers=-2 must not be negative"),
         ({"augment__flip": 1.5}, r"augment\.flip=1\.5 must lie between 0 and 1"),
-        ({"spcl__momentum": -0.1}, r"spcl\.momentum=-0\.1 must lie between 0 and 1"),
+        ({"spcl__momentum": -0.1}, r"spcl\.momentum=-0\.1 must be at least 0 and less than 1"),
+        ({"spcl__momentum": 1.0}, r"spcl\.momentum=1\.0 must be at least 0 and less than 1"),
+        ({"loss__label_smoothing": 1.0}, r"loss\.label_smoothing=1\.0 must be at least 0 and less than 1"),
+        ({"loss__triplet_margin": 0.0}, r"loss\.triplet_margin=0\.0 must be greater than 0"),
+        ({"loss__triplet": "cube"}, r"loss\.triplet='cube' is not known: use one of hinge, soft, none"),
+        ({"loss__triplet_on": "logits"}, r"loss\.triplet_on='logits' is not known: use one of embedding, feature"),
+        ({"pixel_std": (0.2, 0.0, 0.2)}, r"pixel_std=\(0\.2, 0\.0, 0\.2\) must be greater than 0"),
+        ({"eval__rank_lists": -1}, r"eval\.rank_lists=-1 must not be negative"),
+        ({"augment__autoaugment": 2.0}, r"augment\.autoaugment=2\.0 must lie between 0 and 1"),
+        ({"spcl__eps": 0.99}, r"spcl\.eps=0\.99 with spcl\.eps_gap=0\.02: the radii"),
         ({"sampler__instances": 5}, r"batch_size=64 is not a multiple of sampler\.instances=5: use 60 or change"),
         ({"sampler__instances": 80}, r"batch_size=64 is not a multiple of sampler\.instances=80: use 80 or change"),
         ({"model__bn_group_size": 24}, r"batch_size=64 is not a multiple of model\.bn_group_size=24: use a divisor"),
@@ -67,8 +76,8 @@ def test_good_settings_pass():
         ({"image_size": ("large",)}, r"image_size=\('large',\) must be \(height, width\)"),
         ({"image_size": ("a", "b")}, r"image_size=\('a', 'b'\) must be \(height, width\)"),
         ({"image_size": (256, 0)}, r"image_size=\(256, 0\) must be \(height, width\)"),
-        ({"spcl__eps_gap": 0.6}, r"spcl\.eps_gap=0\.6 must be at least 0 and less than spcl\.eps=0\.6"),
-        ({"spcl__eps_gap": -0.01}, r"spcl\.eps_gap=-0\.01 must be at least 0"),
+        ({"spcl__eps_gap": 0.6}, r"spcl\.eps=0\.6 with spcl\.eps_gap=0\.6: the radii"),
+        ({"spcl__eps_gap": -0.01}, r"spcl\.eps=0\.6 with spcl\.eps_gap=-0\.01: the radii"),
     ],
 )
 def test_bad_settings_name_field_value_and_fix(fields, message):

@@ -10,7 +10,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from dmosnet_jax import models
-from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.mesh import make_mesh, to_devices
 from dmosnet_jax.data import augment
 from dmosnet_jax.losses import identity, triplet
@@ -22,7 +21,15 @@ CONFIG = {
     "augment": {"flip": 0.5, "pad": 2, "erase": 0.5},
     "pixel_mean": (0.5, 0.4, 0.3),
     "pixel_std": (0.2, 0.2, 0.25),
-    "loss": {"label_smoothing": 0.1, "triplet": "hinge", "triplet_margin": 0.3, "triplet_weight": 0.5},
+    "loss": {
+        "label_smoothing": 0.1,
+        "triplet": "hinge",
+        "triplet_margin": 0.3,
+        "triplet_weight": 0.5,
+        "triplet_on": "embedding",
+        "circle_scale": 8.0,
+        "circle_margin": 0.25,
+    },
 }
 CLASSES = 4
 
@@ -30,12 +37,17 @@ CLASSES = 4
 class Linear:
     """A network of two matrices; its statistics count the images it has seen in training."""
 
+    def __init__(self, classifier="linear"):
+        self.classifier = classifier
+
     def apply(self, params, stats, images, *, train):
         rows = images.reshape(images.shape[0], -1)
         embedding = jnp.matmul(rows, params["embed"], precision="highest")
         logits = jnp.matmul(embedding, params["classifier"], precision="highest")
         seen = {"seen": stats["seen"] + rows.shape[0]} if train else stats
-        return {"embedding": embedding, "feature": embedding, "logits": logits}, seen
+        if self.classifier == "circle":
+            logits = jnp.tanh(logits)
+        return {"embedding": embedding, "feature": 2.0 * embedding, "logits": logits}, seen
 
 
 def linear_weights(rng):
@@ -98,11 +110,22 @@ def test_supervised_step_descends_its_losses(rng, kind):
     np.testing.assert_array_equal(after.key, state.key)
 
 
-def test_unknown_triplet_loss():
+def test_released_losses(rng):
+    mesh = make_mesh(jax.devices()[:1])
+    params, stats = linear_weights(rng)
+    batch = make_batch(rng)
     config = ConfigDict(CONFIG)
-    config.loss.triplet = "cube"
-    with pytest.raises(ConfigError, match=r"loss\.triplet='cube' is not known: use hinge, soft or none"):
-        steps.supervised_step(Linear(), optax.sgd(0.1), config)
+    config.loss.triplet, config.loss.triplet_on = "soft", "feature"
+    state = train_state.create(params, stats, optax.sgd(0.25), seed=3, mesh=mesh)
+    _, metrics = run(steps.supervised_step(Linear("circle"), optax.sgd(0.25), config), state, batch, mesh)
+    outputs, _ = Linear("circle").apply(params, stats, augmented(state, batch), train=True)
+    pids = jnp.asarray(batch["pid"])
+    logits = identity.circle_logits(outputs["logits"], pids, scale=8.0, margin=0.25)
+    np.testing.assert_allclose(metrics["loss_id"], identity.cross_entropy(logits, pids, epsilon=0.1), rtol=1e-5)
+    expected = triplet.batch_hard(outputs["feature"], pids, margin=None)
+    np.testing.assert_allclose(metrics["loss_triplet"], expected, rtol=1e-5)
+    # The margin hides the label's cosine from the loss, not from the accuracy.
+    np.testing.assert_allclose(metrics["accuracy"], identity.accuracy(outputs["logits"], pids), rtol=1e-6)
 
 
 def with_memory(state, rng, mesh):
