@@ -29,6 +29,8 @@ CONVERT = [
     f"tensorflow-cpu>=2.20; {_CPU_WHEEL}",
     f"tensorflow>=2.20; {_NO_CPU_WHEEL}",
     "apache-beam>=2.65",
+    "h5py>=3.11",
+    "lmdb>=1.5",
 ]
 TEST = ["pytest>=8.3", "ruff>=0.9", "mypy>=1.14", "scikit-learn>=1.6"]
 
