@@ -46,7 +46,8 @@ setuptools.setup(
     install_requires=_requirements(),
     extras_require={
         "convert": CONVERT,
-        "test": [*TEST, *CONVERT],
+        "remote": REMOTE,
+        "test": [*TEST, *CONVERT, "fsspec>=2024.6"],
         # Only to compare with the PyTorch implementations; of torchreid, single modules are loaded by file path.
         "peers": ["torch>=2.6", "torchreid>=0.2.5"],
     },

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import os
-import pathlib
 import re
 from collections.abc import Iterable
 
 import numpy as np
 
+from dmosnet_jax.core import places
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import records
 from dmosnet_jax.data.sources import Path, RecordSource
@@ -66,7 +66,7 @@ def load_split(data_dir: Path, dataset: str, split: str) -> Split:
     """Opens a split of a converted data set, in its highest version.
 
     Args:
-      data_dir: the folder given to the conversion as `--data_dir`.
+      data_dir: the folder or URL given to the conversion as `--data_dir`.
       dataset: name of the data set.
       split: `train`, `query` or `gallery`.
 
@@ -80,11 +80,10 @@ def load_split(data_dir: Path, dataset: str, split: str) -> Split:
     """
     if not _NAME.fullmatch(dataset):
         raise ConfigError(f"dataset={dataset!r} is not a name: use lower-case letters, digits and underscores")
-    folder = _version_folder(pathlib.Path(data_dir).expanduser(), dataset)
-    lengths = _shard_lengths(folder / records.INFO_FILE, split)
-    stem = f"{dataset}-{split}.{records.FILE_FORMAT}"
-    paths = [folder / f"{stem}-{shard:05d}-of-{len(lengths):05d}" for shard in range(len(lengths))]
-    source = RecordSource(paths, lengths)
+    folder = _version_folder(places.tidy(data_dir), dataset)
+    lengths = _shard_lengths(places.join(folder, records.INFO_FILE), split)
+    names = [records.shard_name(dataset, split, shard, len(lengths)) for shard in range(len(lengths))]
+    source = RecordSource([places.join(folder, name) for name in names], lengths)
     return Split(name=dataset, split=split, source=source, pids=source.pids, camids=source.camids)
 
 
@@ -94,8 +93,8 @@ def split_names(data_dir: Path, dataset: str) -> list[str]:
     Raises:
       DataError: as `load_split`.
     """
-    folder = _version_folder(pathlib.Path(data_dir).expanduser(), dataset)
-    return sorted(_all_lengths(folder / records.INFO_FILE))
+    folder = _version_folder(places.tidy(data_dir), dataset)
+    return sorted(_all_lengths(places.join(folder, records.INFO_FILE)))
 
 
 def relabel(pids: np.ndarray) -> np.ndarray:
@@ -115,22 +114,26 @@ def conversion_command(dataset: str, data_dir: Path) -> str:
     return f"python -m data_prep.convert --dataset={dataset} --source=PATH --data_dir={os.fspath(data_dir)}"
 
 
-def _version_folder(data_dir: pathlib.Path, dataset: str) -> pathlib.Path:
-    root = data_dir / dataset
+def _version_folder(data_dir: str, dataset: str) -> str:
+    root = places.join(data_dir, dataset)
     try:
+        found = [(entry.name, match) for entry in places.entries(root) if (match := _VERSION.fullmatch(entry.name))]
         # A folder without its description is a conversion that did not finish.
-        entries = [entry for entry in root.iterdir() if (entry / records.INFO_FILE).is_file()]
-    except OSError:
-        entries = []
-    versions = [
-        (tuple(map(int, match.groups())), entry) for entry in entries if (match := _VERSION.fullmatch(entry.name))
-    ]
+        versions = [
+            (tuple(map(int, match.groups())), folder)
+            for name, match in found
+            if places.is_file(places.join(folder := places.join(root, name), records.INFO_FILE))
+        ]
+    except OSError as error:
+        if places.is_remote(root) and not isinstance(error, FileNotFoundError):
+            raise DataError(f"{root}: cannot be read ({error.strerror}): check the name and the credentials") from error
+        versions = []
     if not versions:
         raise DataError(f"no data set {dataset} in {data_dir}: make it with {conversion_command(dataset, data_dir)}")
     return max(versions)[1]
 
 
-def _shard_lengths(info: pathlib.Path, split: str) -> list[int]:
+def _shard_lengths(info: str, split: str) -> list[int]:
     """Records per shard of a split, as the conversion wrote them down."""
     lengths = _all_lengths(info)
     if split not in lengths:
@@ -138,11 +141,11 @@ def _shard_lengths(info: pathlib.Path, split: str) -> list[int]:
     return lengths[split]
 
 
-def _all_lengths(info: pathlib.Path) -> dict[str, list[int]]:
+def _all_lengths(info: str) -> dict[str, list[int]]:
     """Records per shard of every split."""
     fix = "convert the data set again"
     try:
-        description = json.loads(info.read_text(encoding="utf-8"))
+        description = json.loads(places.read(info).decode())
         lengths = {entry["name"]: [int(n) for n in entry["shardLengths"]] for entry in description["splits"]}
         file_format = description["fileFormat"]
     except OSError as error:

@@ -45,6 +45,11 @@ class Record:
     filename: str
 
 
+def shard_name(dataset: str, split: str, shard: int, shards: int) -> str:
+    """File name of a shard, as TensorFlow Datasets has it."""
+    return f"{dataset}-{split}.{FILE_FORMAT}-{shard:05d}-of-{shards:05d}"
+
+
 def parse(record: bytes) -> Record:
     """Reads a record; features that are not part of the schema are ignored.
 
@@ -76,6 +81,37 @@ def parse(record: bytes) -> Record:
         )
     except (ValueError, IndexError) as error:
         raise DataError(f"not a record of this format: {error}") from error
+
+
+def serialise(record: Record) -> bytes:
+    """A record as `parse` reads it; the bytes are those that protobuf's deterministic serialisation gives.
+
+    Args:
+      record: the record; its file name must be valid text.
+    """
+    values = {
+        IMAGE: _delimited(1, _delimited(1, record.image)),
+        PID: _delimited(3, _delimited(1, _encoded(record.pid % 2**64))),
+        CAMID: _delimited(3, _delimited(1, _encoded(record.camid % 2**64))),
+        FILENAME: _delimited(1, _delimited(1, record.filename.encode())),
+    }
+    entries = (_delimited(1, name.encode()) + _delimited(2, values[name]) for name in sorted(values))
+    return _delimited(1, b"".join(_delimited(1, entry) for entry in entries))
+
+
+def _delimited(number: int, data: bytes) -> bytes:
+    """A length-delimited field of a message."""
+    return b"".join((bytes([number << 3 | _BYTES]), _encoded(len(data)), data))
+
+
+def _encoded(value: int) -> bytes:
+    """A varint."""
+    out = bytearray()
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
 
 
 def _string(feature: Buffer, name: str) -> Buffer:

@@ -1,44 +1,35 @@
 """Random access to the records of TFRecord shards, checked by their CRCs, through an index beside each shard.
 
-A shard is a sequence of records, each `uint64 length, uint32 crc(length), data, uint32 crc(data)`, little-endian, with
-masked CRC32C checksums (tensorflow/core/lib/io/record_writer.h). `<shard>.index.npz` holds where each record is, and
-its identity and camera, so that a split of millions of images opens without reading them.
+Shards are local files or remote ones, which are read by ranged requests. See `framing` and `indices`.
 """
 
 import bisect
-import contextlib
+import concurrent.futures
 import os
-import struct
-import tempfile
 import weakref
 from collections.abc import Sequence
-from typing import BinaryIO
 
-import google_crc32c
 import numpy as np
 
+from dmosnet_jax.core import places
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.data import records
+from dmosnet_jax.core.places import Place as Path
+from dmosnet_jax.data.framing import FOOTER, HEADER, OVERHEAD, damage
+from dmosnet_jax.data.indices import FIX, INDEX_SUFFIX, Index, corrupt, load_index
 
-INDEX_SUFFIX = ".index.npz"
+__all__ = ["INDEX_SUFFIX", "Index", "Path", "RecordSource", "load_index"]
 
-_HEADER = struct.Struct("<QI")
-_FOOTER = struct.Struct("<I")
-_OVERHEAD = _HEADER.size + _FOOTER.size
 # Beyond so many shards a file is opened for each read: the limit on open files is often 1024.
 _MAX_OPEN = 256
-_ENDS = 4096
-_FIX = "copy the file again, or convert the data set again"
-
-Path = str | os.PathLike[str]
-Index = dict[str, np.ndarray]
+# Opening a remote shard waits for several requests; a large data set has hundreds of shards.
+_OPENING = 16
 
 
 class RecordSource:
     """A sequence of serialised records over shards, in their order.
 
-    Reads are positioned (`pread`), so threads and forked or spawned workers may share one source; it pickles without
-    its open files.
+    Reads are positioned (`pread`, or a range of a remote file), so threads and forked or spawned workers may share one
+    source; it pickles without its open files.
 
     Attributes:
       paths: of the shards.
@@ -50,7 +41,7 @@ class RecordSource:
         """Opens the shards, whose missing or stale indices are made again.
 
         Args:
-          paths: of the shards, local files.
+          paths: of the shards, or their URLs.
           counts: how many records each shard must hold, where known: a shard cut between two records looks whole.
 
         Raises:
@@ -59,11 +50,11 @@ class RecordSource:
         self.paths = [os.fspath(path) for path in paths]
         if not self.paths:
             raise DataError("a record source needs at least one shard, and none was given")
-        indices = [load_index(path) for path in self.paths]
+        indices = _load_indices(self.paths)
         for path, index, count in zip(self.paths, indices, counts or [], strict=counts is not None):
             found = len(index["offset"])
             if found != count:
-                raise DataError(f"{path}: holds {found} records instead of {count}: {_FIX}")
+                raise DataError(f"{path}: holds {found} records instead of {count}: {FIX}")
         self.pids = np.concatenate([index["pid"] for index in indices])
         self.camids = np.concatenate([index["camid"] for index in indices])
         self._offsets = np.concatenate([index["offset"] for index in indices])
@@ -88,11 +79,16 @@ class RecordSource:
         row = int(index) % count
         shard = bisect.bisect_right(self._firsts, row) - 1
         offset, length = int(self._offsets[row]), int(self._lengths[row])
-        raw = self._read(shard, length + _OVERHEAD, offset)
-        reason = _damage(raw, length)
+        raw = self._read(shard, length + OVERHEAD, offset)
+        reason = damage(raw, length)
         if reason is not None:
-            raise _corrupt(self.paths[shard], row - self._firsts[shard], offset, reason)
-        return raw[_HEADER.size : -_FOOTER.size]
+            raise corrupt(self.paths[shard], row - self._firsts[shard], offset, reason)
+        return raw[HEADER.size : -FOOTER.size]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Bytes of each record, int64 [N]."""
+        return self._lengths
 
     def where(self, index: int) -> str:
         """The shard, record number and byte offset of a record, for messages."""
@@ -116,15 +112,16 @@ class RecordSource:
         weakref.finalize(self, _close, files)
 
     def _read(self, shard: int, size: int, offset: int) -> bytes:
-        file = self._files.get(shard)
+        path = self.paths[shard]
         try:
+            if places.is_remote(path):
+                return places.read_range(path, offset, size)
+            file = self._files.get(shard)
             if file is not None:
                 return os.pread(file, size, offset)
             return self._open_and_read(shard, size, offset)
         except OSError as error:
-            raise DataError(
-                f"{self.paths[shard]}: cannot be read at byte {offset} ({error.strerror}): {_FIX}"
-            ) from error
+            raise DataError(f"{path}: cannot be read at byte {offset} ({error.strerror}): {FIX}") from error
 
     def _open_and_read(self, shard: int, size: int, offset: int) -> bytes:
         file = os.open(self.paths[shard], os.O_RDONLY)
@@ -145,141 +142,8 @@ def _close(files: dict[int, int]) -> None:
         os.close(files.popitem()[1])
 
 
-def load_index(path: Path) -> Index:
-    """The index of a shard: from its sidecar, or made from the shard where that is missing or of another file.
-
-    A new sidecar is written beside the shard where the folder allows it.
-
-    Args:
-      path: of the shard.
-
-    Returns:
-      `offset` int64 [n] (bytes from the file's start to the record's), `length` int64 [n] (bytes of its data), `pid`
-      and `camid` int32 [n], `shard_bytes` int64 [] and `shard_ends` uint32 [] (checksum of the file's two ends).
-
-    Raises:
-      DataError: the shard is missing, cut short or damaged.
-    """
-    path = os.fspath(path)
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            ends = _checksum_of_ends(file.fileno(), size)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): {_FIX}") from error
-    stored = _read_index(path + INDEX_SUFFIX)
-    if stored is not None and _fits(stored, size, ends):
-        return stored
-    index = _scan(path, size)
-    index |= {"shard_bytes": np.array(size, np.int64), "shard_ends": np.array(ends, np.uint32)}
-    # A folder that cannot be written to: the next process makes the index again.
-    with contextlib.suppress(OSError):
-        _write_index(path + INDEX_SUFFIX, index)
-    return index
-
-
-def _scan(path: str, size: int) -> Index:
-    """Reads a whole shard, checking every record."""
-    rows: list[tuple[int, int, int, int]] = []
-    offset = 0
-    with open(path, "rb", buffering=1 << 20) as file:
-        while offset < size:
-            raw = _next(file, path, len(rows), offset, size)
-            try:
-                record = records.parse(raw[_HEADER.size : -_FOOTER.size])
-            except DataError as error:
-                raise DataError(f"{path}: record {len(rows)} at byte {offset}: {error}; convert again") from error
-            rows.append((offset, len(raw) - _OVERHEAD, record.pid, record.camid))
-            offset += len(raw)
-    columns = np.array(rows, np.int64).reshape(-1, 4).T
-    return {
-        "offset": columns[0].copy(),
-        "length": columns[1].copy(),
-        "pid": columns[2].astype(np.int32),
-        "camid": columns[3].astype(np.int32),
-    }
-
-
-def _next(file: BinaryIO, path: str, number: int, offset: int, size: int) -> bytes:
-    """The record at the file's position, with its framing."""
-    header = file.read(_HEADER.size)
-    length = 0
-    if len(header) == _HEADER.size:
-        length, checksum = _HEADER.unpack(header)
-        if _masked(header[:8]) != checksum:
-            raise _corrupt(path, number, offset, "the checksum of its length differs")
-    if offset + _OVERHEAD + length > size:
-        raise DataError(f"{path}: is cut short: record {number} at byte {offset} goes beyond its {size} bytes: {_FIX}")
-    raw = header + file.read(length + _FOOTER.size)
-    reason = _damage(raw, length)
-    if reason is not None:
-        raise _corrupt(path, number, offset, reason)
-    return raw
-
-
-def _damage(raw: bytes, length: int) -> str | None:
-    """What is wrong with a record of `length` bytes of data, framing included; None where nothing is."""
-    if len(raw) != length + _OVERHEAD:
-        return "the file ends before it does"
-    stored, checksum = _HEADER.unpack_from(raw)
-    if _masked(raw[:8]) != checksum:
-        return "the checksum of its length differs"
-    if stored != length:
-        return f"it has {stored} bytes, in its index {length}"
-    if _masked(raw[_HEADER.size : -_FOOTER.size]) != _FOOTER.unpack_from(raw, len(raw) - _FOOTER.size)[0]:
-        return "the checksum of its data differs"
-    return None
-
-
-def _masked(data: bytes) -> int:
-    """TFRecord's checksum; the mask keeps checksums of data that itself holds checksums apart."""
-    crc = google_crc32c.value(data)
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def _corrupt(path: str, number: int, offset: int, reason: str) -> DataError:
-    return DataError(f"{path}: record {number} at byte {offset} is corrupt ({reason}): {_FIX}")
-
-
-def _checksum_of_ends(file: int, size: int) -> int:
-    """Tells apart most files of equal size, whatever a copy did to their dates."""
-    head = os.pread(file, _ENDS, 0)
-    return google_crc32c.extend(google_crc32c.value(head), os.pread(file, _ENDS, max(0, size - _ENDS)))
-
-
-def _read_index(path: str) -> Index | None:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except Exception:
-        # Whatever is wrong with it, it is only a cache.
-        return None
-
-
-def _fits(index: Index, size: int, ends: int) -> bool:
-    """Whether an index is whole and describes a file of `size` bytes from its first to its last byte."""
-    kinds = {"offset": np.int64, "length": np.int64, "pid": np.int32, "camid": np.int32}
-    scalars = {"shard_bytes": np.int64, "shard_ends": np.uint32}
-    if set(index) != {*kinds, *scalars}:
-        return False
-    shape = index["offset"].shape
-    if any(index[name].dtype != kind for name, kind in (kinds | scalars).items()):
-        return False
-    if any(index[name].shape != shape or len(shape) != 1 for name in kinds) or any(index[n].shape for n in scalars):
-        return False
-    bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(index["length"] + _OVERHEAD)])
-    contiguous = (index["length"] >= 0).all() and np.array_equal(bounds[:-1], index["offset"])
-    return bool(contiguous and bounds[-1] == size == index["shard_bytes"] and index["shard_ends"] == ends)
-
-
-def _write_index(path: str, index: Index) -> None:
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path) + ".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **index)  # type: ignore[arg-type]
-        # mkstemp makes private files; an index is as public as its shard.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def _load_indices(paths: Sequence[str]) -> list[Index]:
+    if not any(map(places.is_remote, paths)):
+        return [load_index(path) for path in paths]
+    with concurrent.futures.ThreadPoolExecutor(_OPENING) as pool:
+        return list(pool.map(load_index, paths))

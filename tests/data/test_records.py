@@ -18,6 +18,19 @@ def test_parses_what_protobuf_writes(example, rng):
         assert records.parse(raw) == want
 
 
+def test_writes_what_protobuf_writes(example, rng):
+    for _ in range(200):
+        record = records.Record(
+            image=rng.bytes(int(rng.integers(0, 40_000))),
+            pid=int(rng.choice([-1, 0, 127, 128, 2**31 - 1, -(2**31), rng.integers(2**31)])),
+            camid=int(rng.integers(0, 2**31)),
+            filename="дом/" * int(rng.integers(0, 40)) + "34_01_0341_00001865.jpg",
+        )
+        raw = records.serialise(record)
+        assert raw == example(record.image, record.pid, record.camid, record.filename)
+        assert records.parse(raw) == record
+
+
 def test_other_features_and_unpacked_integers_are_accepted(example):
     raw = example(extra=[("split", b"train")])
     assert records.parse(raw).camid == 2

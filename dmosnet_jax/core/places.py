@@ -1,0 +1,262 @@
+"""Files by path or by URL: local ones by the operating system, remote ones (`gs://`, `s3://`, ...) through fsspec.
+
+fsspec is imported when the first URL is met, so that local data never need it. Failures are `OSError` with a reason and
+the place, whatever the storage raises.
+"""
+
+import contextlib
+import errno
+import os
+import posixpath
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from dmosnet_jax.core.errors import ConfigError, UserError
+
+Place = str | os.PathLike[str]
+
+# Ends the name of a local file that is being written.
+PART = ".part"
+
+_FILE = "file://"
+_INSTALL = "pip install 'dmosnet_jax[remote]'"
+
+
+class Entry(NamedTuple):
+    """What a folder holds: a name without slashes, whether it is a folder, and the size of a file in bytes."""
+
+    name: str
+    is_folder: bool
+    size: int
+
+
+def is_remote(place: Place) -> bool:
+    """Whether a place is a URL of another storage than the local files."""
+    text = os.fspath(place)
+    return "://" in text and not text.startswith(_FILE)
+
+
+def tidy(place: Place) -> str:
+    """A path with the user's home filled in, or a URL; neither ends in a slash."""
+    text = os.fspath(place)
+    if is_remote(text):
+        return text.rstrip("/") if not text.endswith("://") else text
+    return os.path.expanduser(text.removeprefix(_FILE))
+
+
+def join(place: Place, *names: str) -> str:
+    """A place below another."""
+    if is_remote(place):
+        return "/".join([tidy(place), *names])
+    return os.path.join(os.fspath(place), *names)
+
+
+def storage(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, for this process, and the path in it.
+
+    Raises:
+      ConfigError: fsspec, or the package for this kind of URL, is not installed, or there is no such kind.
+    """
+    kind = url.split("://", 1)[0]
+    try:
+        import fsspec
+    except ImportError as error:
+        raise ConfigError(f"{url} is remote, which needs fsspec: {_INSTALL}") from error
+    try:
+        # Instances are cached by fsspec, for each process anew. Listings change under us: others write there too.
+        return fsspec.core.url_to_fs(url, use_listings_cache=False)
+    except ImportError as error:
+        raise ConfigError(f"{url} needs another package ({_line(error)}): {_INSTALL}, or that package") from error
+    except ValueError as error:
+        raise ConfigError(f"{url}: {kind}:// is not a kind of storage that fsspec knows ({_line(error)})") from error
+    except Exception as error:
+        raise ConfigError(f"{url}: its storage cannot be opened ({_line(error)}): check the credentials") from error
+
+
+def read(place: Place) -> bytes:
+    """The content of a file.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    if not is_remote(place):
+        with open(tidy(place), "rb") as file:
+            return file.read()
+    with _remote(place) as (files, path):
+        return files.cat_file(path)
+
+
+def read_range(place: Place, offset: int, size: int) -> bytes:
+    """Up to `size` bytes of a remote file from `offset`, fewer where it ends before, by one request.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    if size <= 0:
+        return b""
+    with _remote(place) as (files, path):
+        return files.cat_file(path, start=offset, end=offset + size)
+
+
+@contextlib.contextmanager
+def open_stream(place: Place) -> Iterator[BinaryIO]:
+    """A file to read from its start to its end.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    if not is_remote(place):
+        with open(tidy(place), "rb", buffering=1 << 20) as file:
+            yield file
+        return
+    with _remote(place) as (files, path), files.open(path, "rb", block_size=1 << 23) as stream:
+        yield stream
+
+
+def size(place: Place) -> int:
+    """Bytes in a file.
+
+    Raises:
+      OSError: it is not there.
+    """
+    if not is_remote(place):
+        return os.stat(tidy(place)).st_size
+    with _remote(place) as (files, path):
+        return int(files.info(path)["size"])
+
+
+def is_file(place: Place) -> bool:
+    """Whether a file is there.
+
+    Raises:
+      OSError: the storage does not answer.
+    """
+    if not is_remote(place):
+        return os.path.isfile(tidy(place))
+    with _remote(place) as (files, path):
+        return bool(files.isfile(path))
+
+
+def entries(place: Place) -> list[Entry]:
+    """What a folder holds, sorted by name.
+
+    Raises:
+      OSError: it is not a folder, or cannot be read.
+    """
+    if not is_remote(place):
+        with os.scandir(tidy(place)) as found:
+            local = [(entry.name, entry.is_dir(), entry) for entry in found]
+        return sorted(Entry(name, folder, 0 if folder else entry.stat().st_size) for name, folder, entry in local)
+    with _remote(place) as (files, path):
+        listed = files.ls(path, detail=True)
+    root = path.rstrip("/")
+    return sorted(
+        Entry(posixpath.basename(info["name"].rstrip("/")), info["type"] == "directory", int(info["size"] or 0))
+        for info in listed
+        # Object stores list a folder's own mark as one of its entries.
+        if info["name"].rstrip("/") != root
+    )
+
+
+def write(place: Place, data: bytes) -> None:
+    """Writes a file, whole or not at all; makes its folder.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with create(place) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def create(place: Place) -> Iterator[BinaryIO]:
+    """A file to write, which is in its place at the end of the block and not before; makes its folder.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    if is_remote(place):
+        with _remote(place) as (files, path):
+            files.makedirs(posixpath.dirname(path), exist_ok=True)
+            file = files.open(path, "wb")
+            try:
+                yield file
+            except BaseException:
+                # Closing would publish what was written so far.
+                with contextlib.suppress(Exception):
+                    file.discard()
+                raise
+            file.close()
+        return
+    path = tidy(place)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path) + ".", suffix=PART)
+    try:
+        with os.fdopen(handle, "wb", buffering=1 << 20) as file:
+            yield cast(BinaryIO, file)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files.
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        raise
+
+
+def remove(place: Place) -> None:
+    """Removes a folder with everything in it, or a file, where it is there.
+
+    Raises:
+      OSError: it cannot be removed.
+    """
+    if is_remote(place):
+        with _remote(place) as (files, path):
+            if files.exists(path):
+                files.rm(path, recursive=True)
+        return
+    path = tidy(place)
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def copy(source: Place, target: Place) -> None:
+    """Copies a file to a remote place: a local one up, a remote one within its storage.
+
+    Raises:
+      OSError: it cannot be copied.
+    """
+    with _remote(target) as (files, path):
+        files.makedirs(posixpath.dirname(path), exist_ok=True)
+        if is_remote(source):
+            files.cp_file(storage(os.fspath(source))[1], path)
+        else:
+            files.put_file(tidy(source), path)
+
+
+@contextlib.contextmanager
+def _remote(place: Place) -> Iterator[tuple[Any, str]]:
+    """The storage and path of a URL; inside, every failure becomes an `OSError` with a reason and the URL."""
+    url = os.fspath(place)
+    files, path = storage(url)
+    try:
+        yield files, path
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
+    except PermissionError as error:
+        raise PermissionError(errno.EACCES, _line(error), url) from error
+    except UserError:
+        raise
+    # Each storage has errors of its own: of HTTP, of its library, of the network.
+    except Exception as error:
+        raise OSError(errno.EIO, _line(error), url) from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
