@@ -11,7 +11,7 @@ import posixpath
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 from dmosnet_jax.core.errors import ConfigError, UserError
 
@@ -195,7 +195,7 @@ def create(place: Place) -> Iterator[BinaryIO]:
     handle, aside = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path) + ".", suffix=PART)
     try:
         with os.fdopen(handle, "wb", buffering=1 << 20) as file:
-            yield cast(BinaryIO, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes private files.
