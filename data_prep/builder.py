@@ -5,7 +5,7 @@ import concurrent.futures
 import dataclasses
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -35,17 +35,21 @@ class Listing:
     Attributes:
       splits: the images of each split, in the order of the records.
       junk: images left out because their identity is -1.
+      details: what else a user may want to know later, e.g. the layout found; kept as `metadata.json`.
+      notes: what a user should look at, one sentence each.
     """
 
     splits: dict[str, list[Item]]
     junk: int = 0
+    details: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 class Official(NamedTuple):
-    """Published size of a split; identities without distractors."""
+    """Published size of a split; identities without distractors, None where not published."""
 
     images: int
-    ids: int
+    ids: int | None
 
 
 class ReidBuilder(tfds.core.GeneratorBasedBuilder):
@@ -60,33 +64,50 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
     HOMEPAGE: ClassVar[str | None] = None
     CITATION: ClassVar[str | None] = None
     ENCODING: ClassVar[str] = "jpeg"
-    FOLDERS: ClassVar[Sequence[str]]
     OFFICIAL: ClassVar[dict[str, Official]] = {}
+    # Whether identity -1 means junk and 0 a distractor, as in Market-1501; elsewhere 0 may be a person.
+    RESERVED_IDS: ClassVar[bool] = False
+    # Whether the same number means the same person in training and test set.
+    COMMON_IDS: ClassVar[bool] = True
+    # Options of `read_source`, with their defaults.
+    OPTIONS: ClassVar[Mapping[str, Any]] = {}
 
-    def __init__(self, *, source: str | os.PathLike[str] | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        source: str | os.PathLike[str] | None = None,
+        options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ):
         """Prepares to build, or to read what was built.
 
         Args:
-          source: folder or zip file of the raw data set; needed to build.
+          source: folder or file of the raw data set; needed to build.
+          options: values for some of `OPTIONS`.
           **kwargs: see `tfds.core.DatasetBuilder`.
         """
         self._source = source
+        self._options = dict(options or {})
         self._scanned: tuple[RawFiles, Listing] | None = None
         super().__init__(**kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"source": self._source}
+        return super().__getstate__() | {"source": self._source, "options": self._options}
 
     @classmethod
     @abc.abstractmethod
-    def scan(cls, names: Sequence[str]) -> Listing:
-        """Sorts the files of the raw data set into splits.
+    def read_source(cls, source: str | os.PathLike[str], **options: Any) -> tuple[RawFiles, Listing]:
+        """Opens the raw data set and sorts its images into splits.
 
         Args:
-          names: paths relative to the root.
+          source: what the user downloaded.
+          **options: values for some of `OPTIONS`.
+
+        Returns:
+          The files, and what they are.
 
         Raises:
-          DataError: a file does not belong to such a data set.
+          DataError: it is missing, or not laid out as this data set is.
         """
 
     @property
@@ -100,13 +121,11 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
 
     def differences(self) -> list[str]:
         """How the raw data set differs from the published one, one sentence for each number."""
-        found = {split: (len(items), count_ids(items)) for split, items in self.listing.splits.items()}
-        return [
-            f"{split} has {count:,} {what}, the published data set {official:,}"
-            for split, numbers in self.OFFICIAL.items()
-            for what, count, official in zip(("images", "identities"), found[split], numbers, strict=True)
-            if count != official
-        ]
+        found = {
+            split: (len(items), count_ids((item.pid for item in items), reserved=self.RESERVED_IDS))
+            for split, items in self.listing.splits.items()
+        }
+        return differences(found, self.OFFICIAL)
 
     def _open(self) -> tuple[RawFiles, Listing]:
         if self._scanned is None:
@@ -114,8 +133,7 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
                 raise DataError(
                     f"{self.name} is built from what its authors give out: pass its folder or zip as source"
                 )
-            files = open_raw(self._source, self.FOLDERS)
-            listing = self.scan(files.names)
+            files, listing = self.read_source(self._source, **self._options)
             empty = [split for split, items in listing.splits.items() if not items]
             if empty:
                 raise DataError(f"source {files.location} has no image for {', '.join(empty)}: copy the data set again")
@@ -135,6 +153,7 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
             features=tfds.features.FeaturesDict(features),
             homepage=self.HOMEPAGE,
             citation=self.CITATION,
+            metadata=tfds.core.MetadataDict(),
             # Records in the order of the files: row numbers mean the same for everybody who converts.
             disable_shuffling=True,
         )
@@ -147,6 +166,8 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
     ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         del dl_manager  # Nothing is downloaded.
         files, listing = self._open()
+        if listing.details:
+            self.info.metadata.update(listing.details)
         check_images(files, [item.filename for items in listing.splits.values() for item in items])
         total = sum(map(len, listing.splits.values()))
         bar = tqdm(total=total, desc="writing", unit=" images", disable=None, leave=False)
@@ -187,9 +208,44 @@ class _RepeatableWriter(tfds.core.ExampleWriter):
         return super().write(path, ((key, parse(raw).SerializeToString(deterministic=True)) for key, raw in examples))
 
 
-def count_ids(items: Iterable[Item]) -> int:
-    """Number of identities, distractors (0) and unlabelled images (-1) not counted."""
-    return len({item.pid for item in items} - {0, -1})
+class FoldersBuilder(ReidBuilder):
+    """Base of the builders of data sets whose images lie in a few folders and are described by their names."""
+
+    FOLDERS: ClassVar[Sequence[str]]
+
+    @classmethod
+    @abc.abstractmethod
+    def scan(cls, names: Sequence[str]) -> Listing:
+        """Sorts the files of the raw data set into splits.
+
+        Args:
+          names: paths relative to the root.
+
+        Raises:
+          DataError: a file does not belong to such a data set.
+        """
+
+    @classmethod
+    def read_source(cls, source: str | os.PathLike[str], **options: Any) -> tuple[RawFiles, Listing]:
+        """See the base class."""
+        files = open_raw(source, cls.FOLDERS)
+        return files, cls.scan(files.names)
+
+
+def count_ids(pids: Iterable[int], *, reserved: bool) -> int:
+    """Number of identities; unlabelled images (-1) and, where `reserved`, distractors (0) are not counted."""
+    return len(set(pids) - ({0, -1} if reserved else {-1}))
+
+
+def differences(found: Mapping[str, tuple[int, int]], official: Mapping[str, Official]) -> list[str]:
+    """How numbers of images and identities differ from the published ones, one sentence for each number."""
+    return [
+        f"{split} has {count:,} {what}, the published data set {published:,}"
+        for split, numbers in official.items()
+        if split in found
+        for what, count, published in zip(("images", "identities"), found[split], numbers, strict=True)
+        if published is not None and count != published
+    ]
 
 
 def check_images(files: RawFiles, names: Sequence[str]) -> None:

@@ -4,8 +4,8 @@
     python -m data_prep.convert --dataset=synthetic --data_dir=data
 
 write `data/market1501/1.0.0/` and `data/synthetic/1.0.0/`. The source is what the authors of the data set give out: its
-folder, or its zip file; the images keep their encoded bytes. `synthetic` is rendered. A conversion that fails or is
-interrupted leaves nothing behind.
+folder, or its zip file; the images keep their encoded bytes. `synthetic` is rendered, `folder` is your own data (see
+`data_prep/folder.py`). A conversion that fails or is interrupted leaves nothing behind.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -32,7 +32,15 @@ if TYPE_CHECKING:
     from data_prep.builder import ReidBuilder
 
 # Builders are imported when needed, because TensorFlow comes with them.
-DATASETS = {"market1501": "data_prep.market1501:Market1501", "synthetic": "data_prep.synthetic:Synthetic"}
+DATASETS = {
+    "market1501": "data_prep.market1501:Market1501",
+    "dukemtmc": "data_prep.dukemtmc:Dukemtmc",
+    "cuhk03_detected": "data_prep.cuhk03:Cuhk03Detected",
+    "cuhk03_labeled": "data_prep.cuhk03:Cuhk03Labeled",
+    "msmt17": "data_prep.msmt17:Msmt17",
+    "folder": "data_prep.folder:Folder",
+    "synthetic": "data_prep.synthetic:Synthetic",
+}
 RENDERED = "synthetic"
 
 _INTERRUPTED = 130
@@ -43,13 +51,28 @@ flags.DEFINE_string("dataset", None, f"Name of the data set: {', '.join(DATASETS
 flags.DEFINE_string(
     "source",
     None,
-    "Folder or zip file of the raw data set. For synthetic: a new folder, to keep the rendered images in, or one "
-    "rendered before.",
+    "Folder or zip file of the raw data set; for CUHK03 also cuhk-03.mat, for folder also a CSV file. For synthetic: a "
+    "new folder, to keep the rendered images in, or one rendered before.",
     flag_values=_FLAGS,
 )
 flags.DEFINE_string("data_dir", None, "Folder for converted data sets.", flag_values=_FLAGS)
 flags.DEFINE_bool("overwrite", False, "Convert again what is there already.", flag_values=_FLAGS)
+flags.DEFINE_enum(
+    "camera_policy",
+    None,
+    ["given", "none"],
+    "folder: whether the images have cameras; none lets every image count as its own camera (default given).",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_float(
+    "test_fraction",
+    None,
+    "folder: share of the identities that are tested on, where nothing says the split (default 0.5).",
+    flag_values=_FLAGS,
+)
 flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=_FLAGS)
+# Options of `ReidBuilder.read_source`, for the data sets that have them.
+SOURCE_OPTIONS = ("camera_policy", "test_fraction")
 _OPTIONS = {option.name: option for option in dataclasses.fields(Scene)}
 for _name, _option in _OPTIONS.items():
     _text = f"synthetic: {_option.metadata['help']} (default {str(_option.default).strip('()')})."
@@ -66,14 +89,14 @@ class Summary:
     Attributes:
       folder: of the converted data set.
       splits: for each split its numbers of images, identities (without distractors) and cameras.
-      junk: images left out because their identity is -1.
+      junk: images left out because their identity is -1; None where the data set has no such.
       distractors: images with identity 0, kept in the gallery.
       seconds: it took.
     """
 
     folder: pathlib.Path
     splits: dict[str, tuple[int, int, int]]
-    junk: int
+    junk: int | None
     distractors: int
     seconds: float
 
@@ -83,11 +106,12 @@ class Summary:
         images = sum(counts[0] for counts in self.splits.values())
         lines = [f"written to {self.folder}"]
         lines += [f"  {split:<8}{n:>10}{ids:>12}{cameras:>10}" for split, n, ids, cameras in table]
-        lines += [
-            f"  {self.junk:,} junk images (identity -1) left out, "
-            f"{self.distractors:,} distractors (identity 0) kept in the gallery",
-            f"  {images:,} images in {self.seconds:.1f} s, {images / max(self.seconds, 1e-9):,.0f} images/s",
-        ]
+        if self.junk is not None:
+            lines.append(
+                f"  {self.junk:,} junk images (identity -1) left out, "
+                f"{self.distractors:,} distractors (identity 0) kept in the gallery"
+            )
+        lines.append(f"  {images:,} images in {self.seconds:.1f} s, {images / max(self.seconds, 1e-9):,.0f} images/s")
         return "\n".join(lines)
 
 
@@ -96,6 +120,7 @@ def convert(
     data_dir: str | os.PathLike[str],
     *,
     source: str | os.PathLike[str] | None = None,
+    options: Mapping[str, Any] | None = None,
     scene: Scene | None = None,
     overwrite: bool = False,
     warn: Callable[[str], None] = lambda _: None,
@@ -106,6 +131,7 @@ def convert(
       dataset: one of `DATASETS`.
       data_dir: folder for converted data sets.
       source: folder or zip file of the raw data set; not needed for `synthetic`, see the flag.
+      options: for `folder`: `camera_policy` and `test_fraction`, see the flags.
       scene: what to render, for `synthetic`.
       overwrite: replace a data set that is there already.
       warn: called with each difference from the published data set before anything is written.
@@ -119,7 +145,8 @@ def convert(
     """
     _check(dataset, source, scene)
     root = pathlib.Path(data_dir).expanduser().absolute()
-    builder_class = _builder_class(dataset)
+    builder_class = builder_class_of(dataset)
+    check_options(builder_class, options or {})
     target = root / dataset / str(builder_class.VERSION)
     if (target / records.INFO_FILE).is_file() and not overwrite:
         return None
@@ -127,21 +154,36 @@ def convert(
     with staging(root, dataset) as stage:
         if dataset == RENDERED:
             source = _rendered(source, scene, stage)
-        builder = builder_class(source=source, data_dir=str(stage))
-        for difference in builder.differences():
-            warn(difference)
+        builder = builder_class(source=source, options=options, data_dir=str(stage))
+        for text in (*builder.differences(), *builder.listing.notes):
+            warn(text)
         _build(builder, root)
         publish(pathlib.Path(builder.data_dir), target, stage)
-    splits = builder.listing.splits
+    from data_prep.builder import count_ids
+
+    splits, reserved = builder.listing.splits, builder_class.RESERVED_IDS
     return Summary(
         folder=target,
         splits={
-            name: (len(s), len({i.pid for i in s} - {0, -1}), len({i.camid for i in s})) for name, s in splits.items()
+            name: (len(s), count_ids((i.pid for i in s), reserved=reserved), len({i.camid for i in s}))
+            for name, s in splits.items()
         },
-        junk=builder.listing.junk,
+        junk=builder.listing.junk if reserved else None,
         distractors=sum(item.pid == 0 for items in splits.values() for item in items),
         seconds=time.monotonic() - begin,
     )
+
+
+def check_options(builder_class: "type[ReidBuilder]", options: Mapping[str, Any]) -> None:
+    """Whether the data set has such options.
+
+    Raises:
+      ConfigError: it has not.
+    """
+    unknown = [name for name in options if name not in builder_class.OPTIONS]
+    if unknown:
+        name = next(name for name, path in DATASETS.items() if path.endswith(f":{builder_class.__name__}"))
+        raise ConfigError(f"dataset={name} has no {', '.join(unknown)}: leave it out")
 
 
 def _check(dataset: str, source: object, scene: Scene | None) -> None:
@@ -163,7 +205,12 @@ def _rendered(source: str | os.PathLike[str] | None, scene: Scene | None, stage:
     return folder
 
 
-def _builder_class(dataset: str) -> "type[ReidBuilder]":
+def builder_class_of(dataset: str) -> "type[ReidBuilder]":
+    """The builder of a data set.
+
+    Raises:
+      ConfigError: TensorFlow is not installed.
+    """
     # TensorFlow reports its own affairs on standard error, on import already.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -235,6 +282,7 @@ def _run(argv: Sequence[str]) -> int:
         _FLAGS.dataset,
         _FLAGS.data_dir,
         source=_FLAGS.source or None,
+        options={name: _FLAGS[name].value for name in SOURCE_OPTIONS if _FLAGS[name].value is not None},
         scene=_scene(),
         overwrite=_FLAGS.overwrite,
         warn=lambda text: print(f"warning: {text}", file=sys.stderr),

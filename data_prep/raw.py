@@ -11,7 +11,9 @@ from typing import Protocol
 from dmosnet_jax.core.errors import DataError
 
 # A person crop is some kilobytes; a zip may claim any size.
-_MAX_BYTES = 2**26
+MAX_BYTES = 2**26
+# Image files hardly get smaller in a zip.
+_MAX_RATIO = 100
 _IGNORED = {"__macosx", "thumbs.db", "desktop.ini"}
 # Nested deeper, a folder of the right name belongs to something else.
 _FOLDER_DEPTH = 2
@@ -52,15 +54,49 @@ def open_raw(source: str | os.PathLike[str], folders: Sequence[str]) -> RawFiles
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
         return _Folder(path, folders)
+    return _Zip(path, open_archive(path), folders)
+
+
+def open_archive(path: pathlib.Path) -> zipfile.ZipFile:
+    """Opens a zip file.
+
+    Raises:
+      DataError: it does not exist, or is no whole zip file.
+    """
     if not path.exists():
         raise DataError(f"source {path} does not exist: give the folder or the zip file of the data set")
     try:
-        archive = zipfile.ZipFile(path)
+        return zipfile.ZipFile(path)
     # Damaged archives raise more kinds of errors than zipfile documents.
     except Exception as error:
-        reason = "it is not a zip file" if isinstance(error, zipfile.BadZipFile) else _reason(error)
-        raise DataError(f"source {path} cannot be opened ({reason}): give a folder or a whole zip file") from error
-    return _Zip(path, archive, folders)
+        why = "it is not a zip file" if isinstance(error, zipfile.BadZipFile) else reason(error)
+        raise DataError(f"source {path} cannot be opened ({why}): give a folder or a whole zip file") from error
+
+
+def safe_entries(location: str, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The files in an archive by name, with forward slashes, without what operating systems leave behind.
+
+    Raises:
+      DataError: an entry leads out of the archive, is a link or a device, is encrypted, or comes twice; or the files
+        would be far larger than image files can be.
+    """
+    entries: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        # Some Windows tools write the separators of their system.
+        name = info.filename.replace("\\", "/")
+        _refuse_unsafe(location, name, info)
+        if info.is_dir() or is_ignored(name):
+            continue
+        if name in entries:
+            raise DataError(f"source {location} is refused: it holds {name!r} twice")
+        entries[name] = info
+    packed = sum(info.compress_size for info in entries.values())
+    unpacked = sum(info.file_size for info in entries.values())
+    if unpacked > MAX_BYTES + _MAX_RATIO * packed:
+        raise DataError(
+            f"source {location} is refused: its {packed:,} bytes claim to hold {unpacked:,}, which images never do"
+        )
+    return entries
 
 
 class _Folder:
@@ -83,27 +119,18 @@ class _Folder:
     def read(self, name: str) -> bytes:
         path = self._root / name
         try:
-            if path.stat().st_size > _MAX_BYTES:
-                raise DataError(f"it has more than {_MAX_BYTES} bytes")
+            if path.stat().st_size > MAX_BYTES:
+                raise DataError(f"it has more than {MAX_BYTES} bytes")
             return path.read_bytes()
         except OSError as error:
-            raise DataError(_reason(error)) from error
+            raise DataError(reason(error)) from error
 
 
 class _Zip:
     def __init__(self, path: pathlib.Path, archive: zipfile.ZipFile, folders: Sequence[str]):
         self.location = str(path)
         self._archive = archive
-        entries: dict[str, zipfile.ZipInfo] = {}
-        for info in archive.infolist():
-            # Some Windows tools write the separators of their system.
-            name = info.filename.replace("\\", "/")
-            _refuse_unsafe(self.location, name, info)
-            if info.is_dir() or _is_ignored(name):
-                continue
-            if name in entries:
-                raise DataError(f"source {self.location} is refused: it holds {name!r} twice")
-            entries[name] = info
+        entries = safe_entries(self.location, archive)
         prefixes: dict[str, None] = {}
         for name in entries:
             parts = name.split("/")
@@ -120,13 +147,13 @@ class _Zip:
 
     def read(self, name: str) -> bytes:
         info = self._infos[name]
-        if info.file_size > _MAX_BYTES:
-            raise DataError(f"it has more than {_MAX_BYTES} bytes")
+        if info.file_size > MAX_BYTES:
+            raise DataError(f"it has more than {MAX_BYTES} bytes")
         try:
             return self._archive.read(info)
         # The decompressors have errors of their own.
         except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(_reason(error)) from error
+            raise DataError(reason(error)) from error
 
 
 def _refuse_unsafe(location: str, name: str, info: zipfile.ZipInfo) -> None:
@@ -139,17 +166,18 @@ def _refuse_unsafe(location: str, name: str, info: zipfile.ZipInfo) -> None:
         or (len(parts[0]) == 2 and parts[0][1] == ":")
         or "\0" in info.orig_filename
     ):
-        reason = "leads out of the archive"
+        why = "leads out of the archive"
     elif mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
-        reason = "is a link or a device"
+        why = "is a link or a device"
     elif info.flag_bits & 1:
-        reason = "is encrypted"
+        why = "is encrypted"
     else:
         return
-    raise DataError(f"source {location} is refused: its entry {name!r} {reason}")
+    raise DataError(f"source {location} is refused: its entry {name!r} {why}")
 
 
-def _is_ignored(name: str) -> bool:
+def is_ignored(name: str) -> bool:
+    """Whether operating systems or archivers left the file behind."""
     return any(part.startswith(".") or part.lower() in _IGNORED for part in name.split("/"))
 
 
@@ -157,8 +185,8 @@ def _entries(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         entries = list(folder.iterdir())
     except OSError as error:
-        raise DataError(f"folder {folder} cannot be read ({_reason(error)})") from error
-    return (entry for entry in sorted(entries) if not _is_ignored(entry.name))
+        raise DataError(f"folder {folder} cannot be read ({reason(error)})") from error
+    return (entry for entry in sorted(entries) if not is_ignored(entry.name))
 
 
 def _only(location: str, prefixes: Sequence[str], folders: Sequence[str], found: Iterable[str]) -> str:
@@ -182,6 +210,12 @@ def _require(location: str, present: Iterable[str], folders: Sequence[str]) -> N
         raise DataError(f"source {location} lacks the folder {', '.join(missing)}: download or copy the data set again")
 
 
-def _reason(error: BaseException) -> str:
+def some(names: Sequence[str], most: int = 20) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
+def reason(error: BaseException) -> str:
+    """Why something could not be read, in one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 
-from data_prep import market1501
-from data_prep.builder import Listing, ReidBuilder
+from data_prep import boxes, market1501
+from data_prep.builder import FoldersBuilder, Listing
 
 
-class Synthetic(ReidBuilder):
+class Synthetic(FoldersBuilder):
     """Builder of `synthetic`; its source is a folder written by `pedestrians.render`."""
 
     DESCRIPTION = "Rendered pedestrians: identity, camera and image vary independently; nobody's picture was taken."
-    FOLDERS = tuple(market1501.FOLDERS)
+    FOLDERS = tuple(boxes.FOLDERS)
+    RESERVED_IDS = True
 
     @classmethod
     def scan(cls, names: Sequence[str]) -> Listing:

@@ -18,6 +18,8 @@ FEATURES = (IMAGE, PID, CAMID, FILENAME)
 
 TRAIN, QUERY, GALLERY = "train", "query", "gallery"
 SPLITS = (TRAIN, QUERY, GALLERY)
+# Training images that not everybody trains on, and those not told apart from the others.
+VAL, TRAINVAL = "val", "trainval"
 
 FILE_FORMAT = "tfrecord"
 INFO_FILE = "dataset_info.json"

@@ -188,7 +188,7 @@ def test_synthetic_is_rendered_and_converted(tmp_path, capsys):
         (
             ["--dataset=nothing", "--data_dir=d", "--source=s"],
             2,
-            "dataset=nothing is unknown: use one of market1501, synthetic",
+            "dataset=nothing is unknown: use one of market1501, dukemtmc",
         ),
         (["--data_dir=d", "--source=s"], 2, "--dataset is missing"),
         (["--dataset=market1501", "--source=s"], 2, "--data_dir is missing"),

@@ -124,7 +124,7 @@ def test_damaged_or_huge_files_fail_when_read(tmp_path, monkeypatch):
     assert source.read("train/b.jpg") == b"bb"
     with pytest.raises(DataError, match="CRC"):
         source.read("train/a.jpg")
-    monkeypatch.setattr(raw, "_MAX_BYTES", 4999)
+    monkeypatch.setattr(raw, "MAX_BYTES", 4999)
     for made in (as_zip(tmp_path / "z", FILES), as_folder(tmp_path / "f", FILES)):
         with pytest.raises(DataError, match="more than 4999 bytes"):
             raw.open_raw(made, FOLDERS).read("train/a.jpg")

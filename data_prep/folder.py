@@ -1,0 +1,234 @@
+"""A user's own images: folders `pid/camera/image.jpg`, or a CSV table with the columns `path,pid,camid,split`.
+
+Folders may lie below `train`, `val`, `query` and `gallery`, as the column `split` says for a table. Where nothing says
+the split, a share of the identities becomes the test set: of each identity in each camera the first image is a query.
+Identities and cameras may be numbers, which are kept, or names, which are numbered from 1 in sorted order.
+
+Where there are no cameras (`camera_policy=none`: `pid/image.jpg`, no column `camid`), every image counts as its own
+camera. Evaluation then drops nothing but an image that is its own query: same identity, same camera.
+"""
+
+import csv
+import dataclasses
+import io
+import itertools
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from data_prep.boxes import is_image
+from data_prep.builder import Item, Listing, ReidBuilder
+from data_prep.raw import RawFiles, reason, some
+from data_prep.raw_tree import RawTree, open_listed, open_tree
+from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.data import records
+
+GIVEN, NONE = "given", "none"
+SPLITS = (records.TRAIN, records.VAL, records.QUERY, records.GALLERY)
+_INT32 = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One image as the user describes it; empty where not said."""
+
+    path: str
+    pid: str
+    camid: str
+    split: str
+
+
+def read_source(source: str | os.PathLike[str], camera_policy: str, test_fraction: float) -> tuple[RawFiles, Listing]:
+    """Opens the images and sorts them into splits.
+
+    Args:
+      source: a CSV file (paths are relative to its folder), or a folder or zip, with at most one CSV file at its top.
+      camera_policy: `given` or `none`.
+      test_fraction: share of the identities that are tested on where nothing says the split.
+
+    Returns:
+      The files, and what they are.
+
+    Raises:
+      ConfigError: an option has no such value.
+      DataError: the source is laid out in another way, or a table names files outside of it.
+    """
+    if camera_policy not in (GIVEN, NONE):
+        raise ConfigError(f"camera_policy={camera_policy} is unknown: use {GIVEN} or {NONE}")
+    if not 0 <= test_fraction <= 1:
+        raise ConfigError(f"test_fraction={test_fraction} must lie between 0 and 1")
+    path = pathlib.Path(source).expanduser()
+    if path.is_file() and path.suffix.lower() == ".csv":
+        rows = read_table(_read(path), str(path), camera_policy)
+        tree: RawTree = open_listed(path.absolute().parent, [row.path for row in rows])
+        layout = "csv"
+    else:
+        tree = open_tree(path)
+        tables = [name for name in tree.names if "/" not in name and name.lower().endswith(".csv")]
+        if len(tables) > 1:
+            raise DataError(f"source {path} holds several tables ({', '.join(tables)}): give one of them as source")
+        if tables:
+            rows = read_table(tree.read(tables[0]), f"{path}: {tables[0]}", camera_policy)
+            _check_present(tree, [row.path for row in rows])
+            layout = "csv"
+        else:
+            rows = read_tree(tree.names, tree.location, camera_policy)
+            layout = "folders"
+    listing = arrange(rows, camera_policy, test_fraction, tree.location)
+    return tree, dataclasses.replace(listing, details={"layout": layout, "camera_policy": camera_policy})
+
+
+def read_table(data: bytes, where: str, camera_policy: str) -> list[Row]:
+    """The rows of a table.
+
+    Raises:
+      DataError: it lacks a column or has a bad row; names the lines.
+    """
+    needed = ("path", "pid") if camera_policy == NONE else ("path", "pid", "camid")
+    try:
+        reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        columns = [(name or "").strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = columns
+        missing = [name for name in needed if name not in columns]
+        if missing:
+            hint = f", or --camera_policy={NONE} where there are no cameras" if missing == ["camid"] else ""
+            raise DataError(
+                f"{where} has no column {', '.join(missing)}: its first line must be path,pid,camid,split{hint}"
+            )
+        lines = [(reader.line_num, line) for line in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{where} is no CSV table in UTF-8 ({error}): write it again") from error
+    rows, wrong = [], []
+    for number, line in lines:
+        row = Row(**{name: (line.get(name) or "").strip() for name in ("path", "pid", "camid", "split")})
+        if not all(getattr(row, name) for name in needed) or row.split not in ("", *SPLITS):
+            wrong.append(f"line {number}")
+        rows.append(row)
+    if wrong:
+        raise DataError(
+            f"{where}: {len(wrong)} lines lack a value, or have a split that is not one of {', '.join(SPLITS)}: "
+            f"{some(wrong)}"
+        )
+    return rows
+
+
+def read_tree(names: Sequence[str], location: str, camera_policy: str) -> list[Row]:
+    """The images of a tree of folders.
+
+    Raises:
+      DataError: images lie at other depths; names them.
+    """
+    images = [name for name in names if is_image(name)]
+    tops = {name.split("/")[0] for name in images}
+    split_first = bool(tops) and tops <= set(SPLITS)
+    rows, wrong = [], []
+    for name in images:
+        parts = name.split("/")
+        split = parts.pop(0) if split_first else ""
+        if camera_policy == NONE and len(parts) >= 2:
+            rows.append(Row(name, parts[0], "", split))
+        elif camera_policy == GIVEN and len(parts) == 3:
+            rows.append(Row(name, parts[0], parts[1], split))
+        else:
+            wrong.append(name)
+    if wrong or not rows:
+        form = "pid/image.jpg" if camera_policy == NONE else "pid/camera/image.jpg"
+        other = "" if camera_policy == NONE else f"; where there are no cameras, give --camera_policy={NONE}"
+        which = f"{len(wrong)} images are not" if wrong else "there are no images"
+        raise DataError(
+            f"source {location}: {which} at {form}, with or without train, query and gallery above{other}: "
+            f"{some(wrong)}"
+        )
+    return rows
+
+
+def arrange(rows: Sequence[Row], camera_policy: str, test_fraction: float, location: str) -> Listing:
+    """Numbers identities and cameras, and sorts images into splits, in the order of their paths.
+
+    Raises:
+      DataError: some images have a split and others none, an image comes twice, or a number is out of range.
+    """
+    said = [bool(row.split) for row in rows]
+    if any(said) and not all(said):
+        raise DataError(f"source {location}: {said.count(False)} of {len(rows)} images have no split: give all or none")
+    pids = _numbers((row.pid for row in rows), "identities", location)
+    if camera_policy == NONE:
+        camids = {path: i for i, path in enumerate(sorted({row.path for row in rows}))}
+    else:
+        camids = _numbers((row.camid for row in rows), "cameras", location)
+    items = [(row.split, Item(row.path, pids[row.pid], camids[row.camid or row.path])) for row in rows]
+    if not any(said):
+        items = _split_up(sorted(item for _, item in items), camera_policy, test_fraction)
+    splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    for split, item in items:
+        splits[split].append(item)
+    for split, found in splits.items():
+        found.sort()
+        twice = [a.filename for a, b in itertools.pairwise(found) if a.filename == b.filename]
+        if twice:
+            raise DataError(f"source {location}: images come twice in {split}: {some(twice)}")
+    return Listing({split: found for split, found in splits.items() if found})
+
+
+def _split_up(items: Sequence[Item], camera_policy: str, test_fraction: float) -> list[tuple[str, Item]]:
+    """Train, query and gallery with identities of their own, the same for everybody."""
+    pids = np.unique([item.pid for item in items if item.pid != -1])
+    chosen = np.random.RandomState(0).permutation(len(pids))[: round(test_fraction * len(pids))]
+    tested = set(pids[chosen].tolist())
+    seen: set[tuple[int, int]] = set()
+    result = []
+    for item in items:
+        group = (item.pid, -1 if camera_policy == NONE else item.camid)
+        if item.pid not in tested:
+            result.append((records.TRAIN, item))
+        elif group in seen:
+            result.append((records.GALLERY, item))
+        else:
+            result.append((records.QUERY, item))
+            seen.add(group)
+    return result
+
+
+def _numbers(names: Iterable[str], what: str, location: str) -> dict[str, int]:
+    """Numbers as they are, -1 included; names are numbered from 1, in sorted order."""
+    known = sorted(set(names))
+    if all(name.removeprefix("-").isdecimal() and name.isascii() for name in known):
+        numbers = {name: int(name[:20]) for name in known}
+        wrong = [name for name, number in numbers.items() if not -1 <= number < _INT32]
+        if wrong:
+            raise DataError(f"source {location}: {what} must be from -1 to {_INT32 - 1}: {some(wrong)}")
+        return numbers
+    return {name: i for i, name in enumerate(known, 1)}
+
+
+def _check_present(tree: RawTree, paths: Iterable[str]) -> None:
+    # Looked up among the files that were found: a table cannot lead to any other.
+    known = set(tree.names)
+    missing = [path for path in paths if path not in known]
+    if missing:
+        raise DataError(
+            f"source {tree.location}: {len(missing)} paths of the table are not files inside of it (give them relative "
+            f"to the table): {some(missing)}"
+        )
+
+
+def _read(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"source {path} cannot be read ({reason(error)})") from error
+
+
+class Folder(ReidBuilder):
+    """Builder of `folder`."""
+
+    DESCRIPTION = "A user's own images."
+    OPTIONS: ClassVar = {"camera_policy": GIVEN, "test_fraction": 0.5}
+
+    @classmethod
+    def read_source(cls, source: str | os.PathLike[str], **options: Any) -> tuple[RawFiles, Listing]:
+        """See `read_source` of this module."""
+        return read_source(source, **{**cls.OPTIONS, **options})
