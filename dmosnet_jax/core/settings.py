@@ -4,7 +4,7 @@ from typing import Any
 
 from dmosnet_jax.core.errors import ConfigError
 
-RECIPES = ("quickstart", "spcl", "supervised", "evaluate", "extract")
+RECIPES = ("quickstart", "spcl", "supervised", "evaluate", "extract", "export")
 SCHEDULES = ("step", "cosine", "constant")
 TRIPLETS = ("hinge", "soft", "none")
 TRIPLET_FEATURES = ("embedding", "feature")

@@ -15,7 +15,7 @@ def convert(
     target: str | os.PathLike[str],
     *,
     layout: str | None = None,
-    classifier: bool = True,
+    keep_classifier: bool = True,
     origin: str = "",
     licence: str = "",
     **options: Any,
@@ -27,7 +27,7 @@ def convert(
         target: a file with the suffix `.safetensors`, `.pth` or `.pt`, or a folder that doesn't exist yet.
         layout: of a file, see `torch_export.to_state_dict`; None takes fast-reid's names for a BNNeck and torchreid's
             for others, where these code bases have the network.
-        classifier: keep the training identities' classifier.
+        keep_classifier: keep the training identities' classifier.
         origin: for a folder's card: where the weights come from; default the source's path.
         licence: for a folder's card.
         **options: options of `models.build` that the weights don't tell; None means: as they say.
@@ -40,7 +40,7 @@ def convert(
         DataError: the source can't be read or belongs to another network, or the target can't be written.
     """
     opened = open_weights(source)
-    model = opened.model(**options, num_classes=opened.num_classes if classifier else 0)
+    model = opened.model(**options, num_classes=opened.num_classes if keep_classifier else 0)
     params, stats = opened.weights(model)
     if pathlib.Path(target).suffix in torch_export.SUFFIXES:
         chosen = layout or _usual_layout(model)

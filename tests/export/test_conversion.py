@@ -61,7 +61,7 @@ def test_a_run_becomes_a_fastreid_file_and_a_folder(run, tmp_path):
     got = torch_import.convert(state_dict, model)
     jax.tree.map(np.testing.assert_array_equal, got, (params, stats))
 
-    conversion.convert(path, tmp_path / "model", classifier=False)
+    conversion.convert(path, tmp_path / "model", keep_classifier=False)
     got_params, got_stats, card = folder.load(tmp_path / "model")
     del params["classifier"]
     jax.tree.map(np.testing.assert_array_equal, (got_params, got_stats), (params, stats))
