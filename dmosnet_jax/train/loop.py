@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dmosnet_jax.core.errors import UserError
-from dmosnet_jax.core.mesh import to_devices
+from dmosnet_jax.core.mesh import to_devices, to_host
 from dmosnet_jax.train.checkpoints import Checkpoints
 from dmosnet_jax.train.metrics import MetricsWriter, progress_bar, write_json
 from dmosnet_jax.train.state import TrainState
@@ -146,7 +146,10 @@ class _Window:
     def _report(self, step: int, metrics: Mapping[str, Any], indices: np.ndarray) -> None:
         path = self._workdir / "nonfinite.json"
         values = {name: str(value) for name, value in metrics.items()}
-        write_json(path, {"step": step, "metrics": values, "files": self._files(indices)})
+        # Every process sees the loss of the whole batch, and each has its slice of it.
+        indices = to_host(indices)
+        if jax.process_index() == 0:
+            write_json(path, {"step": step, "metrics": values, "files": self._files(indices)})
         raise NonFiniteLossError(
             f"loss is {metrics['loss']} at step {step}: the batch's files are in {path}; lower optim.learning_rate or "
             "set optim.clip_norm, then run the same command to go on from the last checkpoint"
