@@ -166,8 +166,7 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
     ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
         del dl_manager  # Nothing is downloaded.
         files, listing = self._open()
-        if listing.details:
-            self.info.metadata.update(listing.details)
+        self.info.metadata.update(listing.details, **({"junk": str(listing.junk)} if self.RESERVED_IDS else {}))
         check_images(files, [item.filename for items in listing.splits.values() for item in items])
         total = sum(map(len, listing.splits.values()))
         bar = tqdm(total=total, desc="writing", unit=" images", disable=None, leave=False)

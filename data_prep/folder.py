@@ -156,10 +156,13 @@ def arrange(rows: Sequence[Row], camera_policy: str, test_fraction: float, locat
         raise DataError(f"source {location}: {said.count(False)} of {len(rows)} images have no split: give all or none")
     pids = _numbers((row.pid for row in rows), "identities", location)
     if camera_policy == NONE:
-        camids = {path: i for i, path in enumerate(sorted({row.path for row in rows}))}
+        camids = {path: i for i, path in enumerate(sorted({row.path for row in rows}), 1)}
     else:
         camids = _numbers((row.camid for row in rows), "cameras", location)
-    items = [(row.split, Item(row.path, pids[row.pid], camids[row.camid or row.path])) for row in rows]
+    items = [
+        (row.split, Item(row.path, pids[row.pid], camids[row.path if camera_policy == NONE else row.camid]))
+        for row in rows
+    ]
     if not any(said):
         items = _split_up(sorted(item for _, item in items), camera_policy, test_fraction)
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}

@@ -14,7 +14,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from data_prep import pedestrians
+from data_prep.layouts_cuhk03 import Album
 from data_prep.pedestrians import Scene, Shot, Studio
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import records
@@ -44,7 +47,8 @@ def write(dataset: str, folder: str | os.PathLike[str], scene: Scene | None = No
         "folders" (CUHK03-NP). `msmt17`: `version` = "v1" (default), "v2" or "boxes" (file names as Market-1501's).
         `luperson`: `form` = "folder" (default) or "lmdb"; `video` = True, whether folders have the level of the video;
         `keys` = "list" (default) or "dict", the form of `keys.pkl`. `folder`: `form` = "tree" (default) or "csv";
-        `splits` = True, whether the tree begins with train, query and gallery; `cameras` = True, whether it has them.
+        `splits` = True, whether the split is said; `cameras` = True, likewise. Where the split is not said, the labels
+        have the one it was rendered for, not the one that the conversion will choose.
 
     Returns:
       The labels of every split in the order of file names, without junk. Images of `luperson` are all in `train`, with
@@ -164,8 +168,99 @@ def _write_lmdb(root: pathlib.Path, named: dict[str, bytes], keys: str) -> None:
     (root / "keys.pkl").write_bytes(pickle.dumps(content, protocol=2))
 
 
+def _dukemtmc(root: pathlib.Path, scene: Scene) -> Labels:
+    for folder in ("bounding_box_train", "query", "bounding_box_test"):
+        (root / folder).mkdir(parents=True)
+    labels: Labels = {}
+    for shot, split, data in _shots(scene):
+        name = f"{shot.path.split('/')[0]}/{shot.pid:04d}_c{shot.camid}_f{60 * shot.take + 46182:07d}.jpg"
+        _put(root, name, data)
+        labels.setdefault(split, []).append(Label(name, shot.pid, shot.camid))
+    return labels
+
+
+def _cuhk03(kind: str) -> Callable[..., Labels]:
+    def write_kind(root: pathlib.Path, scene: Scene, form: str = "mat") -> Labels:
+        _choice("form", form, "mat", "folders")
+        # Every person is in one of five pairs of cameras, with up to five images in each of the two.
+        album = Album(scene.train_ids + scene.test_ids)
+        for shot, split, data in _shots(scene, cameras=2, images=min(scene.images, 5)):
+            album.add(split, shot.pid, shot.camid, shot.take, Image.open(io.BytesIO(data)))
+        labels: Labels = {}
+        if form == "mat":
+            album.write_mat(root)
+            for name, split, pid, camid, _ in album.rows(kind):
+                labels.setdefault(split, []).append(Label(f"{kind}/{name}", pid, camid))
+        else:
+            album.write_folders(root)
+            for name, split, (pid, camid), _ in album.folder_files(kind):
+                labels.setdefault(split, []).append(Label(name, pid, camid))
+        return labels
+
+    return write_kind
+
+
+def _msmt17(root: pathlib.Path, scene: Scene, version: str = "v1") -> Labels:
+    _choice("version", version, "v1", "v2", "boxes")
+    names = {"v1": ("train", "test"), "v2": ("mask_train_v2", "mask_test_v2")}
+    labels: Labels = {split: [] for split in (records.TRAIN, records.VAL, records.QUERY, records.GALLERY)}
+    lists: dict[str, list[str]] = {split: [] for split in labels}
+    counts: dict[tuple[bool, int], int] = {}
+    for shot, split, data in _shots(scene):
+        # Numbers start at 0, and again in the test set.
+        test = split != records.TRAIN
+        pid = shot.pid - 1 - (scene.train_ids if test else 0)
+        number = counts[test, pid] = counts.get((test, pid), -1) + 1
+        if not test and number == 1:
+            split = records.VAL
+        if version == "boxes":
+            name = f"{shot.path.split('/')[0]}/{pid:04d}_c{shot.camid}_{number:04d}.jpg"
+        else:
+            tail = "_ex" if version == "v2" else ""
+            file = f"{pid:04d}/{pid:04d}_{number:03d}_{shot.camid:02d}_0303morning_{25 * shot.take:04d}_0{tail}.jpg"
+            name = f"{names[version][test]}/{file}"
+            lists[split].append(f"{file} {pid}")
+        _put(root, name, data)
+        labels[split].append(Label(name, pid, shot.camid))
+    if version == "boxes":
+        labels[records.TRAINVAL] = labels.pop(records.TRAIN) + labels.pop(records.VAL)
+        return labels
+    for split, lines in lists.items():
+        _put(root, f"list_{split}.txt", "".join(f"{line}\n" for line in sorted(lines)).encode())
+    return labels
+
+
+def _folder(root: pathlib.Path, scene: Scene, form: str = "tree", splits: bool = True, cameras: bool = True) -> Labels:
+    _choice("form", form, "tree", "csv")
+    labels: Labels = {}
+    table = [f"path,pid{',camid' if cameras else ''}{',split' if splits else ''}"]
+    for shot, split, data in _shots(scene):
+        above = f"{split}/" if splits and form == "tree" else ""
+        camera, file = (f"{shot.camid}/", f"{shot.take}") if cameras else ("", f"{shot.camid}_{shot.take}")
+        name = (
+            f"{above}{shot.pid}/{camera}{file}.jpg" if form == "tree" else f"images/{shot.pid}_{shot.camid}_{file}.jpg"
+        )
+        _put(root, name, data)
+        labels.setdefault(split, []).append(Label(name, shot.pid, shot.camid))
+        table.append(",".join([name, str(shot.pid), *([str(shot.camid)] * cameras), *([split] * splits)]))
+    if form == "csv":
+        _put(root, "images.csv", "".join(f"{line}\n" for line in table).encode())
+    if not cameras:
+        order = sorted(label.filename for items in labels.values() for label in items)
+        numbers = {name: i for i, name in enumerate(order, 1)}
+        labels = {
+            split: [label._replace(camid=numbers[label.filename]) for label in items] for split, items in labels.items()
+        }
+    return labels
+
+
 _WRITERS: dict[str, Callable[..., Labels]] = {
     "market1501": _market1501,
     "synthetic": _market1501,
+    "dukemtmc": _dukemtmc,
+    "cuhk03_detected": _cuhk03("detected"),
+    "cuhk03_labeled": _cuhk03("labeled"),
+    "msmt17": _msmt17,
     "luperson": _luperson,
+    "folder": _folder,
 }
