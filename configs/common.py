@@ -75,14 +75,16 @@ def base(recipe: str, model_name: str | None = None) -> ConfigDict:
     config = ConfigDict()
     config.recipe = recipe
     config.seed = 0
-    config.dataset = "market1501"
+    # A name, or several: "market1501+msmt17", or ("market1501", "msmt17").
+    config.dataset = config_dict.FieldReference("market1501", field_type=object)
     config.data_dir = "data"
     config.image_size = (256, 128)
     config.pixel_mean = (0.485, 0.456, 0.406)
     config.pixel_std = (0.229, 0.224, 0.225)
     config.model = model(model_name)
     # Decoding threads and processes; up to `cache_mib` of host memory keeps the decoded images of each split.
-    config.data = ConfigDict({"threads": 4, "workers": 0, "cache_mib": 4096})
+    # `subset`: ("cfs", PATH, SHARE) trains on the best SHARE of the images by a score file or a list of names.
+    config.data = ConfigDict({"threads": 4, "workers": 0, "cache_mib": 4096, "subset": config_dict.placeholder(tuple)})
     config.eval = ConfigDict({"batch_size": 128, "rerank": False, "report": True, "rank_lists": 10})
     return config
 

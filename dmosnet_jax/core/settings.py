@@ -3,8 +3,9 @@
 from typing import Any
 
 from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.core.selection import check_subset, dataset_names
 
-RECIPES = ("quickstart", "spcl", "supervised", "evaluate", "extract", "export")
+RECIPES = ("quickstart", "spcl", "supervised", "evaluate", "extract", "export", "cfs")
 SCHEDULES = ("step", "cosine", "constant")
 TRIPLETS = ("hinge", "soft", "none")
 TRIPLET_FEATURES = ("embedding", "feature")
@@ -77,11 +78,25 @@ def validate(config: Any) -> None:
     )
     _fraction(config, "augment.flip", "augment.erase", "augment.autoaugment", "optim.warmup_factor")
     _below_one(config, "spcl.momentum", "loss.label_smoothing")
+    _positive(config, "cfs.chunk_images", "cfs.sheet_columns")
+    _check_selection(config, recipe)
     _check_image_size(config)
     _check_sampler(config)
     _check_groups(config)
     _check_schedule(config)
     _check_loss(config)
+
+
+def _check_selection(config: Any, recipe: str) -> None:
+    dataset, subset = read(config, "dataset"), read(config, "data.subset")
+    names = () if dataset is None else dataset_names(dataset)
+    check_subset(subset)
+    if len(names) > 1 and recipe in ("quickstart", "cfs"):
+        raise ConfigError(f"dataset={dataset!r}: the {recipe} recipe takes one data set: run it for each")
+    if subset is not None and recipe not in ("spcl", "supervised"):
+        raise ConfigError(f"data.subset={tuple(subset)!r} selects training images, which the {recipe} recipe has not")
+    if subset is not None and len(names) > 1:
+        raise ConfigError(f"data.subset={tuple(subset)!r} selects from one data set: give one instead of {dataset!r}")
 
 
 def _check_image_size(config: Any) -> None:

@@ -1,6 +1,7 @@
 """Features of every image of a split, over all devices, in the split's order."""
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -74,27 +75,75 @@ class Extractor:
             DataError: a record or image can't be read.
         """
         params, stats = jax.device_put((params, stats), replicated(self._mesh))
-        batches = evaluation_batches(
-            split,
-            image_size=self._image_size,
-            batch_size=self._batch_size,
-            threads=self._threads,
-            workers=0 if cache is not None else self._workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            cache=cache,
-        )
-        count = len(split.source)
         done: list[np.ndarray] = []
-        waiting: list[jax.Array] = []
-        with progress_bar(count, label=label) as bar:
-            for batch in batches:
-                images = to_devices({"image": batch["image"]}, self._mesh)["image"]
-                waiting.append(self._forward(params, stats, images))
-                if len(waiting) > _IN_FLIGHT:
-                    done.append(to_host(waiting.pop(0)))
-                    bar.update(min(self._batch_size, count - bar.n))
-            for features in waiting:
-                done.append(to_host(features))
-                bar.update(min(self._batch_size, count - bar.n))
-        return np.concatenate(done)[:count]
+        with progress_bar(len(split.source), label=label) as bar:
+            for features in in_batches(
+                lambda images: self._forward(params, stats, images),
+                split,
+                self._mesh,
+                image_size=self._image_size,
+                batch_size=self._batch_size,
+                threads=self._threads,
+                workers=self._workers,
+                cache=cache,
+            ):
+                done.append(features)
+                bar.update(len(features))
+        return np.concatenate(done)
+
+
+def in_batches(
+    program: Callable[[jax.Array], jax.Array],
+    split: Images,
+    mesh: Mesh,
+    *,
+    image_size: tuple[int, int],
+    batch_size: int,
+    threads: int,
+    workers: int,
+    cache: ImageCache | None = None,
+) -> Iterator[np.ndarray]:
+    """What a program gives for every image of a split, in order, while the next images are decoded.
+
+    Args:
+        program: from uint8 [B, H, W, 3] to [B, ...], both split by rows over the devices.
+        split: the images.
+        mesh: the devices.
+        image_size: (H, W) in pixels.
+        batch_size: of the global batch; a multiple of the devices.
+        threads: decoding threads per process.
+        workers: decoding processes; not used with a cache.
+        cache: decoded images of this split.
+
+    Yields:
+        [b, ...] with b = B but for the last batch, the same on every process.
+
+    Raises:
+        DataError: a record or image can't be read.
+    """
+    batches = evaluation_batches(
+        split,
+        image_size=image_size,
+        batch_size=batch_size,
+        threads=threads,
+        workers=0 if cache is not None else workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        cache=cache,
+    )
+    left = len(split.source)
+    waiting: collections.deque[jax.Array] = collections.deque()
+
+    def oldest() -> np.ndarray:
+        nonlocal left
+        values = to_host(waiting.popleft())[:left]
+        left -= len(values)
+        return values
+
+    for batch in batches:
+        images = to_devices({"image": batch["image"]}, mesh)["image"]
+        waiting.append(program(images))
+        if len(waiting) > _IN_FLIGHT:
+            yield oldest()
+    while waiting:
+        yield oldest()

@@ -1,12 +1,13 @@
-"""Scores of a checkpoint or PyTorch file on a data set."""
+"""Scores of a checkpoint or PyTorch file on one or several data sets."""
 
 import pathlib
 from typing import Any
 
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.core.selection import dataset_names
 from dmosnet_jax.export.opening import open_weights
-from dmosnet_jax.recipes import scoring
+from dmosnet_jax.recipes import targets
 from dmosnet_jax.recipes.weights import as_trained, build_for
 
 
@@ -19,12 +20,12 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     """
     if not config.checkpoint:
         raise ConfigError("checkpoint is not set: give --config.checkpoint=PATH (a run's workdir or a PyTorch file)")
+    names = dataset_names(config.dataset)
     weights = open_weights(config.checkpoint)
     config = as_trained(config, weights)
     model = build_for(config, weights)
     params, stats = weights.weights(model)
-    scorer = scoring.Scorer(config, model, make_mesh())
+    scorers = targets.Targets(config, model, make_mesh(), names)
     workdir.mkdir(parents=True, exist_ok=True)
-    extra = {"checkpoint": weights.path, "model": model.name, "dataset": config.dataset}
-    title = f"{model.name} on {config.dataset}"
-    return scoring.publish(scorer(params, stats), workdir, config, title=title, extra=extra)
+    extra = {"checkpoint": weights.path}
+    return targets.publish(scorers(params, stats), workdir, config, model=model.name, extra=extra)

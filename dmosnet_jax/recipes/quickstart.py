@@ -14,7 +14,7 @@ from dmosnet_jax.core.settings import validate
 from dmosnet_jax.data.datasets import split_names
 from dmosnet_jax.evaluation import ranking
 from dmosnet_jax.recipes import scoring, spcl, supervised
-from dmosnet_jax.recipes.training import say
+from dmosnet_jax.recipes.splits import say
 from dmosnet_jax.recipes.weights import build_for
 from dmosnet_jax.train.metrics import write_json
 

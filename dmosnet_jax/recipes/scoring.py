@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dmosnet_jax.data.datasets import Split, load_split
-from dmosnet_jax.data.loading import ImageCache
+from dmosnet_jax.data.loading import ImageCache, Images
 from dmosnet_jax.evaluation import ranking, report
 from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.evaluation.report_charts import charts_from_metrics
@@ -24,15 +24,32 @@ REPORT = "report.html"
 class Scorer:
     """Extracts and ranks query and gallery; reads the data once, for any number of evaluations."""
 
-    def __init__(self, config: Any, model: Model, mesh: Mesh, *, extractor: Extractor | None = None):
-        """Opens the data set's query and gallery.
+    def __init__(
+        self,
+        config: Any,
+        model: Model,
+        mesh: Mesh,
+        *,
+        extractor: Extractor | None = None,
+        dataset: str | None = None,
+        label: str = "",
+    ):
+        """Opens a data set's query and gallery.
+
+        Args:
+            config: the run's config.
+            model: the network.
+            mesh: the devices.
+            extractor: None: one with the config's sizes.
+            dataset: None: the config's.
+            label: what the progress bars' names begin with.
 
         Raises:
             DataError: the data set is not there.
         """
-        self._config = config
-        self.query = load_split(config.data_dir, config.dataset, "query")
-        self.gallery = load_split(config.data_dir, config.dataset, "gallery")
+        self._config, self._label = config, label
+        self.query = load_split(config.data_dir, dataset or config.dataset, "query")
+        self.gallery = load_split(config.data_dir, dataset or config.dataset, "gallery")
         self._extract = extractor or make_extractor(config, model, mesh)
         self._caches: dict[str, ImageCache | None] = {}
 
@@ -44,7 +61,7 @@ class Scorer:
     def __call__(self, params: Any, stats: Any) -> "Scores":
         """Features and ranking of one set of weights."""
         features = [
-            self._extract(params, stats, split, label=split.split, cache=self._caches.get(split.split))
+            self._extract(params, stats, split, label=self._label + split.split, cache=self._caches.get(split.split))
             for split in (self.query, self.gallery)
         ]
         ranked = ranking.evaluate(*features, *self._labels())
@@ -105,7 +122,7 @@ def make_extractor(config: Any, model: Model, mesh: Mesh) -> Extractor:
     )
 
 
-def image_cache(config: Any, split: Split) -> ImageCache | None:
+def image_cache(config: Any, split: Images) -> ImageCache | None:
     """A cache of decoded images where the config's budget holds the whole split."""
     if config.data.workers or not config.data.cache_mib:
         return None
@@ -126,7 +143,15 @@ def summary(results: dict[str, Any]) -> str:
 _SUMMARY = (("mAP", "mAP"), ("rank-1", "rank1"), ("rank-5", "rank5"), ("rank-10", "rank10"), ("mINP", "mINP"))
 
 
-def publish(scores: Scores, workdir: pathlib.Path, config: Any, *, title: str, extra: dict[str, Any]) -> dict[str, Any]:
+def publish(
+    scores: Scores,
+    workdir: pathlib.Path,
+    config: Any,
+    *,
+    title: str,
+    extra: dict[str, Any],
+    run: pathlib.Path | None = None,
+) -> dict[str, Any]:
     """Prints the scores and writes `results.json` and `report.html` into the workdir.
 
     Args:
@@ -135,6 +160,7 @@ def publish(scores: Scores, workdir: pathlib.Path, config: Any, *, title: str, e
         config: the run's config.
         title: of the report.
         extra: further values for `results.json`.
+        run: the folder whose metrics the report shows; None: the workdir.
 
     Returns:
         The contents of `results.json`.
@@ -155,7 +181,7 @@ def publish(scores: Scores, workdir: pathlib.Path, config: Any, *, title: str, e
             title=title,
             results=results,
             cmc=scores.ranking.cmc,
-            curves=charts_from_metrics(read_rows(workdir / "metrics.jsonl")),
+            curves=charts_from_metrics(read_rows((run or workdir) / "metrics.jsonl")),
             rank_lists=scores.scorer.rank_lists(scores, config.eval.rank_lists),
             config=config.to_dict(),
         )

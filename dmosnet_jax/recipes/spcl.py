@@ -15,7 +15,8 @@ import numpy as np
 from dmosnet_jax.core.mesh import to_host
 from dmosnet_jax.data.samplers import class_epoch
 from dmosnet_jax.memory import clustering, hybrid
-from dmosnet_jax.recipes.training import TrainingRun, say
+from dmosnet_jax.recipes.splits import say
+from dmosnet_jax.recipes.training import TrainingRun
 from dmosnet_jax.train.state import TrainState
 from dmosnet_jax.train.steps import Step, spcl_step
 

@@ -20,7 +20,7 @@ class SupervisedRun(TrainingRun):
     def num_classes(self) -> int:
         """Identities of the training split."""
         if self.split.pids.min() < 0:
-            raise DataError(f"{self.config.dataset}: training images without an identity; use the spcl recipe for them")
+            raise DataError(f"{self.split.name}: training images without an identity; use the spcl recipe for them")
         self._labels = relabel(self.split.pids)
         # Whether the sampler can fill a batch must not wait for the first epoch.
         self._plan(epoch=0, steps=1)

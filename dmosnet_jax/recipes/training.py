@@ -14,12 +14,14 @@ from jax.sharding import Mesh
 
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.mesh import check_batch, make_mesh
+from dmosnet_jax.core.selection import dataset_names, joined
 from dmosnet_jax.data.autoaugment import AutoAugment
-from dmosnet_jax.data.datasets import Split, load_split, split_names
 from dmosnet_jax.data.pipeline import TrainStream
+from dmosnet_jax.data.subset import Rows
 from dmosnet_jax.export.opening import open_weights
 from dmosnet_jax.models import Model
-from dmosnet_jax.recipes import scoring
+from dmosnet_jax.recipes import scoring, targets
+from dmosnet_jax.recipes.splits import chosen_rows, evaluated, say, training_images
 from dmosnet_jax.recipes.weights import build_for, settings_of, start_from
 from dmosnet_jax.train import optim
 from dmosnet_jax.train import state as train_state
@@ -28,12 +30,6 @@ from dmosnet_jax.train.loop import Loop, Schedule
 from dmosnet_jax.train.metrics import write_json
 from dmosnet_jax.train.state import TrainState
 from dmosnet_jax.train.steps import Step, compile_step
-
-
-def say(text: str) -> None:
-    """Prints a line on process 0."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
 
 
 class TrainingRun(abc.ABC):
@@ -47,7 +43,7 @@ class TrainingRun(abc.ABC):
             DataError: data or weights missing or damaged.
         """
         self.config, self.workdir = config, workdir
-        self.split: Split = load_split(config.data_dir, config.dataset, "train")
+        self.split: Rows = training_images(config)
         self.mesh: Mesh = make_mesh()
         check_batch(config.batch_size, self.mesh)
         self.weights = open_weights(config.pretrained) if config.pretrained else None
@@ -62,8 +58,8 @@ class TrainingRun(abc.ABC):
         self.optimiser = optim.make_optimiser(config.optim, rate)
         self.extractor = scoring.make_extractor(config, self.model, self.mesh)
         self.cache = scoring.image_cache(config, self.split)
-        self._scorer: scoring.Scorer | None = None
-        self._last_scores: scoring.Scores | None = None
+        self._targets: targets.Targets | None = None
+        self._last_scores: dict[str, scoring.Scores] | None = None
 
     # What a recipe adds.
 
@@ -104,7 +100,9 @@ class TrainingRun(abc.ABC):
 
     def _fixed_lengths(self) -> dict[str, int]:
         """What must stay as it is over a run, or its epochs would shift."""
-        return {"steps_per_epoch": self.schedule.steps_per_epoch, "images": len(self.split.pids)}
+        lengths = {"steps_per_epoch": self.schedule.steps_per_epoch, "images": len(self.split.pids)}
+        rows = chosen_rows(self.split)
+        return lengths if rows is None else {**lengths, "subset": rows}
 
     def files(self, indices: np.ndarray) -> list[str]:
         """See `loop.Recipe`."""
@@ -112,15 +110,15 @@ class TrainingRun(abc.ABC):
 
     def evaluate(self, state: TrainState, epoch: int) -> Mapping[str, float] | None:
         """See `loop.Recipe`; data sets without a query split are not scored."""
-        if not self._has_query():
+        names = evaluated(self.config)
+        if not names:
             return None
-        if self._scorer is None:
-            self._scorer = scoring.Scorer(self.config, self.model, self.mesh, extractor=self.extractor)
-            self._scorer.keep_images()
-        self._last_scores = self._scorer(state.params, state.stats)
-        scores = self._last_scores.metrics()
-        say(f"epoch {epoch}: mAP {100 * scores['mAP']:.2f}  rank-1 {100 * scores['rank1']:.2f}")
-        return scores
+        if self._targets is None:
+            self._targets = targets.Targets(self.config, self.model, self.mesh, names, extractor=self.extractor)
+            self._targets.keep_images()
+        self._last_scores = self._targets(state.params, state.stats)
+        say(f"epoch {epoch}: {targets.summary(self._last_scores)}")
+        return targets.metrics(self._last_scores)
 
     def stream(self, plan: np.ndarray, *, epoch: int, start: int, labels: np.ndarray | None) -> TrainStream:
         """Training batches of an epoch's plan from step `start` on."""
@@ -144,7 +142,7 @@ class TrainingRun(abc.ABC):
     def run(self) -> dict[str, Any]:
         """Trains from the newest checkpoint, or from the start, to the end; returns the final results."""
         self.workdir.mkdir(parents=True, exist_ok=True)
-        with _alone(self.workdir):
+        with alone(self.workdir):
             return self._finish(self._train())
 
     def _train(self) -> TrainState:
@@ -196,6 +194,9 @@ class TrainingRun(abc.ABC):
             f"model.{k}={now[k]!r} (was {then[k]!r})" for k in now if k in then and k != "dtype" and now[k] != then[k]
         ]
         config, before = _plain(self.config), meta.get("config", {})
+        for fields in (config, before):
+            # A tuple of names is the same as names joined by +.
+            fields["dataset"] = joined(dataset_names(fields["dataset"])) if fields.get("dataset") else None
         fixed = [field for field in ("recipe", "dataset", "seed", "batch_size") if config[field] != before.get(field)]
         changed += [f"{field}={config[field]!r} (was {before.get(field)!r})" for field in fixed]
         lengths = meta.get("lengths", {})
@@ -208,19 +209,15 @@ class TrainingRun(abc.ABC):
             )
 
     def _finish(self, state: TrainState) -> dict[str, Any]:
-        title = f"{self.model.name} on {self.config.dataset}"
         say(f"trained {int(state.step)} steps; checkpoints in {self.workdir / 'checkpoints'}")
-        if not self._has_query():
+        if not evaluated(self.config):
             return {}
         if self._last_scores is None:
             # The last epoch was finished by an earlier process.
             self.evaluate(state, self.schedule.epochs)
         assert self._last_scores is not None
-        extra = {"step": int(state.step), "model": self.model.name, "dataset": self.config.dataset}
-        return scoring.publish(self._last_scores, self.workdir, self.config, title=title, extra=extra)
-
-    def _has_query(self) -> bool:
-        return {"query", "gallery"} <= set(split_names(self.config.data_dir, self.config.dataset))
+        extra = {"step": int(state.step)}
+        return targets.publish(self._last_scores, self.workdir, self.config, model=self.model.name, extra=extra)
 
     def _make_schedule(self) -> Schedule:
         train = self.config.train
@@ -228,7 +225,7 @@ class TrainingRun(abc.ABC):
         if steps < 1:
             raise ConfigError(
                 f"batch_size={self.config.batch_size} is larger than the {len(self.split.pids)} training images of "
-                f"{self.config.dataset}: lower batch_size"
+                f"{self.split.name}: lower batch_size"
             )
         return Schedule(
             steps_per_epoch=steps,
@@ -246,11 +243,11 @@ class TrainingRun(abc.ABC):
 
 
 @contextlib.contextmanager
-def _alone(workdir: pathlib.Path) -> Iterator[None]:
+def alone(workdir: pathlib.Path) -> Iterator[None]:
     """Holds the workdir for this run; the system lets go when the process ends, however that happens.
 
     Raises:
-        ConfigError: another process trains there.
+        ConfigError: another process works there.
     """
     folder = os.open(workdir, os.O_RDONLY)
     try:
@@ -265,7 +262,7 @@ def _lock(folder: int, workdir: pathlib.Path) -> None:
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ConfigError(f"{workdir}: another process trains there: wait for it, or give another --workdir") from error
+        raise ConfigError(f"{workdir}: another process works there: wait for it, or give another --workdir") from error
     except OSError:
         # Some network file systems have no locks; there it is up to the user.
         return

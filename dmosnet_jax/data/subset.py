@@ -1,0 +1,262 @@
+"""A part of a split, chosen by an order of its images from outside, such as the catastrophic forgetting score.
+
+Nothing is rewritten: a subset is a list of rows over the shards that are there.
+"""
+
+import contextlib
+import dataclasses
+import fractions
+import hashlib
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.core.inert_pickle import printable
+from dmosnet_jax.data import records
+from dmosnet_jax.data.datasets import Split
+from dmosnet_jax.data.loading import Images
+from dmosnet_jax.data.rankings import identity, read_ranking
+
+# Reading every name means reading every record: from so many images on, what was found is kept beside the list.
+KEEP_FROM = 100_000
+
+
+class Rows(Images, Protocol):
+    """What training, evaluation and scoring need of a split: `datasets.Split`, or a view of one or several."""
+
+    @property
+    def split(self) -> str:
+        """`train`, `query` or `gallery`."""
+
+    def __len__(self) -> int: ...
+
+    def filenames(self, indices: Iterable[int] | None = None) -> list[str]:
+        """File names relative to the raw data set, of some images or of all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some rows of a split, seen as a split; pickles for worker processes.
+
+    Attributes:
+      base: the split.
+      rows: its rows, int [n], in the order of the subset.
+      pids: identities, int32 [n].
+      camids: cameras, int32 [n].
+    """
+
+    base: Rows
+    rows: np.ndarray
+    pids: np.ndarray = dataclasses.field(init=False)
+    camids: np.ndarray = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pids", self.base.pids[self.rows])
+        object.__setattr__(self, "camids", self.base.camids[self.rows])
+
+    @property
+    def name(self) -> str:
+        """Of the data set."""
+        return self.base.name
+
+    @property
+    def split(self) -> str:
+        """Of the data set."""
+        return self.base.split
+
+    @property
+    def source(self) -> range:
+        """As long as the subset."""
+        return range(len(self.rows))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def record(self, index: int, /) -> records.Record:
+        """See `datasets.Split.record`."""
+        return self.base.record(int(self.rows[index]))
+
+    def filenames(self, indices: Iterable[int] | None = None) -> list[str]:
+        """See `datasets.Split.filenames`."""
+        return self.base.filenames(self.rows[row] for row in (range(len(self)) if indices is None else indices))
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """Where the names of a list are in a data set.
+
+    Attributes:
+      rows: of the data set, best first, int64 [M]; each once.
+      listed: entries of the list.
+      unmatched: entries that name no image of the data set.
+      repeated: entries that name an image for the second time.
+      how: what of the names was compared.
+    """
+
+    rows: np.ndarray
+    listed: int
+    unmatched: int = 0
+    repeated: int = 0
+    how: str = "scores"
+
+
+def share_count(total: int, share: float) -> int:
+    """Images in a share of `total`: rounded up, computed exactly (the half of 4,180,243 is 2,090,122)."""
+    return math.ceil(fractions.Fraction(str(share)) * total)
+
+
+def choose(
+    split: Split, path: str | os.PathLike[str], share: float, *, names: Callable[[], Sequence[str]] | None = None
+) -> tuple[Subset, str]:
+    """The best images of a split by a score file or a list of names.
+
+    The first `share_count(len(split), share)` images of the order are kept, or all of it where it has fewer; they stay
+    in the order of the records. Equal arguments and files give equal subsets.
+
+    Args:
+      split: the whole split.
+      path: see `rankings.read_ranking`.
+      share: of the split's images, in (0, 1].
+      names: gives the file names of the split; None reads them without a word.
+
+    Returns:
+      The subset, and a sentence about it.
+
+    Raises:
+      DataError: the file can't be read, is refused, is of another data set, or names none of the images.
+    """
+    found = ranked_rows(split, path, names=names)
+    wanted = share_count(len(split), share)
+    rows = np.sort(found.rows[:wanted]).astype(np.int32)
+    about = f"{split.name} {split.split}: {len(rows):,} of {len(split):,} images, the best by {os.fspath(path)}"
+    if found.how != "scores":
+        about += f" ({found.listed:,} names, {found.unmatched:,} of them not in the data set, compared by {found.how}"
+        about += f", {found.repeated:,} repeated)" if found.repeated else ")"
+    if len(rows) < wanted:
+        about += f"; a share of {share} would be {wanted:,}"
+    return Subset(split, rows), about
+
+
+def ranked_rows(
+    split: Split, path: str | os.PathLike[str], *, names: Callable[[], Sequence[str]] | None = None
+) -> Listed:
+    """Rows of a split in the order of a score file or a list of names; see `choose`.
+
+    Raises:
+      DataError: as `choose`.
+    """
+    kept = _Kept(path, split) if len(split) >= KEEP_FROM else None
+    if kept is not None and (found := kept.read()) is not None:
+        return found
+    ranking = read_ranking(path, split)
+    if isinstance(ranking, np.ndarray):
+        return Listed(ranking, listed=len(ranking))
+    found = _match(ranking, split.filenames() if names is None else names(), f"{split.name} {split.split}", path)
+    if kept is not None:
+        kept.write(found)
+    return found
+
+
+def _match(listed: Sequence[str], names: Sequence[str], what: str, path: str | os.PathLike[str]) -> Listed:
+    """Finds the listed names among a data set's by the most telling form of a name that finds the most.
+
+    Lists name an image by other roots, without the suffix, or with `_` between the parts of its path, as LMDB keys have
+    it. A form under which two images of the data set would have the same name is not used.
+    """
+    best: tuple[int, str, np.ndarray] | None = None
+    for how, form in _forms(listed, names):
+        table = {form(name): row for row, name in enumerate(names)}
+        if len(table) < len(names):
+            continue
+        rows = np.fromiter((table.get(form(name), -1) for name in listed), np.int64, len(listed))
+        count = int(np.count_nonzero(rows >= 0))
+        if best is None or count > best[0]:
+            best = count, how, rows
+        if count == len(listed):
+            break
+    if best is None or not best[0]:
+        raise DataError(
+            f"{os.fspath(path)}: none of its {len(listed):,} names (the first is {printable(listed[0], 80)!r}) is in "
+            f"{what} (its first is {printable(names[0], 80)!r}): give the list of this data set"
+        )
+    count, how, rows = best
+    present = rows[rows >= 0]
+    # The first mention counts.
+    first = np.sort(np.unique(present, return_index=True)[1])
+    return Listed(present[first], len(listed), len(listed) - count, len(present) - len(first), how)
+
+
+Form = Callable[[str], str]
+
+
+def _forms(listed: Sequence[str], names: Sequence[str]) -> list[tuple[str, Form]]:
+    depth = min(_path(listed[0]).count("/"), _path(names[0]).count("/")) + 1
+    return [
+        ("path", _path),
+        ("path without suffix", _stem),
+        *((f"the last {parts} parts of the path", _Last(parts)) for parts in range(depth, 1, -1)),
+        ("file name", _Last(1)),
+        ("path joined by _", lambda name: _stem(name).replace("/", "_")),
+    ]
+
+
+def _path(name: str) -> str:
+    return re.sub(r"^(?:\./|/)+", "", name.replace("\\", "/"))
+
+
+def _stem(name: str) -> str:
+    path = _path(name)
+    stem, dot, suffix = path.rpartition(".")
+    return stem if dot and "/" not in suffix and stem and not stem.endswith("/") else path
+
+
+@dataclasses.dataclass(frozen=True)
+class _Last:
+    """The last parts of a path, without suffix."""
+
+    parts: int
+
+    def __call__(self, name: str) -> str:
+        return "/".join(_stem(name).rsplit("/", self.parts)[-self.parts :])
+
+
+class _Kept:
+    """What was found for a list in a data set, in a file beside the list."""
+
+    def __init__(self, path: str | os.PathLike[str], split: Split):
+        place = pathlib.Path(path)
+        self._identity = identity(split)
+        self._digest = ""
+        with contextlib.suppress(OSError), place.open("rb") as file:
+            self._digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._path = place.with_name(f"{place.name}.rows-{self._identity[:16]}.npz")
+
+    def read(self) -> Listed | None:
+        """None where there is none, or it is of another list or data set."""
+        try:
+            with np.load(self._path, allow_pickle=False) as arrays:
+                stored = dict(arrays)
+            if (str(stored["identity"]), str(stored["digest"])) != (self._identity, self._digest):
+                return None
+            counts = {name: int(stored[name]) for name in ("listed", "unmatched", "repeated")}
+            return Listed(stored["rows"].astype(np.int64), **counts, how=str(stored["how"]))
+        except Exception:
+            # Whatever is wrong with it, it is only a cache.
+            return None
+
+    def write(self, found: Listed) -> None:
+        """Keeps it, where the folder can be written to."""
+        aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        values = dataclasses.asdict(found) | {"identity": self._identity, "digest": self._digest}
+        try:
+            with aside.open("wb") as file:
+                np.savez(file, **values)
+            aside.replace(self._path)
+        except OSError:
+            aside.unlink(missing_ok=True)

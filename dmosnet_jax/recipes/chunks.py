@@ -1,0 +1,125 @@
+"""Scores and names of a split's images, kept in chunks, so that a run that was killed goes on where it was."""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+
+from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.data import rankings
+from dmosnet_jax.data.datasets import Split
+from dmosnet_jax.data.subset import Subset
+from dmosnet_jax.export.aside import written_aside
+from dmosnet_jax.train.metrics import write_json
+
+SCORES, RUN, FOLDER = "scores.npz", "run.json", "chunks"
+
+
+class Chunks:
+    """Runs of images whose scores and names go to disk at once, in files that appear whole or not at all."""
+
+    def __init__(self, workdir: pathlib.Path, split: Split, about: dict[str, Any]):
+        """Takes up the run in a workdir, or begins one.
+
+        Raises:
+            DataError: the workdir is of a run with other images, checkpoints or chunks.
+        """
+        self.workdir, self.split, self.about = workdir, split, about
+        self._size = about["chunk_images"]
+        self.bounds = [(at, min(at + self._size, len(split))) for at in range(0, len(split), self._size)]
+        if jax.process_index() == 0:
+            self._check_run()
+
+    def _check_run(self) -> None:
+        path = self.workdir / RUN
+        if not path.exists():
+            write_json(path, self.about)
+            return
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: can't be read ({error}): remove the folder, or give another --workdir") from error
+        same = _without_path
+        changed = [name for name, value in self.about.items() if same(before.get(name)) != same(value)]
+        if changed:
+            raise DataError(
+                f"{self.workdir}: holds the scores of a run with another {', '.join(changed)}: give another --workdir, "
+                "or the earlier settings"
+            )
+
+    def finished(self) -> np.ndarray | None:
+        """The scores of a run that is over; None where some are to be made still."""
+        found = None
+        if jax.process_index() == 0 and (self.workdir / SCORES).exists():
+            found = rankings.read_scores(self.workdir / SCORES, self.split)
+        return found if _from_first(np.array(found is not None)) else None
+
+    def missing(self) -> list[int]:
+        """Numbers of the chunks that are not on disk, the same on every process."""
+        done = np.zeros(len(self.bounds), bool)
+        if jax.process_index() == 0:
+            done[:] = [self.read(number) is not None for number in range(len(self.bounds))]
+        return np.flatnonzero(~_from_first(done)).tolist()
+
+    def images(self, number: int) -> Subset:
+        """The images of a chunk."""
+        return Subset(self.split, np.arange(*self.bounds[number], dtype=np.int32))
+
+    def _path(self, number: int) -> pathlib.Path:
+        return self.workdir / FOLDER / f"{number:06d}.npz"
+
+    def write(self, number: int, scores: np.ndarray, names: list[str]) -> None:
+        """Keeps a chunk."""
+        text = np.frombuffer("\n".join(name.replace("\n", " ") for name in names).encode(), np.uint8)
+        with written_aside(self._path(number)) as aside, aside.open("wb") as file:
+            np.savez(file, scores=scores, names=text)
+
+    def read(self, number: int) -> tuple[np.ndarray, list[str]] | None:
+        """Scores and names of a chunk; None where it is not there, or damaged."""
+        first, last = self.bounds[number]
+        try:
+            with np.load(self._path(number), allow_pickle=False) as arrays:
+                scores, names = arrays["scores"], arrays["names"].tobytes().decode().split("\n")
+        except Exception:
+            # Scored again, whatever is wrong with it.
+            return None
+        return (scores, names) if scores.shape == (last - first,) and len(names) == last - first else None
+
+    def scores(self) -> np.ndarray:
+        """Scores of all images, float32 [N]; every chunk is on disk.
+
+        Raises:
+            DataError: a chunk vanished.
+        """
+        return np.concatenate([self._read(number)[0] for number in range(len(self.bounds))])
+
+    def names(self) -> list[str]:
+        """Names of all images, or an empty list where the chunks are gone."""
+        found = [self.read(number) for number in range(len(self.bounds))]
+        return [name for chunk in found if chunk for name in chunk[1]] if all(found) else []
+
+    def _read(self, number: int) -> tuple[np.ndarray, list[str]]:
+        chunk = self.read(number)
+        if chunk is None:
+            raise DataError(f"{self._path(number)}: vanished or damaged; run the same command again")
+        return chunk
+
+    def remove(self) -> None:
+        """Removes the chunks."""
+        shutil.rmtree(self.workdir / FOLDER, ignore_errors=True)
+
+
+def _without_path(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else value
+
+
+def _from_first(value: np.ndarray) -> np.ndarray:
+    """Process 0's value: only it looks at the workdir."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(value))

@@ -1,0 +1,70 @@
+"""From a config to the images that it means: one data set, a part of one, or several together."""
+
+import zlib
+from typing import Any
+
+import jax
+
+from dmosnet_jax.core.selection import dataset_names
+from dmosnet_jax.data import subset
+from dmosnet_jax.data.datasets import Split, load_split, split_names
+from dmosnet_jax.data.joint import JointSplit
+from dmosnet_jax.data.records import GALLERY, QUERY, TRAIN
+from dmosnet_jax.data.subset import Rows, Subset
+from dmosnet_jax.train.metrics import progress_bar
+
+# Names read between two movements of the progress bar.
+_NAMES_AT_ONCE = 1000
+
+
+def say(text: str) -> None:
+    """Prints a line on process 0."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def training_images(config: Any) -> Rows:
+    """The training images of a config: `dataset`, and of it the part that `data.subset` chooses.
+
+    Raises:
+        ConfigError: the data sets' names are wrong.
+        DataError: a data set or the subset's file is missing, damaged, or of another data set.
+    """
+    names = dataset_names(config.dataset)
+    parts = [load_split(config.data_dir, name, TRAIN) for name in names]
+    if len(parts) > 1:
+        union = JointSplit(tuple(parts))
+        say(f"{union.name}: " + " + ".join(f"{len(part):,}" for part in parts) + f" = {len(union):,} training images")
+        return union
+    if config.data.subset is None:
+        return parts[0]
+    _, path, share = config.data.subset
+    chosen, about = subset.choose(parts[0], path, share, names=lambda: read_names(parts[0]))
+    say(about)
+    return chosen
+
+
+def chosen_rows(images: Rows) -> int | None:
+    """A checksum of the rows that a subset holds, to recognise it; None for a whole split."""
+    return zlib.crc32(images.rows.astype("<i4").tobytes()) if isinstance(images, Subset) else None
+
+
+def read_names(split: Split) -> list[str]:
+    """All file names of a split, with a progress bar."""
+    names: list[str] = []
+    with progress_bar(len(split), label=f"names of {split.name}", unit="name") as bar:
+        for start in range(0, len(split), _NAMES_AT_ONCE):
+            found = split.filenames(range(start, min(start + _NAMES_AT_ONCE, len(split))))
+            names += found
+            bar.update(len(found))
+    return names
+
+
+def evaluated(config: Any) -> list[str]:
+    """Those of a config's data sets that have queries and a gallery.
+
+    Raises:
+        DataError: a data set is not there.
+    """
+    names = dataset_names(config.dataset)
+    return [name for name in names if {QUERY, GALLERY} <= set(split_names(config.data_dir, name))]
