@@ -4,9 +4,10 @@ Everything is sparse and exact: memory is linear in the number of images. `estim
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,8 @@ from dmosnet_jax.memory.dbscan import dbscan
 # Non-zeros per row over k1, before and after query expansion, and edges per row: twice what real features showed.
 _SET_PER_K1, _ROW_PER_K1, _EDGES = 2, 9, 40
 _PROBES = 512
+_PROBE_CELLS = 2**26  # distances of probes at once
+_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,21 @@ class Clustering:
     num_unclustered: int
     largest_cluster: int
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+class TooFewClusteredError(UserError):
+    """Not one cluster, or too few images in clusters: the message suggests a radius.
+
+    Attributes:
+        reaches: float32 [up to 512], rising: how far the `min_samples`-th nearest image is, for a sample of images.
+            Where this curve bends upwards is a good radius.
+        eps: the radius that was tried.
+        min_samples: images that make a core point.
+    """
+
+    def __init__(self, message: str, reaches: np.ndarray, eps: float, min_samples: int):
+        super().__init__(message)
+        self.reaches, self.eps, self.min_samples = reaches, eps, min_samples
 
 
 class _Stages:
@@ -124,12 +142,26 @@ def _check_features(features: np.ndarray) -> np.ndarray:
     return features
 
 
+def machine_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or its container's where that is less.
+
+    A system that does not tell counts as having any amount.
+    """
+    limits = []
+    with suppress(AttributeError, ValueError, OSError):  # not a POSIX system
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for path in _CONTAINER_LIMITS:
+        try:
+            with open(path, encoding="ascii") as file:
+                limits.append(int(file.read()))
+        except (OSError, ValueError):  # no such control group, or no limit ("max")
+            continue
+    return min(limits, default=sys.maxsize)
+
+
 def _check_memory(images: int, dim: int, k1: int, threads: int | None, limit: int | None) -> None:
     if limit is None:
-        try:
-            limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError, OSError):  # not a POSIX system: no refusal without an explicit limit
-            return
+        limit = machine_memory()
     need = estimate_memory(images, dim, k1=k1, threads=threads)["total"]
     if need > limit:
         raise UserError(
@@ -138,20 +170,55 @@ def _check_memory(images: int, dim: int, k1: int, threads: int | None, limit: in
         )
 
 
-def _advice(weights: jaccard.SparseRows, eps: float, min_samples: int) -> str:
-    """What radius would cluster half of the images, from the k-distances of a sample."""
+def _reaches(weights: jaccard.SparseRows, min_samples: int) -> np.ndarray:
+    """Distance to the `min_samples`-th nearest image, itself included, of a sample of the images; rising."""
     rows = weights.indptr.shape[0] - 1
     if rows < min_samples:
-        return f"there are only {rows} images and min_samples is {min_samples}: lower min_samples or add images"
+        return np.empty(0, np.float32)
     sample = np.linspace(0, rows - 1, min(rows, _PROBES)).astype(np.int64)
-    distances = jaccard.distance_rows(weights, sample)
-    reach = float(np.median(np.partition(distances, min_samples - 1, axis=1)[:, min_samples - 1]))
+    inverted = jaccard.invert(weights)
+    parts = [
+        np.partition(jaccard.distance_rows(weights, part, inverted=inverted), min_samples - 1, axis=1)
+        for part in np.array_split(sample, max(sample.size * rows // _PROBE_CELLS, 1))
+    ]
+    return np.sort(np.concatenate([part[:, min_samples - 1] for part in parts]))
+
+
+def _advice(reaches: np.ndarray, images: int, eps: float, min_samples: int) -> str:
+    """What radius would cluster half of the images, from the k-distances of a sample."""
+    if not reaches.size:
+        return f"there are only {images} images and min_samples is {min_samples}: lower min_samples or add images"
+    reach = float(np.median(reaches))
     if reach <= eps or reach > 0.95:
         return (
             "the images share almost no neighbours: check the features (a trained or pre-trained network?), "
             "or raise k1 or lower min_samples"
         )
     return f"half of the images have {min_samples} images (themselves included) within {reach:.2f}: set eps near that"
+
+
+def _check_clusters(
+    clusters: np.ndarray, weights: jaccard.SparseRows, eps: float, min_samples: int, min_clustered: float
+) -> None:
+    # A cluster may be one image: with min_samples=1, or when earlier clusters took all its border points.
+    sizes = np.bincount(clusters + 1)[1:]
+    images, inside = clusters.shape[0], int(sizes[sizes > 1].sum())
+    if inside and inside >= min_clustered * images:
+        return
+    reaches = _reaches(weights, min_samples)
+    found = (
+        f"only {inside} of {images} images ({inside / images:.2%}) are in clusters"
+        if inside
+        else f"not one cluster among {images} images"
+    )
+    wanted = f", fewer than min_clustered={min_clustered:g}" if inside else ""
+    raise TooFewClusteredError(
+        f"clustering: {found} at eps={eps:g}, min_samples={min_samples}{wanted}; "
+        + _advice(reaches, images, eps, min_samples),
+        reaches,
+        eps,
+        min_samples,
+    )
 
 
 def _result(
@@ -182,6 +249,7 @@ def cluster(
     eps_gap: float = 0.02,
     min_samples: int = 4,
     indep_threshold: float | None = None,
+    min_clustered: float = 0.0,
     nearest: np.ndarray | None = None,
     mesh=None,
     threads: int | None = None,
@@ -198,6 +266,7 @@ def cluster(
         eps_gap: how much smaller and larger the other two radii are.
         min_samples: images within the radius, itself included, that make a core point.
         indep_threshold: `Clustering.indep_threshold` of the first epoch; None in the first epoch.
+        min_clustered: share of the images that clusters of more than one image must hold, or the radius is refused.
         nearest: int32 [N, >= k1] nearest images, best first, itself included, when they are known already.
         mesh: devices for the neighbour search, see `neighbours.search`.
         threads: host threads, default all cores.
@@ -210,7 +279,8 @@ def cluster(
     Raises:
         ConfigError: a setting out of range.
         DataError: features that are not finite, zero or not a matrix, or a neighbour table of another shape.
-        UserError: not one cluster (with a radius that would give some), or not enough memory.
+        TooFewClusteredError: not one cluster, or less than `min_clustered` in clusters.
+        UserError: not enough memory.
     """
     _check_settings(k1, k2, eps, eps_gap, min_samples)
     stages = _Stages(progress)
@@ -224,17 +294,15 @@ def cluster(
         elif nearest.shape[0] != images or nearest.shape[1] < k1:
             raise DataError(f"clustering: nearest has shape {nearest.shape}; expected [{images}, at least {k1}]")
     with stages("weights") as report:
-        weights = jaccard.reciprocal_weights(features, nearest, k1=k1, k2=k2, threads=threads, progress=report)
+        order = jaccard.visiting_order(nearest, threads=threads)
+        weights = jaccard.reciprocal_weights(
+            features, nearest, k1=k1, k2=k2, order=order, threads=threads, progress=report
+        )
     with stages("jaccard") as report:
-        graph = jaccard.distance_graph(weights, eps + eps_gap, threads=threads, progress=report)
+        graph = jaccard.distance_graph(weights, eps + eps_gap, order=order, threads=threads, progress=report)
     with stages("dbscan"):
         middle, tight, loose = (dbscan(graph, radius, min_samples) for radius in (eps, eps - eps_gap, eps + eps_gap))
-    # A cluster may be one image: with min_samples=1, or when earlier clusters took all its border points.
-    if np.bincount(middle + 1)[1:].max(initial=0) < 2:
-        raise UserError(
-            f"clustering: not one cluster among {images} images at eps={eps}, min_samples={min_samples}; "
-            + _advice(weights, eps, min_samples)
-        )
+    _check_clusters(middle, weights, eps, min_samples, min_clustered)
     with stages("criterion"):
         chosen = reliability.select(middle, tight, loose, threshold=indep_threshold)
     return _result((middle, tight, loose), chosen, stages.seconds)

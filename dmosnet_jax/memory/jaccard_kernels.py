@@ -2,6 +2,9 @@
 
 Sums run in float32 and in the order of the dense reference (rising index, neighbours by rank), so that distances agree
 with it to the last bit wherever the weights do, and a pair at the very radius falls on the same side.
+
+Rows are visited in a given `order` that puts neighbours near each other: what they share is then still in the cache,
+and the time per row hardly grows with their number. Each row's result is its own, so the order changes nothing else.
 """
 
 import numpy as np
@@ -10,9 +13,20 @@ from dmosnet_jax.memory.compiled import jit
 
 
 @jit()
-def mark_mutual(neighbours, full, half, start, stop, marks):
-    """marks[i, a]: 0 when the a-th neighbour is not mutual, 1 when it is within `full`, 2 when also within `half`."""
+def least_labels(neighbours, labels, start, stop, out):
+    """out[i]: the least label among the neighbours of row i."""
     for i in range(start, stop):
+        least = labels[i]
+        for a in range(neighbours.shape[1]):
+            least = min(least, labels[neighbours[i, a]])
+        out[i] = least
+
+
+@jit()
+def mark_mutual(neighbours, full, half, order, start, stop, marks):
+    """marks[i, a]: 0 when the a-th neighbour is not mutual, 1 when it is within `full`, 2 when also within `half`."""
+    for t in range(start, stop):
+        i = order[t]
         for a in range(full):
             j = neighbours[i, a]
             marks[i, a] = 0
@@ -23,15 +37,16 @@ def mark_mutual(neighbours, full, half, start, stop, marks):
 
 
 @jit()
-def expand_sets(neighbours, marks, full, half, start, stop, counts, indptr, indices):
-    """Expanded k-reciprocal sets of rows `start..stop`: their sizes, and their sorted members when `indices` has room.
+def expand_sets(neighbours, marks, full, half, order, start, stop, counts, indptr, indices):
+    """Expanded k-reciprocal sets of rows `order[start..stop]`: sizes, and sorted members when `indices` has room.
 
     The first call, with empty `indices`, fills `counts`; the second, with the offsets made from them, the members.
     """
     in_set = np.full(neighbours.shape[0], -1, np.int32)
     in_expansion = np.full(neighbours.shape[0], -1, np.int32)
     fill = indices.shape[0] > 0
-    for i in range(start, stop):
+    for t in range(start, stop):
+        i = order[t]
         for a in range(full):
             if marks[i, a] > 0:
                 in_set[neighbours[i, a]] = i
@@ -67,9 +82,10 @@ def expand_sets(neighbours, marks, full, half, start, stop, counts, indptr, indi
 
 
 @jit(fastmath={"reassoc", "contract", "nsz"})
-def pair_products(features, indptr, indices, start, stop, values):
-    """values[p] = <features[row], features[indices[p]]> for the entries of rows `start..stop`."""
-    for i in range(start, stop):
+def pair_products(features, indptr, indices, order, start, stop, values):
+    """values[p] = <features[row], features[indices[p]]> for the entries of rows `order[start..stop]`."""
+    for t in range(start, stop):
+        i = order[t]
         for p in range(indptr[i], indptr[i + 1]):
             j = indices[p]
             total = np.float32(0)
@@ -94,7 +110,7 @@ def softmax_rows(indptr, start, stop, values):
 
 
 @jit()
-def average_rows(neighbours, k2, source, indptr, indices, values, start, stop, counts):
+def average_rows(neighbours, k2, source, indptr, indices, values, order, start, stop, counts):
     """Mean of the rows of the k2 nearest neighbours; sizes on the first call (empty `indices`), entries on the second.
 
     `source` is (indptr, indices, values) of the rows before; the mean is over k2, absent entries counting as zero.
@@ -103,7 +119,8 @@ def average_rows(neighbours, k2, source, indptr, indices, values, start, stop, c
     seen = np.full(neighbours.shape[0], -1, np.int32)
     total = np.zeros(neighbours.shape[0], np.float32)
     fill = indices.shape[0] > 0
-    for i in range(start, stop):
+    for t in range(start, stop):
+        i = order[t]
         first = indptr[i] if fill else 0
         position = first
         for a in range(k2):
@@ -180,8 +197,8 @@ def _first_after(owner, low, high, row):
 
 
 @jit()
-def near_pairs(rows, inverted, limit, start, stop, counts, own):
-    """Pairs i < j within `limit` for rows `start..stop`: (j of each pair, its distance); counts[i] pairs per row.
+def near_pairs(rows, inverted, limit, order, start, stop, counts, own):
+    """Pairs i < j within `limit` for rows i in `order[start..stop]`: (j of each pair, its distance); counts[i] pairs.
 
     `own[i]` receives the distance of a row to itself, which is zero but for rounding and empty rows.
     """
@@ -192,7 +209,8 @@ def near_pairs(rows, inverted, limit, start, stop, counts, own):
     found = np.empty(1024, np.int32)
     distances = np.empty(1024, np.float32)
     size = 0
-    for i in range(start, stop):
+    for t in range(start, stop):
+        i = order[t]
         reached, itself = 0, np.float32(0)
         for p in range(indptr[i], indptr[i + 1]):
             column, value = indices[p], values[p]
@@ -206,8 +224,8 @@ def near_pairs(rows, inverted, limit, start, stop, counts, own):
                 shared[j] += min(value, entry[q])
         own[i] = _distance(itself)
         before = size
-        for t in range(reached):
-            j = touched[t]
+        for r in range(reached):
+            j = touched[r]
             distance = _distance(shared[j])
             shared[j] = 0
             if distance <= limit:
@@ -222,8 +240,8 @@ def near_pairs(rows, inverted, limit, start, stop, counts, own):
 
 
 @jit()
-def symmetrise(counts, found, distances, own, limit):
-    """Both directions and the diagonal from pairs i < j: (indptr int64, indices int32, distances float32)."""
+def symmetrise(counts, found, distances, own, limit, order):
+    """Both directions and the diagonal from pairs i < j that come by `order`: (indptr, indices, distances)."""
     rows = counts.shape[0]
     indptr = np.zeros(rows + 1, np.int64)
     for i in range(rows):
@@ -236,7 +254,8 @@ def symmetrise(counts, found, distances, own, limit):
     indices = np.empty(indptr[rows], np.int32)
     values = np.empty(indptr[rows], np.float32)
     p = 0
-    for i in range(rows):
+    for t in range(rows):
+        i = order[t]
         if own[i] <= limit:
             indices[cursor[i]] = i
             values[cursor[i]] = own[i]

@@ -117,7 +117,7 @@ def test_golden_clustering_in_both_epochs(shared):
         assert result.largest_cluster == sizes.max()
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(200))
 def test_random_problems_equal_the_dense_computation(seed):
     features, settings = random_problem(seed)
     distance = dense_distance(features, settings["k1"], settings["k2"])
@@ -168,6 +168,32 @@ def test_graph_holds_all_pairs_within_the_limit_whatever_the_threads():
         np.testing.assert_array_equal(rebuilt, np.where(dense <= np.float32(0.8), dense, np.inf))
 
 
+def test_the_order_of_visits_changes_nothing(rng):
+    features, _ = random_problem(4)
+    nearest = neighbours.search_host(features, 20).indices
+    local = jaccard.visiting_order(nearest)
+    np.testing.assert_array_equal(np.sort(local), np.arange(len(features)))
+    plain = jaccard.reciprocal_weights(features, nearest, k1=20, k2=6)
+    clusters = dbscan(jaccard.distance_graph(plain, 0.7), 0.7, 4)
+    for order in (local, rng.permutation(len(features)).astype(np.int32)):
+        weights = jaccard.reciprocal_weights(features, nearest, k1=20, k2=6, order=order)
+        for one, other in zip(plain, weights, strict=True):
+            np.testing.assert_array_equal(one, other)
+        graph = jaccard.distance_graph(weights, 0.7, order=order)
+        np.testing.assert_array_equal(dbscan(graph, 0.7, 4), clusters)
+
+
+def test_neighbours_are_visited_together(rng):
+    blocks = rng.permutation(600).reshape(20, 30)
+    nearest = np.empty((600, 10), np.int32)
+    for block in blocks:
+        nearest[block] = np.sort(block)[:10]
+    order = jaccard.visiting_order(nearest)
+    home = np.empty(600, int)
+    home[blocks] = np.arange(20)[:, None]
+    assert (np.diff(home[order]) != 0).sum() == 19
+
+
 def test_rows_are_normalised_and_unit_rows_left_alone(rng):
     features, settings = random_problem(2)
     scaled = features * rng.uniform(0.5, 20, (len(features), 1)).astype(np.float32)
@@ -204,6 +230,23 @@ def test_no_cluster_suggests_a_radius(rng):
     assert cluster(features, eps=suggested + 0.01, **settings).num_clusters > 0
     with pytest.raises(UserError, match="only 3 images and min_samples is 4"):
         cluster(features[:3], eps=0.5, **settings)
+
+
+def test_too_few_clustered_images_are_refused_with_the_curve(rng):
+    features = unit(rng.normal(size=(400, 24)))
+    features[:12] = unit(features[0] + 0.05 * rng.normal(size=(12, 24)))
+    settings = {"k1": 12, "k2": 3, "eps": 0.4}
+    share = (cluster(features, **settings).dbscan >= 0).mean()
+    assert 0.01 < share < 0.2
+    cluster(features, min_clustered=share, **settings)
+    with pytest.raises(
+        clustering.TooFewClusteredError, match=r"only \d+ of 400 images .*min_clustered=0\.2; half"
+    ) as caught:
+        cluster(features, min_clustered=0.2, **settings)
+    nearest = neighbours.search_host(features, 12).indices
+    distance = jaccard.distance_rows(jaccard.reciprocal_weights(features, nearest, k1=12, k2=3), np.arange(400))
+    np.testing.assert_array_equal(caught.value.reaches, np.sort(np.sort(distance, axis=1)[:, 3]))
+    assert (caught.value.eps, caught.value.min_samples) == (0.4, 4)
 
 
 def test_bad_features_and_settings(rng):
