@@ -5,8 +5,9 @@
 Features are made up, with the structure of a network's (`benchmarks/structured.py`), unless --features gives an .npz or
 .npy file. `us/image` is the time without the neighbour search, `peak GiB` the most memory the process ever held,
 features included, `estimate GiB` what `estimate_memory` promised. `TFLOP/s` counts the operations that N x N
-similarities take, and `of matmul` is their share of what one large product reaches on the same device. Each size runs in a process of its own. Neighbours are searched for up to --search_limit images on a processor, and beyond it
-taken as known, which made-up features allow.
+similarities take, and `of matmul` is their share of what one large product reaches on the same device. Each size runs
+in a process of its own. Neighbours are searched for up to --search_limit images on a processor, and beyond it taken as
+known, which made-up features allow.
 """
 
 import argparse

@@ -159,7 +159,8 @@ def machine_memory() -> int:
     return min(limits, default=sys.maxsize)
 
 
-def _check_memory(images: int, dim: int, k1: int, threads: int | None, limit: int | None) -> None:
+def check_memory(images: int, dim: int, *, k1: int = 30, threads: int | None = None, limit: int | None = None) -> None:
+    """Raises UserError when clustering needs more memory than `limit` bytes, by default what this process may use."""
     if limit is None:
         limit = machine_memory()
     need = estimate_memory(images, dim, k1=k1, threads=threads)["total"]
@@ -287,7 +288,7 @@ def cluster(
     features = _check_features(features)
     images, dim = features.shape
     k1 = min(k1, images)
-    _check_memory(images, dim, k1, threads, memory_limit)
+    check_memory(images, dim, k1=k1, threads=threads, limit=memory_limit)
     with stages("neighbours") as report:
         if nearest is None:
             nearest = neighbours.search(features, k1, mesh=mesh, threads=threads, progress=report).indices

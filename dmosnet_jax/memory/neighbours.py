@@ -9,8 +9,8 @@ neighbour, unless exact duplicates with lower indices come before it.
 
 import concurrent.futures
 import itertools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.memory.compiled import jit, thread_count
 
 BLOCK = 2048
+_MERGE_ROWS = 65_536
 
 
 class Neighbours(NamedTuple):
@@ -84,6 +85,7 @@ def search_host(
     half_norms: np.ndarray | None = None,
     farthest: bool = False,
     block: int = BLOCK,
+    share: tuple[int, int] = (0, 1),
     threads: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Neighbours:
@@ -95,6 +97,7 @@ def search_host(
         half_norms: float32 [N], half the squared norm of each row: ranks by Euclidean distance instead.
         farthest: also find each row's lowest similarity.
         block: rows and columns of one block of similarities.
+        share: (i, n): look at every n-th block only, from the i-th on; `merge` joins the n results.
         threads: threads for the selection (BLAS has its own setting), default all cores.
         progress: called with the finished fraction.
 
@@ -110,6 +113,7 @@ def search_host(
     workers = thread_count(threads)
     starts = range(0, rows, block)
     total, done = len(starts) * (len(starts) + 1) // 2, 0
+    part, parts = share
     buffer = np.empty(min(block, rows) ** 2, np.float32)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         for row0 in starts:
@@ -117,6 +121,9 @@ def search_host(
             # Row blocks ascend and column blocks start at the diagonal, so every list sees its candidates by rising
             # index, which is what makes `_insert` break ties by index.
             for col0 in range(row0, rows, block):
+                done += 1
+                if done % parts != part:
+                    continue
                 right = features[col0 : col0 + block]
                 shape = (left.shape[0], right.shape[0])
                 similarity = np.matmul(left, right.T, out=buffer[: shape[0] * shape[1]].reshape(shape))
@@ -135,7 +142,6 @@ def search_host(
                     _lower(lowest, col0, similarity.min(axis=0))
                 for task in tasks:
                     task.result()
-                done += 1
             if progress is not None:
                 progress(done / total)
     return Neighbours(ids, values, lowest if farthest else None)
@@ -146,45 +152,102 @@ def _lower(lowest: np.ndarray, start: int, values: np.ndarray) -> None:
     np.minimum(part, values, out=part)
 
 
+def merge(parts: Sequence[Neighbours]) -> Neighbours:
+    """The k best of several searches over different candidates, each with all rows."""
+    rows, k = parts[0].indices.shape
+    indices, similarities = np.empty((rows, k), np.int32), np.empty((rows, k), np.float32)
+    for start in range(0, rows, _MERGE_ROWS):
+        some = slice(start, start + _MERGE_ROWS)
+        ids = np.concatenate([part.indices[some] for part in parts], axis=1)
+        values = np.concatenate([part.similarities[some] for part in parts], axis=1)
+        order = np.lexsort((ids, -values), axis=1)[:, :k]
+        indices[some] = np.take_along_axis(ids, order, axis=1)
+        similarities[some] = np.take_along_axis(values, order, axis=1)
+    return Neighbours(indices, similarities)
+
+
+def _search_hosts(features: np.ndarray, k: int, processes: Sequence[int], **options: Any) -> Neighbours:
+    """`search_host` with the blocks shared out over processes, which all call this with the same features."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    share = (sorted(processes).index(jax.process_index()), len(processes))
+    mine = search_host(features, k, share=share, **options)
+    everybody = multihost_utils.process_allgather((mine.indices, mine.similarities))
+    return merge([Neighbours(*(np.asarray(table[p]) for table in everybody)) for p in processes])
+
+
+def recall(features: np.ndarray, indices: np.ndarray, *, probes: int = 256, seed: int = 0) -> float:
+    """Share of the true nearest images that a table of neighbours has, for a random sample of rows.
+
+    Args:
+        features: float32 [N, D].
+        indices: int32 [N, k], no row twice in a line.
+        probes: how many rows to search exactly.
+        seed: of the sample.
+
+    Returns:
+        In [0, 1]; of images at equal similarities any will do.
+    """
+    rows, k = indices.shape
+    sample = np.random.default_rng(seed).choice(rows, min(probes, rows), replace=False)
+    similarity = features[sample] @ features.T
+    found = np.take_along_axis(similarity, indices[sample], axis=1)
+    last = np.partition(similarity, rows - k, axis=1)[:, rows - k]
+    return float((found >= last[:, None]).mean())
+
+
 def search(
     features: np.ndarray,
     k: int,
     *,
     mesh=None,
     backend: str = "auto",
+    candidates: int = 0,
     threads: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Neighbours:
     """Exact k nearest neighbours by inner product, on the accelerators of the mesh or on the processor.
 
     Args:
-        features: float32 [N, D], L2-normalised; NumPy, or a jax array for the device search.
+        features: float32 [N, D], L2-normalised; NumPy, or a jax array for the device search. With several processes
+            the same in each; all of them call this and get the same result.
         k: list length, the row itself included; at most N entries are returned.
-        mesh: `jax.sharding.Mesh`; rows are shared out over all its devices. None: the default devices.
+        mesh: `jax.sharding.Mesh`; the work is shared out over all its devices. None: all devices of all processes.
         backend: "host", "device", or "auto": device where those are accelerators, host on CPU, where it is faster.
+        candidates: for devices: look for this many, more than k, with bfloat16 products, and take the k best of them
+            by exact similarity. `recall` says what that loses. 0: exact throughout, as the host's search always is.
         threads: host threads, default all cores.
-        progress: called with the finished fraction (host only).
+        progress: called with the finished fraction.
 
     Returns:
         `Neighbours` as NumPy arrays.
 
     Raises:
-        ConfigError: unknown backend, or k below 1.
+        ConfigError: unknown backend, k below 1, or fewer candidates than k.
     """
     if k < 1:
         raise ConfigError(f"neighbours: k={k} must be at least 1")
     if backend not in ("auto", "host", "device"):
         raise ConfigError(f"neighbours: backend={backend!r} is unknown; use 'auto', 'host' or 'device'")
+    if 0 < candidates < k:
+        raise ConfigError(f"neighbours: candidates={candidates} must be at least k={k}, or 0 for the exact search")
+    devices = _devices(mesh)
     if backend == "auto":
-        backend = "device" if _platform(mesh) != "cpu" else "host"
+        backend = "device" if devices[0].platform != "cpu" else "host"
     if backend == "host":
+        processes = sorted({device.process_index for device in devices})
+        if len(processes) > 1:
+            return _search_hosts(np.asarray(features), k, processes, threads=threads, progress=progress)
         return search_host(np.asarray(features), k, threads=threads, progress=progress)
     from dmosnet_jax.memory import neighbours_device  # jax only where it is used: worker processes stay light
 
-    return neighbours_device.search_device(features, k, mesh=mesh)
+    return neighbours_device.search_device(
+        features, k, mesh=mesh, candidates=candidates, threads=threads, progress=progress
+    )
 
 
-def _platform(mesh) -> str:
+def _devices(mesh) -> list:
     import jax
 
-    return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    return jax.devices() if mesh is None else list(mesh.devices.flat)

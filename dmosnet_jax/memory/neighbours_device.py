@@ -1,12 +1,15 @@
 """Exact k nearest neighbours over all devices of a mesh.
 
 Rows are shared out over the devices and every shard of candidates travels once round the ring: a device holds its own
-rows, one visiting shard and one block of similarities. Inside a block the selection is in two levels: the k best values
-of a row lie in the k column groups with the highest maxima, so only the group maxima and k groups are ever sorted; the
-sort, which accelerators are slow at, sees a small share of the similarities and the result stays exact.
+rows, one visiting shard and one block of similarities. Sorting is what accelerators are slow at, so little is sorted: a
+block's columns are seen in groups, and the k best values of a row lie in the k groups with the highest maxima. Once the
+running lists have filled up, few groups hold anything better than a row's k-th best; then only these are looked into.
+The result stays exact.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,32 +18,58 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from dmosnet_jax.core import mesh as meshes
+from dmosnet_jax.memory import jaccard
 from dmosnet_jax.memory.neighbours import Neighbours
 from dmosnet_jax.memory.placement import place_padded
 
 QUERY_BLOCK = 4096
-CANDIDATE_BLOCK = 8192
+CANDIDATE_BLOCK = 32_768
 GROUP = 32
+# Groups of the cheap selection; XLA has a special top-k for GPUs up to this length.
+FEW = 16
+# Calls of the compiled search, at most: between them progress is shown and signals are heard.
+_PARTS = 16
+
+Lists = tuple[jax.Array, jax.Array]
 
 
-def _best_of_block(similarity: jax.Array, first: jax.Array, k: int, group: int) -> tuple[jax.Array, jax.Array]:
-    """The k best columns of each row, ties by lower column: ([Q, k] values, [Q, k] int32 indices from `first`)."""
-    queries, columns = similarity.shape
-    groups = columns // group
-    if groups <= k:
-        values, best = lax.top_k(similarity, min(k, columns))
-        return values, best.astype(jnp.int32) + first
-    grouped = similarity.reshape(queries, groups, group)
-    _, chosen = lax.top_k(grouped.max(axis=2), k)
-    # In rising order, so that top_k, which prefers earlier positions, goes on preferring lower indices.
-    chosen = jnp.sort(chosen, axis=1)
-    kept = jnp.take_along_axis(grouped, chosen[:, :, None], axis=1).reshape(queries, k * group)
-    values, position = lax.top_k(kept, k)
+class _How(NamedTuple):
+    """Sizes of a search."""
+
+    k: int
+    query: int  # rows of a query block
+    per_part: int  # query blocks of a call
+    block: int  # columns of a block of similarities
+    dtype: Any  # of the products
+
+
+def _best_of_groups(grouped: jax.Array, first: jax.Array, k: int, kept: int) -> Lists:
+    """The k best values of each row, ties by lower column, if they lie in the `kept` groups of the highest maxima.
+
+    Args:
+        grouped: float32 [Q, G, group] similarities.
+        first: index of the first column.
+        k: list length.
+        kept: groups to look into.
+
+    Returns:
+        [Q, k] values and [Q, k] int32 indices, fewer columns where the groups have fewer.
+    """
+    queries, groups, group = grouped.shape
+    if groups > kept:
+        _, chosen = lax.top_k(grouped.max(axis=2), kept)
+        # In rising order, so that top_k, which prefers earlier positions, goes on preferring lower indices.
+        chosen = jnp.sort(chosen, axis=1)
+        grouped = jnp.take_along_axis(grouped, chosen[:, :, None], axis=1)
+    else:
+        chosen = jnp.broadcast_to(jnp.arange(groups)[None, :], (queries, groups))
+    flat = grouped.reshape(queries, -1)
+    values, position = lax.top_k(flat, min(k, flat.shape[1]))
     column = jnp.take_along_axis(chosen, position // group, axis=1) * group + position % group
     return values, column.astype(jnp.int32) + first
 
 
-def _merge(best: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array], k: int) -> tuple[jax.Array, jax.Array]:
+def _merge(best: Lists, new: Lists, k: int) -> Lists:
     """The k best of two lists, by falling value and then rising index: shards come round in no order of index."""
     values = jnp.concatenate([best[0], new[0]], axis=1)
     ids = jnp.concatenate([best[1], new[1]], axis=1)
@@ -48,25 +77,41 @@ def _merge(best: tuple[jax.Array, jax.Array], new: tuple[jax.Array, jax.Array], 
     return -negative[:, :k], ids[:, :k]
 
 
-def _search_shard(shard: jax.Array, *, axis: str, devices: int, rows: int, k: int, query_block: int, block: int):
-    """What one device does: its own rows against every shard in turn. Returns values and indices, both [n, k]."""
-    local = shard.shape[0]
+def _take_block(similarity: jax.Array, first: jax.Array, best: Lists, k: int) -> Lists:
+    """Offers a block of similarities [Q, C] to the running lists."""
+    queries, columns = similarity.shape
+    grouped = similarity.reshape(queries, columns // GROUP, GROUP)
+    # A value equal to the k-th best may still come in by its lower index.
+    promising = (grouped.max(axis=2) >= best[0][:, -1:]).sum(axis=1)
+
+    def take(kept: int) -> Lists:
+        return _merge(best, _best_of_groups(grouped, first, k, kept), k)
+
+    return lax.cond(promising.max() <= FEW, lambda: take(FEW), lambda: take(k))
+
+
+def _search_part(shard: jax.Array, start: jax.Array, *, axis: str, devices: int, rows: int, how: _How):
+    """What one device does: some of its rows, from `start`, against every shard in turn; values and indices [n, k]."""
+    local, k = shard.shape[0], how.k
     me = lax.axis_index(axis)
-    queries = shard.reshape(local // query_block, query_block, shard.shape[1])
+    queries = lax.dynamic_slice_in_dim(shard, start, how.query * how.per_part).astype(how.dtype)
+    queries = queries.reshape(how.per_part, how.query, shard.shape[1])
 
     def visit(candidates, owner, best):
         def one_query_block(args):
             query, values, ids = args
 
             def one_candidate_block(j, running):
-                part = lax.dynamic_slice_in_dim(candidates, j * block, block)
-                similarity = jnp.matmul(query, part.T, precision=lax.Precision.HIGHEST)
-                first = (owner * local + j * block).astype(jnp.int32)
-                padding = first + jnp.arange(block, dtype=jnp.int32) >= rows
+                part = lax.dynamic_slice_in_dim(candidates, j * how.block, how.block)
+                similarity = jnp.matmul(
+                    query, part.T, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+                )
+                first = (owner * local + j * how.block).astype(jnp.int32)
+                padding = first + jnp.arange(how.block, dtype=jnp.int32) >= rows
                 similarity = jnp.where(padding[None, :], -jnp.inf, similarity)
-                return _merge(running, _best_of_block(similarity, first, k, GROUP), k)
+                return _take_block(similarity, first, running, k)
 
-            return lax.fori_loop(0, local // block, one_candidate_block, (values, ids))
+            return lax.fori_loop(0, local // how.block, one_candidate_block, (values, ids))
 
         return lax.map(one_query_block, (queries, *best))
 
@@ -77,21 +122,19 @@ def _search_shard(shard: jax.Array, *, axis: str, devices: int, rows: int, k: in
         candidates = lax.ppermute(candidates, axis, [(d, (d - 1) % devices) for d in range(devices)])
         return candidates, best
 
-    shape = (queries.shape[0], query_block, k)
+    shape = (how.per_part, how.query, k)
     empty = (jnp.full(shape, -jnp.inf, jnp.float32), jnp.full(shape, rows, jnp.int32))
     empty = jax.tree.map(lambda x: lax.pcast(x, axis, to="varying"), empty)
-    _, (values, ids) = lax.fori_loop(0, devices, step, (shard, empty))
-    return values.reshape(local, k), ids.reshape(local, k)
+    _, (values, ids) = lax.fori_loop(0, devices, step, (shard.astype(how.dtype), empty))
+    return values.reshape(-1, k), ids.reshape(-1, k)
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(mesh: Mesh, rows: int, k: int, query_block: int, block: int):
+def _compiled(mesh: Mesh, rows: int, how: _How):
     axis = mesh.axis_names[0]
-    body = functools.partial(
-        _search_shard, axis=axis, devices=mesh.size, rows=rows, k=k, query_block=query_block, block=block
-    )
+    body = functools.partial(_search_part, axis=axis, devices=mesh.size, rows=rows, how=how)
     spec = PartitionSpec(axis)
-    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=(spec, spec)))
+    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=(spec, spec)))
 
 
 def _blocks(local: int, query_block: int, candidate_block: int) -> tuple[int, int, int]:
@@ -110,8 +153,11 @@ def search_device(
     k: int,
     *,
     mesh: Mesh | None = None,
+    candidates: int = 0,
     query_block: int = QUERY_BLOCK,
     candidate_block: int = CANDIDATE_BLOCK,
+    threads: int | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Neighbours:
     """Exact k nearest neighbours by inner product, rows shared out over all devices of the mesh.
 
@@ -121,8 +167,11 @@ def search_device(
         features: float32 [N, D], L2-normalised. With several processes: the same array in each.
         k: list length, the row itself included; at most N entries are returned.
         mesh: the devices, default all; a mesh with one axis.
+        candidates: more than 0: find this many with bfloat16 products, then the k best of them by float32 similarity.
         query_block: most rows of a block of similarities.
         candidate_block: most columns of a block of similarities.
+        threads: host threads that score candidates.
+        progress: called with the finished fraction.
 
     Returns:
         `Neighbours` as NumPy arrays, the same in every process.
@@ -130,10 +179,37 @@ def search_device(
     mesh = meshes.make_mesh() if mesh is None else mesh
     rows, dim = features.shape
     k = min(k, rows)
+    length = min(max(candidates, k), rows)
     query, block, local = _blocks(-(-rows // mesh.size), query_block, candidate_block)
     sharded = isinstance(features, jax.Array) and not features.is_fully_addressable
     host = np.asarray(meshes.to_host(features) if sharded else features, np.float32)
     table = jax.ShapeDtypeStruct((local * mesh.size, dim), jnp.float32)
     array = place_padded(host, table, meshes.by_rows(mesh))
-    values, ids = meshes.to_host(_compiled(mesh, rows, k, query, block)(array))
-    return Neighbours(ids[:rows], values[:rows])
+    queries = local // query
+    per_part = -(-queries // min(_PARTS, queries))
+    how = _How(length, query, per_part, block, jnp.bfloat16 if candidates else jnp.float32)
+    run, span = _compiled(mesh, rows, how), query * per_part
+    values = np.empty((mesh.size, local, length), np.float32)
+    ids = np.empty((mesh.size, local, length), np.int32)
+    for begin in range(0, local, span):
+        # The last call may look at some rows again, so that all calls are one program.
+        start = min(begin, local - span)
+        found = meshes.to_host(run(array, np.int32(start)))
+        for whole, part in zip((values, ids), found, strict=True):
+            whole[:, start : start + span] = part.reshape(mesh.size, span, length)
+        if progress is not None:
+            progress(min((begin + span) / local, 1.0))
+    found = Neighbours(ids.reshape(-1, length)[:rows], values.reshape(-1, length)[:rows])
+    return _rescore(host, found, k, threads) if candidates else found
+
+
+def _rescore(features: np.ndarray, found: Neighbours, k: int, threads: int | None) -> Neighbours:
+    """The k best candidates by exact similarity, ties by lower index."""
+    rows, length = found.indices.shape
+    indptr = np.arange(rows + 1, dtype=np.int64) * length
+    flat = np.ascontiguousarray(found.indices).reshape(-1)
+    exact = jaccard.pair_products(features, indptr, flat, threads=threads).reshape(rows, length)
+    order = np.lexsort((found.indices, -exact), axis=1)[:, :k]
+    return Neighbours(
+        np.take_along_axis(found.indices, order, axis=1), np.take_along_axis(exact, order, axis=1).astype(np.float32)
+    )
