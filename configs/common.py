@@ -100,6 +100,8 @@ def training(config: ConfigDict) -> ConfigDict:
     """Adds what training has: paper, section 4.2, with FastReID's basic settings elsewhere."""
     # Weights to start from: a workdir or checkpoint of ours, or a PyTorch file.
     config.pretrained = ""
+    # Train on the images for validation too, where a data set has some (MSMT17); every result tells.
+    config.with_val = False
     config.batch_size = 64
     config.sampler = ConfigDict({"instances": 4})
     # `autoaugment`: share of the images that AutoAugment's policy changes before the resize.

@@ -1,4 +1,4 @@
-"""Several data sets as one: the union of a split, with identities and cameras that never meet."""
+"""Several splits as one: a split of several data sets, or two splits of one data set."""
 
 import bisect
 import dataclasses
@@ -13,18 +13,20 @@ from dmosnet_jax.data.subset import Rows
 
 @dataclasses.dataclass(frozen=True)
 class JointSplit:
-    """One split of several data sets after each other, seen as a split; pickles for worker processes.
+    """Splits after each other, seen as a split; pickles for worker processes.
 
-    Identities are numbered from 0 without gaps, those of each data set after those of the ones before it; so are
-    cameras. Negative ones (not known) stay -1.
+    Of several data sets, identities and cameras never meet: they are numbered from 0 without gaps, those of each data
+    set after those of the ones before it. Negative ones (not known) stay -1.
 
     Attributes:
       parts: the splits, in order.
+      same: they are of one data set, whose identities and cameras stay as they are.
       pids: identities, int32 [N].
       camids: cameras, int32 [N].
     """
 
     parts: tuple[Rows, ...]
+    same: bool = False
     pids: np.ndarray = dataclasses.field(init=False)
     camids: np.ndarray = dataclasses.field(init=False)
     _firsts: tuple[int, ...] = dataclasses.field(init=False)
@@ -32,12 +34,15 @@ class JointSplit:
     def __post_init__(self) -> None:
         ends = np.cumsum([len(part) for part in self.parts]).tolist()
         object.__setattr__(self, "_firsts", (0, *ends))
-        object.__setattr__(self, "pids", _numbered([part.pids for part in self.parts]))
-        object.__setattr__(self, "camids", _numbered([part.camids for part in self.parts]))
+        together = np.concatenate if self.same else _numbered
+        object.__setattr__(self, "pids", together([part.pids for part in self.parts]))
+        object.__setattr__(self, "camids", together([part.camids for part in self.parts]))
 
     @property
     def name(self) -> str:
         """Names of the data sets, joined by `+`."""
+        if self.same:
+            return self.parts[0].name
         return joined([part.name for part in self.parts])
 
     @property
@@ -61,6 +66,8 @@ class JointSplit:
         """
         part, row = self._place(int(index))
         found = self.parts[part].record(row)
+        if self.same:
+            return found
         pid, camid = int(self.pids[index]), int(self.camids[index])
         return dataclasses.replace(found, pid=pid, camid=camid, filename=f"{self.parts[part].name}/{found.filename}")
 

@@ -32,6 +32,7 @@ class Opened:
         std: per-channel standard deviation of the pixels.
         num_classes: classes of the classifier among the weights, 0 for none.
         batches: training steps, as far as the weights tell.
+        with_val: whether they were trained on the images for validation too; None where the weights do not tell.
         state_dict: arrays of a PyTorch file, or None.
         trees: `(params, stats)` of a checkpoint or folder of ours, or None.
     """
@@ -42,6 +43,7 @@ class Opened:
     std: tuple[float, ...] = IMAGENET_STD
     num_classes: int = 0
     batches: int = 0
+    with_val: bool | None = None
     state_dict: Mapping[str, np.ndarray] | None = None
     trees: tuple[Tree, Tree] | None = None
 
@@ -108,7 +110,16 @@ def _from_run(saved: checkpoints.SavedModel) -> Opened:
     mean, std = (tuple(config.get(field) or default) for field, default in _PIXELS)
     kernel = saved.params.get("classifier", {}).get("kernel")
     classes = 0 if kernel is None else kernel.shape[1]
-    return Opened(str(saved.path), options, mean, std, classes, saved.step, trees=(saved.params, saved.stats))
+    return Opened(
+        str(saved.path),
+        options,
+        mean,
+        std,
+        classes,
+        saved.step,
+        bool(config.get("with_val")),
+        trees=(saved.params, saved.stats),
+    )
 
 
 _PIXELS = (("pixel_mean", IMAGENET_MEAN), ("pixel_std", IMAGENET_STD))

@@ -27,5 +27,7 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     params, stats = weights.weights(model)
     scorers = targets.Targets(config, model, make_mesh(), names)
     workdir.mkdir(parents=True, exist_ok=True)
-    extra = {"checkpoint": weights.path}
+    extra: dict[str, Any] = {"checkpoint": weights.path}
+    if weights.with_val is not None:
+        extra["with_val"] = weights.with_val
     return targets.publish(scorers(params, stats), workdir, config, model=model.name, extra=extra)

@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 
+from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.selection import dataset_names
 from dmosnet_jax.data import subset
 from dmosnet_jax.data.datasets import Split, load_split, split_names
 from dmosnet_jax.data.joint import JointSplit
-from dmosnet_jax.data.records import GALLERY, QUERY, TRAIN
+from dmosnet_jax.data.records import GALLERY, QUERY, TRAIN, TRAINVAL, VAL
 from dmosnet_jax.data.subset import Rows, Subset
 from dmosnet_jax.train.metrics import progress_bar
 
@@ -31,17 +32,38 @@ def training_images(config: Any) -> Rows:
         DataError: a data set or the subset's file is missing, damaged, or of another data set.
     """
     names = dataset_names(config.dataset)
-    parts = [load_split(config.data_dir, name, TRAIN) for name in names]
+    parts = [_training_split(config, name) for name in names]
+    if config.get("with_val") and all(isinstance(part, Split) and part.split == TRAIN for part in parts):
+        raise DataError(f"with_val=True, but {' and '.join(names)} has no images for validation: leave it False")
     if len(parts) > 1:
         union = JointSplit(tuple(parts))
         say(f"{union.name}: " + " + ".join(f"{len(part):,}" for part in parts) + f" = {len(union):,} training images")
         return union
     if config.data.subset is None:
         return parts[0]
+    whole = parts[0]
+    if not isinstance(whole, Split):
+        raise ConfigError("data.subset selects from train, not from train and val together: set with_val=False")
     _, path, share = config.data.subset
-    chosen, about = subset.choose(parts[0], path, share, names=lambda: read_names(parts[0]))
+    chosen, about = subset.choose(whole, path, share, names=lambda: read_names(whole))
     say(about)
     return chosen
+
+
+def _training_split(config: Any, name: str) -> Rows:
+    """`train` of a data set, and `val` too where the config says so."""
+    present = split_names(config.data_dir, name)
+    if config.get("with_val"):
+        if TRAINVAL in present:
+            return load_split(config.data_dir, name, TRAINVAL)
+        if VAL in present:
+            return JointSplit(tuple(load_split(config.data_dir, name, split) for split in (TRAIN, VAL)), same=True)
+    elif TRAINVAL in present and TRAIN not in present:
+        raise DataError(
+            f"{name} in {config.data_dir} was made from a copy that does not tell training from validation images: "
+            "set with_val=True to train on both"
+        )
+    return load_split(config.data_dir, name, TRAIN)
 
 
 def chosen_rows(images: Rows) -> int | None:

@@ -196,8 +196,10 @@ class TrainingRun(abc.ABC):
         config, before = _plain(self.config), meta.get("config", {})
         for fields in (config, before):
             # A tuple of names is the same as names joined by +.
+            fields.setdefault("with_val", False)
             fields["dataset"] = joined(dataset_names(fields["dataset"])) if fields.get("dataset") else None
-        fixed = [field for field in ("recipe", "dataset", "seed", "batch_size") if config[field] != before.get(field)]
+        same = ("recipe", "dataset", "with_val", "seed", "batch_size")
+        fixed = [field for field in same if config[field] != before.get(field)]
         changed += [f"{field}={config[field]!r} (was {before.get(field)!r})" for field in fixed]
         lengths = meta.get("lengths", {})
         found = self._fixed_lengths()
@@ -216,7 +218,7 @@ class TrainingRun(abc.ABC):
             # The last epoch was finished by an earlier process.
             self.evaluate(state, self.schedule.epochs)
         assert self._last_scores is not None
-        extra = {"step": int(state.step)}
+        extra = {"step": int(state.step), "with_val": bool(self.config.get("with_val"))}
         return targets.publish(self._last_scores, self.workdir, self.config, model=self.model.name, extra=extra)
 
     def _make_schedule(self) -> Schedule:
