@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from dmosnet_jax.core import mesh as meshes
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.memory import placement
+from dmosnet_jax.memory import moves, placement
 
 PADDING = 1024
 BLOCK = 65_536
@@ -28,8 +28,7 @@ _EPSILON = 1e-6
 _EXACT = lax.Precision.HIGHEST
 
 
-# A jax.Array; in a memory of shapes (`jax.eval_shape`) or of shardings, one of those.
-Table = Any
+Table = Any  # a jax.Array; in a memory of shapes (`jax.eval_shape`) or of shardings, one of those
 
 
 class Memory(flax.struct.PyTreeNode):
@@ -201,21 +200,11 @@ def update(memory: Memory, inputs: jax.Array, indices: jax.Array, *, loss: jax.A
     """
     _check_batch(memory, inputs, indices)
     inputs = lax.stop_gradient(inputs).astype(jnp.float32)
-    position = jnp.arange(indices.shape[0])
-    same = indices[:, None] == indices[None, :]
-    first = jnp.argmax(same, axis=1)
-    turn = jnp.sum(same & (position[None, :] < position[:, None]), axis=1)
     old = memory.features[indices]
-
-    def move(k, rows):
-        moved = memory.momentum * rows[first] + (1.0 - memory.momentum) * inputs
-        moved = moved / jnp.maximum(jnp.linalg.norm(moved, axis=1, keepdims=True), 1e-12)
-        # Only the positions whose turn it is write; the others aim outside.
-        return rows.at[jnp.where(turn == k, first, rows.shape[0])].set(moved, mode="drop")
-
-    new = lax.fori_loop(0, turn.max() + 1, move, old)
+    new, turn = moves.in_turn(old, inputs, indices, memory.momentum)
     labels = memory.labels[indices]
     together = labels[:, None] == labels[None, :]
+    # Positions of one row hold the same, and count once.
     difference = jnp.where((turn == 0)[:, None], new - old, 0.0)
     # Summed within the batch before it is written: a scatter-add with repeated rows has no fixed order on a GPU.
     change = jnp.matmul(together.astype(jnp.float32), difference, precision=_EXACT)[jnp.argmax(together, axis=1)]
@@ -225,9 +214,15 @@ def update(memory: Memory, inputs: jax.Array, indices: jax.Array, *, loss: jax.A
         indices = jnp.where(keep, indices, memory.features.shape[0])
         labels = jnp.where(keep, labels, memory.class_sums.shape[0])
     return memory.replace(
-        features=memory.features.at[indices].set(new[first], mode="drop"),
+        features=memory.features.at[indices].set(new, mode="drop"),
         class_sums=memory.class_sums.at[labels].set(class_rows, mode="drop"),
     )
+
+
+def set_features(memory: Memory, features: np.ndarray | jax.Array) -> Memory:
+    """The memory with other features, float32 [N, D] of unit length; `set_labels` or `refresh` has to follow."""
+    like = jax.ShapeDtypeStruct(memory.features.shape, jnp.float32)
+    return memory.replace(features=placement.place_padded(features, like, memory.features.sharding))
 
 
 def set_labels(memory: Memory, labels: np.ndarray) -> Memory:
@@ -270,6 +265,13 @@ def refresh(memory: Memory) -> Memory:
         places = (memory.class_sums.sharding, memory.class_counts.sharding)
         sums, counts = _compiled_tables(places)(memory.features, memory.labels, memory.class_counts.shape[0])
     return memory.replace(class_sums=sums, class_counts=counts)
+
+
+@jax.jit
+def drift(memory: Memory) -> jax.Array:
+    """How far increments have led the class means from the exact ones: the longest difference, float32 scalar."""
+    sums, counts = _class_tables(memory.features, memory.labels, memory.class_counts.shape[0])
+    return (jnp.linalg.norm(memory.class_sums - sums, axis=1) / jnp.maximum(counts, 1.0)).max()
 
 
 @functools.lru_cache(maxsize=8)
