@@ -16,6 +16,7 @@ import os
 import pathlib
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,9 @@ from absl import flags
 
 from data_prep import pedestrians
 from data_prep.pedestrians import Scene
-from data_prep.staging import publish, staging
+from data_prep.staging import publish, staging, upload
+from data_prep.summary import Summary
+from dmosnet_jax.core import places
 from dmosnet_jax.core.errors import ConfigError, DataError, UserError
 from dmosnet_jax.data import records, sources
 
@@ -38,10 +41,13 @@ DATASETS = {
     "cuhk03_detected": "data_prep.cuhk03:Cuhk03Detected",
     "cuhk03_labeled": "data_prep.cuhk03:Cuhk03Labeled",
     "msmt17": "data_prep.msmt17:Msmt17",
+    "luperson": "data_prep.luperson:Luperson",
     "folder": "data_prep.folder:Folder",
     "synthetic": "data_prep.synthetic:Synthetic",
 }
 RENDERED = "synthetic"
+# Too large for one process and one go.
+SHARDED = "luperson"
 
 _INTERRUPTED = 130
 
@@ -55,7 +61,7 @@ flags.DEFINE_string(
     "new folder, to keep the rendered images in, or one rendered before.",
     flag_values=_FLAGS,
 )
-flags.DEFINE_string("data_dir", None, "Folder for converted data sets.", flag_values=_FLAGS)
+flags.DEFINE_string("data_dir", None, "Folder for converted data sets, or its URL (gs://, ...).", flag_values=_FLAGS)
 flags.DEFINE_bool("overwrite", False, "Convert again what is there already.", flag_values=_FLAGS)
 flags.DEFINE_enum(
     "camera_policy",
@@ -70,9 +76,25 @@ flags.DEFINE_float(
     "folder: share of the identities that are tested on, where nothing says the split (default 0.5).",
     flag_values=_FLAGS,
 )
+flags.DEFINE_enum(
+    "names",
+    None,
+    ["auto", "numbers", "paths"],
+    "luperson: what file names are: CC_CC_VVVV_MMMMMMMM.jpg, as in published lists, or paths. auto takes numbers where "
+    "the images have them or are complete (default auto).",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_float("shard_mib", None, "luperson: size of a shard in MiB (default 256).", flag_values=_FLAGS)
+flags.DEFINE_string(
+    "beam_options",
+    None,
+    "luperson: options of Apache Beam in one string, such as '--runner=DataflowRunner --project=P'; by default it runs "
+    "on all cores of this machine.",
+    flag_values=_FLAGS,
+)
 flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=_FLAGS)
 # Options of `ReidBuilder.read_source`, for the data sets that have them.
-SOURCE_OPTIONS = ("camera_policy", "test_fraction")
+SOURCE_OPTIONS = ("camera_policy", "test_fraction", "names", "shard_mib", "beam_options")
 _OPTIONS = {option.name: option for option in dataclasses.fields(Scene)}
 for _name, _option in _OPTIONS.items():
     _text = f"synthetic: {_option.metadata['help']} (default {str(_option.default).strip('()')})."
@@ -80,39 +102,6 @@ for _name, _option in _OPTIONS.items():
         flags.DEFINE_list(_name, None, _text, flag_values=_FLAGS)
     else:
         flags.DEFINE_integer(_name, None, _text, flag_values=_FLAGS)
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """What a conversion did.
-
-    Attributes:
-      folder: of the converted data set.
-      splits: for each split its numbers of images, identities (without distractors) and cameras.
-      junk: images left out because their identity is -1; None where the data set has no such.
-      distractors: images with identity 0, kept in the gallery.
-      seconds: it took.
-    """
-
-    folder: pathlib.Path
-    splits: dict[str, tuple[int, int, int]]
-    junk: int | None
-    distractors: int
-    seconds: float
-
-    def __str__(self) -> str:
-        table = [("split", "images", "identities", "cameras")]
-        table += [(split, f"{n:,}", f"{ids:,}", f"{cameras:,}") for split, (n, ids, cameras) in self.splits.items()]
-        images = sum(counts[0] for counts in self.splits.values())
-        lines = [f"written to {self.folder}"]
-        lines += [f"  {split:<8}{n:>10}{ids:>12}{cameras:>10}" for split, n, ids, cameras in table]
-        if self.junk is not None:
-            lines.append(
-                f"  {self.junk:,} junk images (identity -1) left out, "
-                f"{self.distractors:,} distractors (identity 0) kept in the gallery"
-            )
-        lines.append(f"  {images:,} images in {self.seconds:.1f} s, {images / max(self.seconds, 1e-9):,.0f} images/s")
-        return "\n".join(lines)
 
 
 def convert(
@@ -129,9 +118,10 @@ def convert(
 
     Args:
       dataset: one of `DATASETS`.
-      data_dir: folder for converted data sets.
+      data_dir: folder for converted data sets, or its URL.
       source: folder or zip file of the raw data set; not needed for `synthetic`, see the flag.
-      options: for `folder`: `camera_policy` and `test_fraction`, see the flags.
+      options: for `folder`: `camera_policy` and `test_fraction`; for `luperson`: `names`, `shard_mib` and
+        `beam_options`; see the flags.
       scene: what to render, for `synthetic`.
       overwrite: replace a data set that is there already.
       warn: called with each difference from the published data set before anything is written.
@@ -144,13 +134,25 @@ def convert(
       DataError: the source is missing or damaged, or `data_dir` cannot be written.
     """
     _check(dataset, source, scene)
-    root = pathlib.Path(data_dir).expanduser().absolute()
     builder_class = builder_class_of(dataset)
     check_options(builder_class, options or {})
-    target = root / dataset / str(builder_class.VERSION)
-    if (target / records.INFO_FILE).is_file() and not overwrite:
+    place = places.join(places.tidy(data_dir), dataset, str(builder_class.VERSION))
+    if not overwrite and _is_there(place):
         return None
     begin = time.monotonic()
+    if dataset == SHARDED:
+        from data_prep import luperson
+
+        assert source is not None
+        return luperson.convert(data_dir, source, options=options or {}, warn=warn)
+    if places.is_remote(data_dir):
+        with tempfile.TemporaryDirectory() as folder:
+            summary = convert(dataset, folder, source=source, options=options, scene=scene, warn=warn)
+            assert summary is not None
+            upload(str(summary.folder), place)
+        return dataclasses.replace(summary, folder=place, seconds=time.monotonic() - begin)
+    root = pathlib.Path(places.tidy(data_dir)).absolute()
+    target = root / dataset / str(builder_class.VERSION)
     with staging(root, dataset) as stage:
         if dataset == RENDERED:
             source = _rendered(source, scene, stage)
@@ -172,6 +174,13 @@ def convert(
         distractors=sum(item.pid == 0 for items in splits.values() for item in items),
         seconds=time.monotonic() - begin,
     )
+
+
+def _is_there(place: str) -> bool:
+    try:
+        return places.is_file(places.join(place, records.INFO_FILE))
+    except OSError as error:
+        raise DataError(f"{place}: cannot be read ({error.strerror}): check the name and the credentials") from error
 
 
 def check_options(builder_class: "type[ReidBuilder]", options: Mapping[str, Any]) -> None:
@@ -257,8 +266,8 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted: nothing was written", file=sys.stderr)
         return _INTERRUPTED
 
 

@@ -7,11 +7,15 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
+from tqdm import tqdm
+
+from dmosnet_jax.core import places
 from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.data import records
 
 
 @contextlib.contextmanager
-def staging(data_dir: pathlib.Path, dataset: str) -> Iterator[pathlib.Path]:
+def staging(data_dir: pathlib.Path, dataset: str, *, keep: bool = False) -> Iterator[pathlib.Path]:
     """An empty folder in `data_dir`, removed at the end, however it comes.
 
     It is locked while in use; what a killed process left in it is removed by the next.
@@ -19,6 +23,7 @@ def staging(data_dir: pathlib.Path, dataset: str) -> Iterator[pathlib.Path]:
     Args:
       data_dir: where the data set will be; made if missing, and removed again if it stays empty.
       dataset: name of the data set; one conversion of each at a time.
+      keep: a failure or a killed process leaves the folder to the next one, unless it is empty.
 
     Yields:
       The folder, on the same file system as `data_dir`.
@@ -31,13 +36,17 @@ def staging(data_dir: pathlib.Path, dataset: str) -> Iterator[pathlib.Path]:
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         lock = _lock(stage)
-        _empty(stage)
+        if not keep:
+            _empty(stage)
     except OSError as error:
         raise DataError(f"cannot write to {data_dir} ({error.strerror}): give another data_dir") from error
+    done = False
     try:
         yield stage
+        done = True
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if done or not keep or not any(stage.iterdir()):
+            shutil.rmtree(stage, ignore_errors=True)
         os.close(lock)
         with contextlib.suppress(OSError):
             for folder in made:
@@ -92,3 +101,24 @@ def _empty(stage: pathlib.Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+def upload(folder: str, target: str) -> None:
+    """Copies a finished data set to a URL; it is one when its description, the last file, is there.
+
+    Args:
+      folder: a folder, or a URL in the same storage.
+      target: the URL of the data set; what is there already is replaced.
+
+    Raises:
+      DataError: it cannot be copied.
+    """
+    try:
+        places.remove(places.join(target, records.INFO_FILE))
+        places.remove(target)
+        names = [entry.name for entry in places.entries(folder)]
+        bar = tqdm(sorted(names, key=lambda name: name == records.INFO_FILE), desc="copying", disable=None, leave=False)
+        for name in bar:
+            places.copy(places.join(folder, name), places.join(target, name))
+    except OSError as error:
+        raise DataError(f"cannot write to {target} ({error.strerror}): check the name and the credentials") from error
