@@ -78,8 +78,6 @@ def load_split(data_dir: Path, dataset: str, split: str) -> Split:
       DataError: the data set is not there (the message gives the command that converts it), has no such split, or a
         shard is missing, cut short or damaged.
     """
-    if not _NAME.fullmatch(dataset):
-        raise ConfigError(f"dataset={dataset!r} is not a name: use lower-case letters, digits and underscores")
     folder = _version_folder(places.tidy(data_dir), dataset)
     lengths = _shard_lengths(places.join(folder, records.INFO_FILE), split)
     names = [records.shard_name(dataset, split, shard, len(lengths)) for shard in range(len(lengths))]
@@ -91,6 +89,7 @@ def split_names(data_dir: Path, dataset: str) -> list[str]:
     """Names of the splits that a converted data set has.
 
     Raises:
+      ConfigError: as `load_split`.
       DataError: as `load_split`.
     """
     folder = _version_folder(places.tidy(data_dir), dataset)
@@ -115,6 +114,8 @@ def conversion_command(dataset: str, data_dir: Path) -> str:
 
 
 def _version_folder(data_dir: str, dataset: str) -> str:
+    if not _NAME.fullmatch(dataset):
+        raise ConfigError(f"dataset={dataset!r} is not a name: use lower-case letters, digits and underscores")
     root = places.join(data_dir, dataset)
     try:
         found = [(entry.name, match) for entry in places.entries(root) if (match := _VERSION.fullmatch(entry.name))]
