@@ -243,7 +243,7 @@ class CommandLine:
 # The libraries take seconds to import; nothing of them has threads or devices before the fork.
 _SERVER = """
 import importlib, json, os, runpy, sys
-for recipe in ("spcl", "supervised", "evaluate", "extract", "export"):
+for recipe in ("spcl", "supervised", "evaluate", "extract", "export", "cfs"):
     importlib.import_module("dmosnet_jax.recipes." + recipe)
 answers = os.dup(1)
 for line in sys.stdin:

@@ -1,0 +1,120 @@
+"""One network on several data sets: evaluation side by side, and training on their union."""
+
+import json
+
+import jax
+import optax
+import pytest
+
+from dmosnet_jax import models
+from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.train import state as train_state
+from dmosnet_jax.train.checkpoints import Checkpoints
+
+CONTRACT = ("mAP", "rank1", "rank5", "rank10", "mINP", "num_query", "num_valid_query", "num_gallery")
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory, tiny_writer):
+    """Two data sets whose identities and cameras have the same numbers, and one without queries."""
+    folder = tmp_path_factory.mktemp("several")
+    tiny_writer(folder, "tiny")
+    tiny_writer(folder, "other", ids=5, cameras=3, images=2)
+    tiny_writer(folder, "crowd", splits=("train",), ids=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    model = models.build("osnet_x0_25", image_size=(64, 32))
+    state = train_state.create(*model.init(jax.random.key(0)), optax.identity(), seed=0, mesh=make_mesh())
+    store = Checkpoints(workdir)
+    store.save(state, {"model": {"name": model.name, "neck": model.neck}, "config": {}, "loop": {}})
+    store.close()
+    return workdir
+
+
+def results_in(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_several_targets_are_scored_as_each_alone(cli, tiny_flags, data_dir, checkpoint, tmp_path):
+    fields = {"checkpoint": checkpoint, "data_dir": data_dir, "eval.report": True, "eval.rank_lists": 1}
+    alone = {}
+    for name in ("tiny", "other"):
+        finished = cli.forked(*tiny_flags("evaluate", dataset=name, **fields), f"--workdir={tmp_path / name}")
+        assert finished.status == 0, finished.err
+        alone[name] = results_in(tmp_path / name)
+        assert set(CONTRACT) <= alone[name].keys()
+        assert alone[name]["dataset"] == name
+    workdir = tmp_path / "both"
+    flags = tiny_flags("evaluate", dataset='("tiny", "other")', **fields)
+    finished = cli.forked(*flags, f"--workdir={workdir}")
+    assert finished.status == 0, finished.err
+    assert finished.errors == []
+    results = results_in(workdir)
+    assert results["datasets"] == alone
+    assert results["dataset"] == "tiny+other"
+    for name in ("mAP", "rank1", "mINP"):
+        assert results["mean"][name] == pytest.approx((alone["tiny"][name] + alone["other"][name]) / 2)
+    for name in alone:
+        assert results_in(workdir / name) == alone[name]
+        assert f"osnet_x0_25 on {name}" in (workdir / name / "report.html").read_text()
+    lines = finished.out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.split()[:2] == ["mAP", "rank-1"])
+    table = {line.split()[0]: line.split()[1:] for line in lines[start + 1 : start + 4]}
+    assert list(table) == ["tiny", "other", "mean"]
+    assert table["other"][0] == f"{100 * alone['other']['mAP']:.2f}"
+    assert table["other"][5:] == ["30", "30"]
+    assert len({len(line) for line in lines[start : start + 3]}) == 1
+
+
+@pytest.mark.slow
+def test_training_on_the_union(cli, tiny_flags, data_dir, tmp_path):
+    fields = {"data_dir": data_dir, "train.epochs": 1, "train.steps_per_epoch": 3, "data.threads": 1}
+    workdir = tmp_path / "run"
+    finished = cli.forked(*tiny_flags("finetune", dataset="tiny+other+crowd", **fields), f"--workdir={workdir}")
+    # The crowd has no queries, the others are scored by themselves.
+    assert finished.status == 0, finished.err
+    assert finished.errors == []
+    assert "tiny+other+crowd: 48 + 30 + 24 = 102 training images" in finished.out
+    row = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()][-1]
+    results = results_in(workdir)
+    assert list(results["datasets"]) == ["tiny", "other"]
+    assert row["mAP"] == results["mean"]["mAP"]
+    for name, found in results["datasets"].items():
+        assert set(CONTRACT) <= found.keys()
+        assert row[f"{name}/mAP"] == found["mAP"] == results_in(workdir / name)["mAP"]
+    # 8, 5 and 4 identities, although their numbers overlap.
+    meta = json.loads((workdir / "checkpoints" / "3" / "meta" / "metadata").read_text())
+    assert meta["model"]["num_classes"] == 17
+    # The tuple means the same; another order gives other labels.
+    flags = tiny_flags("finetune", dataset='("tiny", "other", "crowd")', **fields)
+    finished = cli.forked(*flags, f"--workdir={workdir}")
+    assert finished.status == 0, finished.err
+    assert "goes on from step 3 of 3" in finished.out
+    assert results_in(workdir) == results
+    finished = cli.forked(*tiny_flags("finetune", dataset="other+tiny+crowd", **fields), f"--workdir={workdir}")
+    assert finished.status == 1
+    assert "dataset='other+tiny+crowd' (was 'tiny+other+crowd')" in finished.err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dataset", "status", "part"),
+    [
+        ("finetune", "tiny+nowhere", 1, "python -m data_prep.convert --dataset=nowhere --source=PATH"),
+        ("evaluate", "tiny+nowhere", 1, "no data set nowhere"),
+        ("evaluate", "tiny+crowd", 1, "there is no split 'query', there are train"),
+        ("evaluate", "tiny+tiny", 2, "dataset='tiny+tiny' must name each data set once, e.g. market1501+msmt17"),
+        ("finetune", "tiny+", 2, "dataset='tiny+' is not a name: give one, or several as market1501+msmt17"),
+        ("finetune", "tiny+../x", 2, "dataset='../x' is not a name"),
+    ],
+)
+def test_bad_names(cli, tiny_flags, data_dir, checkpoint, tmp_path, recipe, dataset, status, part):
+    fields = {"checkpoint": checkpoint} if recipe == "evaluate" else {}
+    flags = tiny_flags(recipe, dataset=dataset, data_dir=data_dir, **fields)
+    finished = cli.forked(*flags, f"--workdir={tmp_path / 'run'}")
+    assert (finished.status, len(finished.errors)) == (status, 1), finished.err
+    assert part in finished.errors[0]
+    assert not (tmp_path / "run").exists()
