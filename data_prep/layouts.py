@@ -81,6 +81,11 @@ def write(dataset: str, folder: str | os.PathLike[str], scene: Scene | None = No
     return {split: sorted(items) for split, items in labels.items()}
 
 
+def known() -> tuple[str, ...]:
+    """Names of the data sets that can be written."""
+    return tuple(_WRITERS)
+
+
 def _shots(scene: Scene, **changes: Any) -> Iterator[tuple[Shot, str, bytes]]:
     """Every image of a scene without distractors and junk: the shot, its split, the JPEG file."""
     scene = dataclasses.replace(scene, distractors=0, junk=0, **changes)

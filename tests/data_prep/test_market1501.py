@@ -23,7 +23,9 @@ def test_official_lists_give_the_official_numbers(shared):
         for name in names(shared(f"lists/market1501_{which}.txt.gz"))
     ]
     listing = market1501.scan(files)
-    counts = {split: (len(items), count_ids((i.pid for i in items), reserved=True)) for split, items in listing.splits.items()}
+    counts = {
+        split: (len(items), count_ids((i.pid for i in items), reserved=True)) for split, items in listing.splits.items()
+    }
     assert counts == market1501.Market1501.OFFICIAL
     assert counts == {"train": (12_936, 751), "query": (3_368, 750), "gallery": (15_913, 750)}
     assert listing.junk == 19_732 - 15_913
