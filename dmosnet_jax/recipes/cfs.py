@@ -12,7 +12,7 @@ from dmosnet_jax.core.mesh import make_mesh
 from dmosnet_jax.core.selection import dataset_names
 from dmosnet_jax.data import rankings
 from dmosnet_jax.data.datasets import Split, load_split
-from dmosnet_jax.data.records import Record
+from dmosnet_jax.data.records import TRAIN, Record
 from dmosnet_jax.data.subset import Subset, share_count
 from dmosnet_jax.evaluation.contact_sheet import POSITIONS, write_contact_sheet
 from dmosnet_jax.evaluation.forgetting import ForgettingScorer, Proxy
@@ -162,7 +162,8 @@ def _finish(config: Any, chunks: Chunks, scores: np.ndarray) -> dict[str, Any]:
     quartiles = "  ".join(f"{position} {score:.4f}" for position, score in results["scores"].items())
     say(f"scores of {len(split):,} images, best first: {quartiles}")
     say(f"written in {workdir}: {SCORES}, {names.name}, {SHEET}, {RESULTS}")
-    say(f'train on the better half: --config.data.subset=\'("cfs", "{workdir / SCORES}", 0.5)\'')
+    if split.split == TRAIN:
+        say(f'train on the better half: --config.data.subset=\'("cfs", "{workdir / SCORES}", 0.5)\'')
     return results
 
 

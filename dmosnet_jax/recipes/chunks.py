@@ -51,11 +51,11 @@ class Chunks:
             )
 
     def finished(self) -> np.ndarray | None:
-        """The scores of a run that is over; None where some are to be made still."""
-        found = None
+        """The scores of a run that is over (on process 0, elsewhere none); None where some are to be made still."""
+        found = np.empty(0, np.float32)
         if jax.process_index() == 0 and (self.workdir / SCORES).exists():
             found = rankings.read_scores(self.workdir / SCORES, self.split)
-        return found if _from_first(np.array(found is not None)) else None
+        return found if _from_first(np.array(found.size)) else None
 
     def missing(self) -> list[int]:
         """Numbers of the chunks that are not on disk, the same on every process."""
