@@ -8,6 +8,7 @@ import pytest
 
 from dmosnet_jax import models
 from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.recipes import targets
 from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train.checkpoints import Checkpoints
 
@@ -68,6 +69,22 @@ def test_several_targets_are_scored_as_each_alone(cli, tiny_flags, data_dir, che
     assert table["other"][0] == f"{100 * alone['other']['mAP']:.2f}"
     assert table["other"][5:] == ["30", "30"]
     assert len({len(line) for line in lines[start : start + 3]}) == 1
+
+
+def test_the_table_has_a_row_for_each_and_columns_that_align():
+    values = dict(zip(targets.METRICS, (0.5, 1.0, 1.0, 1.0, 0.25), strict=True))
+    counts = {"num_query": 3_368, "num_valid_query": 3_367, "num_gallery": 15_913}
+    each = {"market1501": values | counts, "msmt17_with_a_long_name": values | counts}
+    lines = targets.table(each, values).splitlines()
+    assert [line.split()[0] for line in lines] == ["mAP", "market1501", "msmt17_with_a_long_name", "mean"]
+    assert lines[1].split()[1:] == ["50.00", "100.00", "100.00", "100.00", "25.00", "3,367", "15,913"]
+    again = {f"reranked_{name}": value / 2 for name, value in values.items()}
+    wide = targets.table({name: found | again for name, found in each.items()}, values | again).splitlines()
+    assert wide[1].split()[1:] == ["50.00", "100.00", "100.00", "100.00", "25.00", "25.00", "50.00", "3,367", "15,913"]
+    for table in (lines, wide):
+        assert len({len(line) for line in table[:-1]}) == 1
+        ends = {line.index(text) + len(text) for line, text in ((table[0], "mAP"), (table[1], "50.00"))}
+        assert len(ends) == 1
 
 
 @pytest.mark.slow
