@@ -9,6 +9,7 @@ others from the second, and an empty place is an array of another shape. The fil
 import contextlib
 import dataclasses
 import io
+import math
 import struct
 import zlib
 from typing import Any, BinaryIO
@@ -86,7 +87,7 @@ class MatImages:
             raise DataError(f"{what} is no cell array")
         if dataset.size > most:
             raise DataError(f"{what} is refused: it claims {dataset.size:,} entries")
-        _refuse_elsewhere(dataset, what)
+        _refuse_harmful(dataset, what)
         return dataset[()]
 
     def read(self, name: str) -> bytes:
@@ -103,7 +104,7 @@ class MatImages:
             # Before it is read: compressed, some kilobytes can claim to be any number of pixels.
             if max(shape) > _MAX_SIDE or shape[1] * shape[2] > _MAX_PIXELS:
                 raise DataError(f"it claims {shape[1]:,} x {shape[2]:,} pixels")
-            _refuse_elsewhere(dataset, "it")
+            _refuse_harmful(dataset, "it")
             pixels = np.ascontiguousarray(dataset[()].T)
         except DataError:
             raise
@@ -114,10 +115,12 @@ class MatImages:
         return buffer.getvalue()
 
 
-def _refuse_elsewhere(dataset: Any, what: str) -> None:
-    """HDF5 can keep the values of a data set in any other file."""
+def _refuse_harmful(dataset: Any, what: str) -> None:
+    """HDF5 can keep the values of a data set in any other file, and unpacks whole chunks, larger than the data set."""
     if dataset.external or dataset.is_virtual:
         raise DataError(f"{what} is refused: its values are in another file")
+    if dataset.chunks and math.prod(dataset.chunks) * dataset.dtype.itemsize > 3 * _MAX_PIXELS:
+        raise DataError(f"{what} is refused: it claims chunks of {dataset.chunks}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,158 @@
+"""A user's own folders and tables."""
+
+import os
+
+import numpy as np
+import pytest
+
+from data_prep import convert
+from data_prep.folder import Folder
+from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.evaluation import ranking
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+    return root
+
+
+def read(source, **options):
+    _, listing = Folder.read_source(source, **options)
+    return {split: [tuple(item) for item in items] for split, items in listing.splits.items()}
+
+
+def table(root, text, *names):
+    touch(root, *names)
+    (root / "table.csv").write_text(text)
+    return root
+
+
+def test_tree_with_splits(tmp_path):
+    touch(tmp_path, "train/7/1/a.jpg", "query/9/1/b.PNG", "gallery/9/2/c.jpg", "gallery/9/2/notes.txt")
+    assert read(tmp_path) == {
+        "train": [("train/7/1/a.jpg", 7, 1)],
+        "query": [("query/9/1/b.PNG", 9, 1)],
+        "gallery": [("gallery/9/2/c.jpg", 9, 2)],
+    }
+
+
+def test_names_are_numbered(tmp_path):
+    touch(tmp_path, "train/bob/door/a.jpg", "query/alice/door/b.jpg", "gallery/alice/yard/c.jpg")
+    assert read(tmp_path) == {
+        "train": [("train/bob/door/a.jpg", 2, 1)],
+        "query": [("query/alice/door/b.jpg", 1, 1)],
+        "gallery": [("gallery/alice/yard/c.jpg", 1, 2)],
+    }
+
+
+@pytest.mark.parametrize(("fraction", "tested"), [(0.0, 0), (0.25, 2), (0.5, 4), (1.0, 8)])
+def test_without_splits_identities_are_shared_out(tmp_path, fraction, tested):
+    touch(tmp_path, *(f"{pid}/{camera}/{i}.jpg" for pid in range(8) for camera in (1, 2) for i in range(3)))
+    found = read(tmp_path, test_fraction=fraction)
+    people = {split: {pid for _, pid, _ in items} for split, items in found.items()}
+    assert len(people.get("train", ())) == 8 - tested
+    assert people.get("query") == people.get("gallery")
+    assert not people.get("train", set()) & people.get("query", set())
+    # One query of each person in each camera, the first.
+    assert sorted(name for name, _, _ in found.get("query", ())) == sorted(
+        f"{pid}/{camera}/0.jpg" for pid in people.get("query", ()) for camera in (1, 2)
+    )
+    assert sum(map(len, found.values())) == 48
+    assert found == read(tmp_path, test_fraction=fraction)
+
+
+def test_without_cameras_only_the_query_itself_is_junk(tmp_path):
+    text = "path,pid,split\nx/a.jpg,1,query\nx/a.jpg,1,gallery\nx/b.jpg,1,gallery\nx/c.jpg,2,gallery\n"
+    table(tmp_path, text, "x/a.jpg", "x/b.jpg", "x/c.jpg")
+    found = read(tmp_path, camera_policy="none")
+    query, gallery = (np.array([item[1:] for item in found[split]], np.int32) for split in ("query", "gallery"))
+    assert len(set(gallery[:, 1])) == 3
+    distance = np.array([[0.0, 0.5, 0.4]], np.float32)
+    scores = ranking.evaluate(None, None, query[:, 0], gallery[:, 0], query[:, 1], gallery[:, 1], distance=distance)
+    # The copy of the query does not count as found, the other image comes after the stranger.
+    assert scores["num_valid_query"] == 1
+    assert scores["mAP"] == pytest.approx(0.5)
+    touch(tmp_path / "tree", "5/deep/er/a.jpg", "5/b.jpg", "6/c.jpg")
+    assert sum(map(len, read(tmp_path / "tree", camera_policy="none").values())) == 3
+
+
+def test_table_itself_as_source(tmp_path):
+    text = '\ufeffpid, path ,camid,split,more\n1,"a, b.jpg",4,train,\n2,c.jpg,5,query,x\n2,c.jpg,5,gallery,x\n'
+    table(tmp_path, text, "a, b.jpg", "c.jpg", "unrelated/thing.jpg")
+    expected = {"train": [("a, b.jpg", 1, 4)], "query": [("c.jpg", 2, 5)], "gallery": [("c.jpg", 2, 5)]}
+    assert read(tmp_path / "table.csv") == expected
+    assert read(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    "path", ["../secret.jpg", "x/../../secret.jpg", "{root}/secret.jpg", "link.jpg", "gone.jpg", "."]
+)
+@pytest.mark.parametrize("whole", [False, True])
+def test_tables_that_lead_out_are_refused(tmp_path, path, whole):
+    touch(tmp_path, "secret.jpg")
+    path = path.format(root=tmp_path)
+    folder = table(tmp_path / "set", f"path,pid,camid,split\n{path},1,1,train\nx/a.jpg,2,1,train\n", "x/a.jpg")
+    os.symlink(tmp_path / "secret.jpg", folder / "link.jpg")
+    if whole and path != "link.jpg":
+        (folder / "link.jpg").unlink()
+    with pytest.raises(
+        DataError, match=r"1 paths of the table are not files inside|link\.jpg is a link that leads out"
+    ):
+        read(folder if whole else folder / "table.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no column path, pid, camid"),
+        ("path,pid,split\na.jpg,1,train\n", "no column camid: .* or --camera_policy=none where there are no cameras"),
+        ("path,pid,camid,split\na.jpg,,1,train\n", "1 lines lack a value, .*: line 2"),
+        ("path,pid,camid,split\na.jpg,1,1,test\n", "or have a split that is not one of train, val, query, gallery"),
+        ("path,pid,camid,split\na.jpg,1,1,train\nb.jpg,1,1,\n", "1 of 2 images have no split"),
+        ("path,pid,camid,split\na.jpg,1,1,train\na.jpg,2,1,train\n", "images come twice in train: a.jpg"),
+        ("path,pid,camid,split\na.jpg,99999999999,1,train\n", "identities must be from -1 to 2147483647: 99999999999"),
+        ("path,pid,camid,split\na.jpg,1,-5,train\n", "cameras must be from -1"),
+        ('path,pid,camid,split\n"a.jpg,1,1,train\n', "is no CSV table"),
+    ],
+)
+def test_bad_tables_are_one_line(tmp_path, text, message):
+    table(tmp_path, text, "a.jpg", "b.jpg")
+    for source in (tmp_path, tmp_path / "table.csv"):
+        with pytest.raises(DataError, match=message) as error:
+            read(source)
+        assert "\n" not in str(error.value)
+
+
+def test_other_depths_are_told(tmp_path):
+    touch(tmp_path, "1/a.jpg", "2/b.jpg")
+    with pytest.raises(
+        DataError, match=r"2 images are not at pid/camera/image.jpg.*give --camera_policy=none: 1/a.jpg"
+    ):
+        read(tmp_path)
+    touch(tmp_path / "empty", "readme.txt")
+    with pytest.raises(DataError, match=r"there are no images at pid/camera/image\.jpg"):
+        read(tmp_path / "empty")
+    touch(tmp_path / "two", "a.csv", "b.csv")
+    with pytest.raises(DataError, match=r"several tables \(a\.csv, b\.csv\)"):
+        read(tmp_path / "two")
+
+
+def test_bad_options(tmp_path, capsys):
+    touch(tmp_path, "1/1/a.jpg")
+    with pytest.raises(ConfigError, match=r"test_fraction=1\.5 must lie between 0 and 1"):
+        read(tmp_path, test_fraction=1.5)
+    with pytest.raises(ConfigError, match="camera_policy=perhaps is unknown"):
+        read(tmp_path, camera_policy="perhaps")
+    for arguments, message in (
+        (["--dataset=folder", f"--source={tmp_path}", "--camera_policy=perhaps"], "camera_policy"),
+        (
+            ["--dataset=dukemtmc", f"--source={tmp_path}", "--test_fraction=0.3"],
+            "dataset=dukemtmc has no test_fraction",
+        ),
+        (["--dataset=folder", f"--source={tmp_path}", "--test_fraction=2"], "test_fraction=2.0 must lie"),
+    ):
+        assert convert.main(["convert", f"--data_dir={tmp_path / 'data'}", *arguments]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "data").exists()
