@@ -203,6 +203,8 @@ def _forms(listed: Sequence[str], names: Sequence[str]) -> list[tuple[str, Form]
         *((f"the last {parts} parts of the path", _Last(parts)) for parts in range(depth, 1, -1)),
         ("file name", _Last(1)),
         ("path joined by _", lambda name: _stem(name).replace("/", "_")),
+        # LUPerson's country, city, video and image, and the same without the video.
+        *((f"the last {parts} parts of the path joined by _", _Last(parts, "_")) for parts in (4, 3)),
     ]
 
 
@@ -221,9 +223,10 @@ class _Last:
     """The last parts of a path, without suffix."""
 
     parts: int
+    between: str = "/"
 
     def __call__(self, name: str) -> str:
-        return "/".join(_stem(name).rsplit("/", self.parts)[-self.parts :])
+        return self.between.join(_stem(name).rsplit("/", self.parts)[-self.parts :])
 
 
 class _Kept:

@@ -113,6 +113,15 @@ def test_names_in_the_forms_that_lists_have(tmp_path, split_of, how):
     assert found.how == how.split(",")[0]
 
 
+def test_paths_with_a_root_find_keys(tmp_path, split_of):
+    split = split_of([name.replace("/", "_") for name in FOLDERS])
+    path = tmp_path / "list.txt"
+    path.write_text("\n".join(f"/mnt/LUP/{FOLDERS[row]}" for row in (5, 2, 7, 0)))
+    found = subset.ranked_rows(split, path)
+    assert found.rows.tolist() == [5, 2, 7, 0]
+    assert found.how == "the last 4 parts of the path joined by _"
+
+
 def test_names_that_two_images_share_are_not_compared(tmp_path, split_of):
     # Videos number their images alike: the bare file name tells nothing.
     path = tmp_path / "list.txt"
