@@ -203,6 +203,7 @@ class _Job:
         return FnApiRunner(default_environment=environments.SubprocessSDKEnvironment.from_command_string(command))
 
     def _cancel(self) -> None:
+        shards.stop(self._stage)
         if self._result is not None:
             with contextlib.suppress(Exception):
                 self._result.cancel()
@@ -215,6 +216,9 @@ class _Job:
                     os.kill(int(name), signal.SIGTERM)
                 ended.add(name)
             self._thread.join(0.1)
+        if not self._expected and not self._is_elsewhere():
+            # In this process, shards must not be written on while another conversion begins.
+            self._thread.join(_CANCEL)
 
 
 class _Progress:

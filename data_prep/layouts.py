@@ -11,7 +11,7 @@ import os
 import pathlib
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -52,7 +52,7 @@ def write(dataset: str, folder: str | os.PathLike[str], scene: Scene | None = No
 
     Returns:
       The labels of every split in the order of file names, without junk. Images of `luperson` are all in `train`, with
-      identity -1 and camera 0.
+      identity -1 and the number of their video, from 0, as camera; without the level of the video, 0.
 
     Raises:
       ConfigError: unknown data set or option.
@@ -131,10 +131,17 @@ def _luperson(root: pathlib.Path, scene: Scene, form: str = "folder", video: boo
     if form == "folder":
         for name, data in files.items():
             _put(root, name, data)
-        return {records.TRAIN: [Label(name, _UNLABELLED, 0) for name in files]}
+        return {records.TRAIN: _numbered_videos(files, "/" if video else None)}
     named = _lmdb_keys(files)
     _write_lmdb(root, named, keys)
-    return {records.TRAIN: [Label(key, _UNLABELLED, 0) for key in named]}
+    return {records.TRAIN: _numbered_videos(named, "_")}
+
+
+def _numbered_videos(names: Iterable[str], separator: str | None) -> list[Label]:
+    """Labels of images whose names begin with their video, up to the last separator."""
+    before = {name: name.rpartition(separator)[0] if separator else "" for name in names}
+    videos = {video: number for number, video in enumerate(sorted(set(before.values())))}
+    return [Label(name, _UNLABELLED, videos[video]) for name, video in before.items()]
 
 
 def _lmdb_keys(files: dict[str, bytes]) -> dict[str, bytes]:

@@ -208,14 +208,17 @@ def _luperson(source: str | os.PathLike[str]) -> Part:
     from data_prep import luperson_source
 
     found = luperson_source.find(source)
-    references = [image.ref for image in found.images()]
+    references, videos = list[str](), list[int]()
+    for image in found.images():
+        references.append(image.ref)
+        videos.append(image.video)
     if not references:
         raise DataError(f"source {source} has no image for {records.TRAIN}: copy the data set again")
     read = luperson_source.reader(found.kind, found.root)
     return Part(
         split=records.TRAIN,
         pids=np.full(len(references), -1),
-        camids=np.zeros(len(references), np.int64),
+        camids=np.array(videos),
         name=references.__getitem__,
         read=lambda row: read(references[row]),
     )

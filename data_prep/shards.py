@@ -7,6 +7,7 @@ A stage (a folder or URL, not yet a data set) holds
     dataset/<shard>       finished shards, each with its index
     done/00000            written last: what came of the shard
     failed/00000          why a shard was given up
+    stop                  there when nobody waits for the rest any more
 
 Nothing here needs TensorFlow or Beam, so that workers start fast and stay small.
 """
@@ -32,7 +33,9 @@ from dmosnet_jax.data.records import Record
 # Share of the images that may be unreadable.
 MAX_UNREADABLE = 1e-3
 DATASET = "dataset"
-_PLAN, _PLANS, _DONE, _FAILED = "plan.json", "plan", "done", "failed"
+_PLAN, _PLANS, _DONE, _FAILED, _STOP = "plan.json", "plan", "done", "failed", "stop"
+# Images between two looks whether to stop.
+_LOOK = 512
 _FORMAT = 1
 # What a record holds besides the image and its name, with its framing.
 _RECORD_BYTES = 110
@@ -164,6 +167,7 @@ def install(stage: str, plan: Plan, parts: list[bytes]) -> set[int]:
     Raises:
       OSError: the stage cannot be written.
     """
+    places.remove(places.join(stage, _STOP))
     before = read_plan(stage)
     if before is None or before.fingerprint != plan.fingerprint:
         for name in (_PLAN, _DONE, _FAILED, _PLANS, DATASET):
@@ -206,6 +210,16 @@ def results(stage: str, *, known: dict[int, Result] | None = None) -> dict[int, 
     return found
 
 
+def stop(stage: str) -> None:
+    """Tells workers, wherever they are, that their shards are not wanted any more."""
+    with contextlib.suppress(OSError):
+        places.write(places.join(stage, _STOP), b"")
+
+
+class _StoppedError(Exception):
+    """Nobody waits for this shard."""
+
+
 def write_shard(stage: str, number: int) -> None:
     """Writes one shard, its index and its result; an equal call writes equal files.
 
@@ -216,6 +230,8 @@ def write_shard(stage: str, number: int) -> None:
         raise OSError(f"{stage} has no plan any more")
     try:
         result = _write(stage, plan, number)
+    except _StoppedError:
+        return
     except DataError as error:
         result = Result(0, [], error=str(error))
     except OSError as error:
@@ -232,7 +248,9 @@ def _write(stage: str, plan: Plan, number: int) -> Result:
     skipped: list[Skipped] = []
     with places.create(path) as file:
         shard = _Shard(file.write)
-        for image in images:
+        for row, image in enumerate(images):
+            if row % _LOOK == 0 and places.is_file(places.join(stage, _STOP)):
+                raise _StoppedError
             name = image.ref if plan.names == "paths" or image.number is None else image.number
             try:
                 data = read(image.ref)

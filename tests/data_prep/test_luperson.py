@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import convert, layouts, luperson_source, shards
+from data_prep import convert, layouts, lint, luperson_source, shards
 from data_prep.pedestrians import Scene
 from dmosnet_jax.core import places
 from dmosnet_jax.core.errors import ConfigError, DataError
@@ -85,9 +85,8 @@ def test_a_tree_keeps_bytes_order_and_paths(raw, tmp_path, video):
     found = rows(tmp_path / "data")
     files = jpegs(source)
     assert [r.filename for r in found] == [p.relative_to(source).as_posix() for p in files]
-    assert [r.filename for r in found] == [label.filename for label in labels]
+    assert [(r.filename, r.pid, r.camid) for r in found] == [tuple(label) for label in labels]
     assert [r.image for r in found] == [p.read_bytes() for p in files]
-    assert {r.pid for r in found} == {-1}
     videos = sorted({p.parent for p in files})
     assert [r.camid for r in found] == [videos.index(p.parent) if video else 0 for p in files]
     assert summary.splits == {"train": (len(files), 0, len(videos) if video else 1)}
@@ -105,7 +104,7 @@ def test_every_form_gives_the_same_rows(raw, tmp_path, keys):
     expected = rows(tmp_path / "tree")
     assert rows(tmp_path / "lmdb") == expected
     # The names of the published lists of scores.
-    assert [r.filename for r in expected] == [f"{label.filename}.jpg" for label in labels]
+    assert [(r.filename, r.pid, r.camid) for r in expected] == [(f"{x.filename}.jpg", -1, x.camid) for x in labels]
     assert len({r.camid for r in expected}) == len({r.filename[:10] for r in expected}) == 4
     flat = tmp_path / "LUP" / "images"
     flat.mkdir(parents=True)
@@ -121,6 +120,27 @@ def test_every_form_gives_the_same_rows(raw, tmp_path, keys):
     (alone / "data.mdb").write_bytes((database / "lmdb" / "data.mdb").read_bytes())
     run(alone, tmp_path / "from-alone")
     assert rows(tmp_path / "from-alone") == expected
+
+
+@pytest.mark.parametrize("form", ["folder", "lmdb"])
+def test_lint_sees_the_same_before_and_after(raw, tmp_path, capsys, form):
+    source, labels = raw(form)
+    assert lint.main(["lint", "--dataset=luperson", f"--source={source}"]) == 0
+    before = capsys.readouterr().out
+    run(source, tmp_path)
+    assert lint.main(["lint", "--dataset=luperson", f"--data_dir={tmp_path}"]) == 0
+    after = capsys.readouterr().out
+    (row,) = (line for line in before.splitlines() if line.split()[:1] == ["train"])
+    assert row in after.splitlines()
+    assert str(len(labels)) in row.split()
+    assert "4,180,243" in before
+    assert "4,180,243" in after
+
+
+def test_lint_finds_unreadable_images(pictures, tmp_path, capsys):
+    source = pictures(tmp_path / "raw", 100, bad={7})
+    assert lint.main(["lint", "--dataset=luperson", f"--source={source}"]) == 1
+    assert "c1/city/v1/000007.jpg" in capsys.readouterr().out
 
 
 def test_shards_indices_and_description_are_those_of_the_other_data_sets(raw, tmp_path):
