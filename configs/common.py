@@ -166,6 +166,20 @@ def spcl(config: ConfigDict) -> ConfigDict:
             "eps": 0.6,
             "eps_gap": 0.02,
             "min_samples": 4,
+            # Radius of the last epoch, reached in equal steps; None keeps `eps`.
+            "eps_end": config_dict.placeholder(float),
+            # Share of the images that must be in clusters, or the run stops and suggests a radius.
+            "min_clustered": 0.01,
+            # What the memory holds: image (SpCL), cluster or cluster_hardest (Cluster Contrast; momentum 0.1 there).
+            "memory": "image",
+            # Extract all features anew before each clustering.
+            "reextract": False,
+            # Neighbours on accelerators: exact, or bfloat16 (candidates by that, then exact scores; recall is logged).
+            "search": "exact",
+            # Steps between two exact rebuilds of the class sums, beside the one at each epoch's start; 0 for none.
+            "refresh_every_steps": 5000,
+            # Most classes there will ever be; None allows as many as images. Fewer save memory and time.
+            "max_classes": config_dict.placeholder(int),
         }
     )
     return config

@@ -106,7 +106,7 @@ def test_finetune_is_as_released():
 @pytest.mark.parametrize("name", ["spcl_luperson", "spcl_market1501"])
 def test_spcl_is_the_references(name):
     config = load(ROOT / "configs" / f"{name}.py").get_config()
-    assert dict(config.spcl) == {
+    theirs = {
         "temperature": 0.05,
         "momentum": 0.2,
         "k1": 30,
@@ -115,4 +115,9 @@ def test_spcl_is_the_references(name):
         "eps_gap": 0.02,
         "min_samples": 4,
     }
+    assert {name: config.spcl[name] for name in theirs} == theirs
+    # What goes beyond SpCL is off.
+    assert (config.spcl.memory, config.spcl.reextract, config.spcl.search) == ("image", False, "exact")
+    assert config.spcl.eps_end is None
+    assert config.spcl.max_classes is None
     assert (config.batch_size, config.sampler.instances, config.optim.learning_rate) == (64, 4, 3.5e-4)

@@ -7,6 +7,8 @@ from dmosnet_jax.core.selection import check_subset, dataset_names
 
 RECIPES = ("quickstart", "spcl", "supervised", "evaluate", "extract", "export", "cfs")
 SCHEDULES = ("step", "cosine", "constant")
+MEMORIES = ("image", "cluster", "cluster_hardest")
+SEARCHES = ("exact", "bfloat16")
 TRIPLETS = ("hinge", "soft", "none")
 TRIPLET_FEATURES = ("embedding", "feature")
 
@@ -66,8 +68,10 @@ def validate(config: Any) -> None:
         config, "train.checkpoint_every_steps", "train.epochs", "train.steps_per_epoch", "train.eval_every_epochs"
     )
     _positive(config, "sampler.instances", "spcl.temperature", "spcl.eps", "spcl.k1", "spcl.k2", "spcl.min_samples")
+    _positive(config, "spcl.max_classes")
     _not_negative(
         config,
+        "spcl.refresh_every_steps",
         "eval.rank_lists",
         "seed",
         "optim.weight_decay",
@@ -76,7 +80,9 @@ def validate(config: Any) -> None:
         "data.threads",
         "data.workers",
     )
-    _fraction(config, "augment.flip", "augment.erase", "augment.autoaugment", "optim.warmup_factor")
+    _fraction(
+        config, "spcl.min_clustered", "augment.flip", "augment.erase", "augment.autoaugment", "optim.warmup_factor"
+    )
     _below_one(config, "spcl.momentum", "loss.label_smoothing")
     _positive(config, "cfs.chunk_images", "cfs.sheet_columns")
     _check_selection(config, recipe)
@@ -130,11 +136,18 @@ def _check_schedule(config: Any) -> None:
     schedule = read(config, "optim.schedule")
     if schedule is not None and schedule not in SCHEDULES:
         raise ConfigError(f"optim.schedule={schedule!r} is not known: use one of {', '.join(SCHEDULES)}")
-    eps, gap = read(config, "spcl.eps"), read(config, "spcl.eps_gap")
-    if eps is not None and gap is not None and not (0 <= gap < eps and eps + gap < 1):
-        raise ConfigError(
-            f"spcl.eps={eps} with spcl.eps_gap={gap}: the radii eps - eps_gap to eps + eps_gap must lie between 0 and 1"
-        )
+    gap = read(config, "spcl.eps_gap")
+    for field in ("eps", "eps_end"):
+        eps = read(config, f"spcl.{field}")
+        if eps is not None and gap is not None and not (0 <= gap < eps and eps + gap < 1):
+            raise ConfigError(
+                f"spcl.{field}={eps} with spcl.eps_gap={gap}: the radii {field} - eps_gap to {field} + eps_gap must "
+                "lie between 0 and 1"
+            )
+    for field, known in (("spcl.memory", MEMORIES), ("spcl.search", SEARCHES)):
+        value = read(config, field)
+        if value is not None and value not in known:
+            raise ConfigError(f"{field}={value!r} is not known: use one of {', '.join(known)}")
 
 
 def _check_loss(config: Any) -> None:

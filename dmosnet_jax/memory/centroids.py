@@ -1,7 +1,7 @@
 """Cluster-level memory: one moving centroid per cluster (Cluster Contrast, Dai et al. 2021, arXiv 2103.11568).
 
 The tables are those of the hybrid memory: a class holds its unit centroid as its sum and counts as one image, so that
-`hybrid.loss` is the softmax over centroids (with SpCL's 1e-6). Images outside of the clusters have no class and are left
+`hybrid.loss` is the softmax over centroids (with SpCL's 1e-6). Images outside of clusters have no class and are left
 out. Centroids start an epoch as the mean of their images' features, which are extracted anew, and follow the batches.
 """
 

@@ -39,6 +39,7 @@ class Clustering:
         num_unclustered: classes of one image.
         largest_cluster: images in the largest class.
         seconds: time per stage.
+        recall: share of the true nearest images that the search found, measured where it was not exact; else None.
     """
 
     labels: np.ndarray
@@ -52,6 +53,7 @@ class Clustering:
     num_unclustered: int
     largest_cluster: int
     seconds: dict[str, float] = field(default_factory=dict)
+    recall: float | None = None
 
 
 class TooFewClusteredError(UserError):

@@ -1,5 +1,6 @@
 """Clustering by several processes: the neighbour search over all devices, the graph once, one result for all."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -60,7 +61,7 @@ def cluster_together(
     seconds = time.perf_counter() - since
     found = cluster(features, **options) if single else _from_first(features, options)
     found.seconds["neighbours"] = seconds
-    return found
+    return dataclasses.replace(found, recall=neighbours.recall(features, nearest) if candidates else None)
 
 
 def _from_first(features: np.ndarray, options: dict[str, Any]) -> Clustering:

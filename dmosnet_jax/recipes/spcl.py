@@ -1,30 +1,34 @@
 """Self-paced contrastive learning without labels (Ge et al. 2020), the paper's pre-training.
 
 Every epoch clusters the memory, makes pseudo-labels of clusters and un-clustered images, and contrasts batches with the
-memory. The memory is filled once, from the network that training starts from.
+memory. The memory is filled once, from the network that training starts from; `spcl.reextract` fills it anew before
+each clustering. With `spcl.memory` "cluster" or "cluster_hardest" it holds centroids instead (Cluster Contrast, Dai et
+al. 2021): features are extracted before each epoch, and images outside of clusters are left out.
 """
 
+import functools
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
+from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.mesh import to_host
 from dmosnet_jax.data.samplers import class_epoch
-from dmosnet_jax.memory import clustering, hybrid
-from dmosnet_jax.recipes.splits import say
+from dmosnet_jax.memory import centroids, hybrid
+from dmosnet_jax.recipes import feature_pass, pseudo_labels
 from dmosnet_jax.recipes.training import TrainingRun
 from dmosnet_jax.train.state import TrainState
-from dmosnet_jax.train.steps import Step, spcl_step
+from dmosnet_jax.train.steps import Batch, Metrics, Step, spcl_step
 
 
 class SpclRun(TrainingRun):
-    """SpCL over the training split; identities, where there are any, are not looked at."""
+    """SpCL over the training split; identities, where there are any, only tell how good the clusters are."""
 
     _threshold: float | None = None
+    _steps_taken = 0
 
     def num_classes(self) -> int:
         """No classifier."""
@@ -36,25 +40,48 @@ class SpclRun(TrainingRun):
 
     def prepare(self, state: TrainState, meta: Mapping[str, Any] | None) -> TrainState:
         """Adds the memory: features of every image, or on resuming a table of the right size to restore into."""
-        images = len(self.split.pids)
+        images, settings = len(self.split.pids), self.config.spcl
+        pseudo_labels.announce(images, self.model.feature_dim, settings)
         if meta is None:
-            features = self.extractor(state.params, state.stats, self.split, label="memory", cache=self.cache)
-            features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+            features = self._extract(state)
         else:
             self._threshold = meta["indep_threshold"]
             features = np.zeros((images, self.model.feature_dim), np.float32)
         memory = hybrid.init(
             features,
-            np.arange(images),
-            momentum=self.config.spcl.momentum,
-            temperature=self.config.spcl.temperature,
+            # Until the first clustering.
+            np.zeros(images, np.int32),
+            momentum=settings.momentum,
+            temperature=settings.temperature,
+            capacity=settings.max_classes,
             mesh=self.mesh,
         )
         return state.replace(memory=memory)
 
     def make_step(self) -> Step:
         """Contrast with the memory."""
-        return spcl_step(self.model, self.optimiser, self.config)
+        moves: dict[str, Callable[..., hybrid.Memory]] = {
+            "image": hybrid.update,
+            "cluster": centroids.update,
+            "cluster_hardest": functools.partial(centroids.update, hardest=True),
+        }
+        return spcl_step(self.model, self.optimiser, self.config, update=moves[self.config.spcl.memory])
+
+    def finish_step(self, step: Step) -> Step:
+        """Rebuilds the class sums from time to time, so that rounding does not collect over long epochs."""
+        every = self.config.spcl.refresh_every_steps
+        if self._has_centroids() or not every:
+            return step
+
+        def refreshing(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+            # An epoch starts with new sums anyway.
+            if self._steps_taken % every == 0 and self._steps_taken % self.schedule.steps_per_epoch:
+                assert state.memory is not None
+                state = state.replace(memory=hybrid.refresh(state.memory))
+            self._steps_taken += 1
+            return step(state, batch)
+
+        return refreshing
 
     def loop_values(self) -> dict[str, Any]:
         """The independence threshold of the first epoch, which all later ones keep."""
@@ -63,13 +90,14 @@ class SpclRun(TrainingRun):
     def begin_epoch(self, state: TrainState, epoch: int, offset: int) -> tuple[TrainState, Any, Mapping[str, float]]:
         """Clusters the memory and plans the epoch; in the middle of one, takes the pseudo-labels from the memory."""
         assert state.memory is not None
-        images = state.memory.num_rows
+        self._steps_taken = epoch * self.schedule.steps_per_epoch + offset
         notes: dict[str, float] = {}
         if offset:
-            labels = np.asarray(state.memory.labels)[:images]
+            labels = np.asarray(state.memory.labels)[: state.memory.num_rows]
         else:
-            labels, notes = self._cluster(state.memory, epoch)
-            state = state.replace(memory=hybrid.set_labels(state.memory, labels))
+            state, labels, notes = self._cluster(state, epoch)
+        if offset or (epoch and not self._extracts_anew()):
+            feature_pass.clear(self.workdir)
         plan = class_epoch(
             labels,
             self.split.camids if self._has_cameras() else None,
@@ -81,46 +109,54 @@ class SpclRun(TrainingRun):
         )
         return state, self.stream(plan, epoch=epoch, start=offset, labels=labels), notes
 
+    def run(self) -> dict[str, Any]:
+        """Trains from the newest checkpoint, or from the start, to the end; returns the final results."""
+        results = super().run()
+        feature_pass.clear(self.workdir)
+        return results
+
     def _has_cameras(self) -> bool:
         return bool(len(np.unique(self.split.camids)) > 1)
 
-    def _cluster(self, memory: hybrid.Memory, epoch: int) -> tuple[np.ndarray, dict[str, float]]:
-        since = time.perf_counter()
-        settings = self.config.spcl
-        found = clustering.cluster(
-            to_host(memory.features)[: memory.num_rows],
-            k1=settings.k1,
-            k2=settings.k2,
-            eps=settings.eps,
-            eps_gap=settings.eps_gap,
-            min_samples=settings.min_samples,
-            indep_threshold=self._threshold,
+    def _has_centroids(self) -> bool:
+        return self.config.spcl.memory != "image"
+
+    def _extracts_anew(self) -> bool:
+        return self.config.spcl.reextract or self._has_centroids()
+
+    def _extract(self, state: TrainState) -> np.ndarray:
+        return feature_pass.extract(
+            self.extractor, state.params, state.stats, self.split, self.workdir, cache=self.cache
         )
-        labels, threshold = _same_everywhere(found.labels, float(found.indep_threshold))
-        self._threshold = threshold
-        seconds = time.perf_counter() - since
-        stages = ", ".join(f"{name} {value:.1f}" for name, value in found.seconds.items())
-        say(
-            f"epoch {epoch + 1}: {found.num_clusters} clusters, {found.num_unclustered} un-clustered images, largest "
-            f"cluster {found.largest_cluster}, threshold {self._threshold:.4f}, {seconds:.1f} s ({stages})"
+
+    def _cluster(self, state: TrainState, epoch: int) -> tuple[TrainState, np.ndarray, dict[str, float]]:
+        """New pseudo-labels: the state with its memory set to them, the labels, and what to log."""
+        since, settings, memory = time.perf_counter(), self.config.spcl, state.memory
+        assert memory is not None
+        drift: dict[str, float] = {}
+        if epoch and not self._has_centroids():
+            drift = {"class_sum_drift": float(hybrid.drift(memory))}
+        if epoch and self._extracts_anew():
+            features = self._extract(state)
+            memory = hybrid.set_features(memory, features)
+        else:
+            # The network has not moved since `prepare` filled the memory, or the memory is what is clustered.
+            features = to_host(memory.features)[: memory.num_rows]
+        eps = pseudo_labels.radius(settings, epoch, self.schedule.epochs)
+        found = pseudo_labels.find(
+            features, settings, eps=eps, threshold=self._threshold, mesh=self.mesh, workdir=self.workdir
         )
-        return labels, {
-            "clusters": found.num_clusters,
-            "unclustered": found.num_unclustered,
-            "largest_cluster": found.largest_cluster,
-            "indep_threshold": self._threshold,
-            **{f"seconds_{name}": value for name, value in found.seconds.items()},
-        }
-
-
-def _same_everywhere(labels: np.ndarray, threshold: float) -> tuple[np.ndarray, float]:
-    """Process 0's result: hosts that differ in a last bit must not train on different labels."""
-    if jax.process_count() == 1:
-        return labels, threshold
-    from jax.experimental import multihost_utils
-
-    labels, exact = multihost_utils.broadcast_one_to_all((labels, np.float32(threshold)))
-    return np.asarray(labels), float(exact)
+        self._threshold = float(found.indep_threshold)
+        labels = found.dbscan if self._has_centroids() else found.labels
+        try:
+            if self._has_centroids():
+                memory = centroids.begin(memory, features, labels)
+            else:
+                memory = hybrid.set_labels(memory, labels)
+        except ConfigError as error:
+            raise ConfigError(f"{error}: --config.spcl.max_classes={settings.max_classes} is too low") from error
+        notes = pseudo_labels.report(found, labels, self.split.pids, epoch=epoch, eps=eps, since=since)
+        return state.replace(memory=memory), labels, notes | drift
 
 
 def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:

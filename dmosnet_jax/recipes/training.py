@@ -83,6 +83,10 @@ class TrainingRun(abc.ABC):
     def begin_epoch(self, state: TrainState, epoch: int, offset: int) -> tuple[TrainState, Any, Mapping[str, float]]:
         """See `loop.Recipe`."""
 
+    def finish_step(self, step: Step) -> Step:
+        """What is called for each batch, given the compiled step."""
+        return step
+
     def loop_values(self) -> dict[str, Any]:
         """Host values that a checkpoint must keep."""
         return {}
@@ -153,7 +157,7 @@ class TrainingRun(abc.ABC):
                 write_json(self.workdir / "config.json", _plain(self.config))
             loop = Loop(
                 self,
-                compile_step(self.make_step(), state, self.mesh),
+                self.finish_step(compile_step(self.make_step(), state, self.mesh)),
                 self.schedule,
                 mesh=self.mesh,
                 workdir=self.workdir,

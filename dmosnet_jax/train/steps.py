@@ -65,10 +65,16 @@ def supervised_step(model: Model, optimiser: optax.GradientTransformation, confi
     return step
 
 
-def spcl_step(model: Model, optimiser: optax.GradientTransformation, config: Any) -> Step:
+def spcl_step(
+    model: Model,
+    optimiser: optax.GradientTransformation,
+    config: Any,
+    *,
+    update: Callable[..., hybrid.Memory] = hybrid.update,
+) -> Step:
     """SpCL's contrastive step against the hybrid memory, which it then moves (Ge et al. 2020, Eq. 1 and 3).
 
-    The batch's `index` holds rows of the memory. Metrics: `loss`, `gradient_norm`.
+    The batch's `index` holds rows of the memory; `update` moves it. Metrics: `loss`, `gradient_norm`.
     """
 
     def losses(params, state, batch):
@@ -80,7 +86,7 @@ def spcl_step(model: Model, optimiser: optax.GradientTransformation, config: Any
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         (loss, (stats, features)), gradient = jax.value_and_grad(losses, has_aux=True)(state.params, state, batch)
         assert state.memory is not None
-        memory = hybrid.update(state.memory, features, batch["index"], loss=loss)
+        memory = update(state.memory, features, batch["index"], loss=loss)
         state = _apply_gradient(state, gradient, stats, optimiser).replace(memory=memory)
         return state, {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
 

@@ -1,0 +1,134 @@
+"""One pass of feature extraction over all training images, that goes on where it was interrupted.
+
+Large data sets are extracted in parts, each written whole or not at all to `features/` in the workdir. A part belongs
+to the exact weights and images it was made from; parts of others are removed.
+"""
+
+import pathlib
+import shutil
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from dmosnet_jax.data.loading import ImageCache
+from dmosnet_jax.data.subset import Rows, Subset
+from dmosnet_jax.evaluation.extract import Extractor
+from dmosnet_jax.export.aside import written_aside
+from dmosnet_jax.recipes.splits import say
+
+FOLDER = "features"
+PART = 65_536
+
+
+def extract(
+    extractor: Extractor,
+    params: Any,
+    stats: Any,
+    split: Rows,
+    workdir: pathlib.Path,
+    *,
+    cache: ImageCache | None = None,
+    part: int = PART,
+    label: str = "memory",
+) -> np.ndarray:
+    """Unit features of all images, float32 [N, E], the same on every process.
+
+    Args:
+        extractor: compiled forward pass.
+        params: parameter tree.
+        stats: batch statistics tree.
+        split: the images.
+        workdir: where parts are kept; process 0 writes and reads them.
+        cache: decoded images; a set that has one is extracted at once.
+        part: images between two writes. A set of no more is extracted at once.
+        label: of the progress bar.
+
+    Raises:
+        DataError: an image can't be read, or a part can't be written.
+    """
+    count = len(split.pids)
+    if count <= part or cache is not None:
+        return _unit(extractor(params, stats, split, label=label, cache=cache))
+    keeper = _Parts(workdir / FOLDER, _fingerprint(params, stats, split))
+    pieces, known = [], 0
+    for start in range(0, count, part):
+        rows = np.arange(start, min(start + part, count))
+        piece = keeper.load(start, len(rows))
+        if piece is None:
+            name = f"{label} {start // part + 1}/{-(-count // part)}"
+            piece = _unit(extractor(params, stats, Subset(split, rows), label=name))
+            keeper.save(start, piece)
+        else:
+            known += len(rows)
+        pieces.append(piece)
+    if known:
+        say(f"{known:,} of {count:,} features were there from an interrupted pass")
+    return np.concatenate(pieces)
+
+
+def clear(workdir: pathlib.Path) -> None:
+    """Removes the parts: a checkpoint holds what was made of them."""
+    if jax.process_index() == 0:
+        shutil.rmtree(workdir / FOLDER, ignore_errors=True)
+
+
+class _Parts:
+    """Files `<fingerprint>-<first image>.npy`; every process gets what process 0 finds."""
+
+    def __init__(self, folder: pathlib.Path, fingerprint: str):
+        self._folder, self._fingerprint = folder, fingerprint
+        if jax.process_index() == 0 and folder.is_dir():
+            for path in folder.iterdir():
+                if not path.name.startswith(fingerprint):
+                    path.unlink(missing_ok=True)
+
+    def _path(self, start: int) -> pathlib.Path:
+        return self._folder / f"{self._fingerprint}-{start:09d}.npy"
+
+    def load(self, start: int, count: int) -> np.ndarray | None:
+        """The part from image `start` on, or None where there is none, or a damaged one."""
+        piece = None
+        if jax.process_index() == 0:
+            try:
+                piece = np.load(self._path(start), allow_pickle=False)
+            except (OSError, ValueError, EOFError):
+                piece = None
+            if piece is not None and (piece.dtype != np.float32 or piece.ndim != 2 or len(piece) != count):
+                piece = None
+        if jax.process_count() == 1:
+            return piece
+        width = int(_broadcast(np.int32(0 if piece is None else piece.shape[1])))
+        if not width:
+            return None
+        return np.asarray(_broadcast(np.zeros((count, width), np.float32) if piece is None else piece))
+
+    def save(self, start: int, piece: np.ndarray) -> None:
+        """Keeps a part."""
+        if jax.process_index() == 0:
+            with written_aside(self._path(start)) as aside, aside.open("wb") as file:
+                np.save(file, piece, allow_pickle=False)
+
+
+def _broadcast(value: Any) -> Any:
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.broadcast_one_to_all(value)
+
+
+def _fingerprint(params: Any, stats: Any, split: Rows) -> str:
+    """Changes with any weight, and with which images there are."""
+    update: Callable[[bytes, int], int] = zlib.crc32
+    check = 0
+    for leaf in jax.tree.leaves((params, stats)):
+        check = update(np.ascontiguousarray(leaf).tobytes(), check)
+    # File names tell images apart; a few are enough to recognise another set of the same size.
+    sample = np.linspace(0, len(split.pids) - 1, min(len(split.pids), 64)).astype(int)
+    names = "\n".join(split.filenames(sample.tolist()))
+    return f"{check:08x}{update(names.encode(), len(split.pids) & 0xFFFFFFFF):08x}"
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

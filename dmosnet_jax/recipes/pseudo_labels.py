@@ -1,0 +1,136 @@
+"""The clustering of one epoch, as a run shows it: what it will take, how far it is, how good it was, why it failed."""
+
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dmosnet_jax.evaluation.report_charts import Chart, Line, draw_svg
+from dmosnet_jax.export.aside import written_aside
+from dmosnet_jax.memory import clustering, quality
+from dmosnet_jax.memory.clustering import Clustering, TooFewClusteredError
+from dmosnet_jax.memory.together import cluster_together
+from dmosnet_jax.recipes.splits import say
+from dmosnet_jax.train.metrics import progress_bar
+
+PICTURE = "k_distances.svg"
+# Of these the progress is known; the others take a hundredth of the time.
+_STAGES = ("neighbours", "weights", "jaccard")
+# Candidates for each neighbour of the low-precision search.
+_CANDIDATES = 2
+
+
+def radius(settings: Any, epoch: int, epochs: int) -> float:
+    """DBSCAN's radius of an epoch: `eps`, or on the way from there to `eps_end`."""
+    if settings.eps_end is None or epochs < 2:
+        return settings.eps
+    return settings.eps + (settings.eps_end - settings.eps) * epoch / (epochs - 1)
+
+
+def announce(images: int, dim: int, settings: Any) -> None:
+    """Says how much memory clustering will need."""
+    parts = clustering.estimate_memory(images, dim, k1=settings.k1)
+    total = parts.pop("total")
+    largest = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sorted(parts.items(), key=lambda p: -p[1])[:3])
+    say(f"clustering {images:,} images of {dim} values takes up to {total / 2**30:.2f} GiB of host memory ({largest})")
+
+
+def find(
+    features: np.ndarray, settings: Any, *, eps: float, threshold: float | None, mesh: Mesh, workdir: pathlib.Path
+) -> Clustering:
+    """Clusters the features with a progress bar.
+
+    Args:
+        features: float32 [N, D] of unit length, the same on every process.
+        settings: `config.spcl`.
+        eps: radius of this epoch.
+        threshold: independence threshold of the first epoch, None in it.
+        mesh: devices of the neighbour search.
+        workdir: where a picture of the k-distance curve goes if there are too few clusters.
+
+    Raises:
+        TooFewClusteredError: the message names the picture.
+    """
+    images, candidates = len(features), 0
+    if settings.search == "bfloat16":
+        candidates = _CANDIDATES * min(settings.k1, images)
+    with progress_bar(images * len(_STAGES), label="cluster") as bar:
+
+        def show(stage: str, fraction: float) -> None:
+            bar.set_description(f"cluster: {stage}", refresh=False)
+            bar.update(int((_STAGES.index(stage) + fraction) * images) - bar.n)
+
+        try:
+            return cluster_together(
+                features,
+                k1=settings.k1,
+                k2=settings.k2,
+                eps=eps,
+                eps_gap=settings.eps_gap,
+                min_samples=settings.min_samples,
+                min_clustered=settings.min_clustered,
+                indep_threshold=threshold,
+                mesh=mesh,
+                candidates=candidates,
+                progress=show,
+            )
+        except TooFewClusteredError as error:
+            if not error.reaches.size:
+                raise
+            picture = workdir / PICTURE
+            draw(error, picture)
+            message = f"{error} (--config.spcl.eps=...); the curve is in {picture}"
+            raise TooFewClusteredError(message, error.reaches, error.eps, error.min_samples) from error
+
+
+def draw(error: TooFewClusteredError, path: pathlib.Path) -> None:
+    """Writes the k-distance curve with the radius that was tried."""
+    share = np.linspace(0, 100, len(error.reaches))
+    reach = Line(f"distance to image {error.min_samples}", share.tolist(), error.reaches.tolist())
+    tried = Line(f"eps = {error.eps:g}", [0.0, 100.0], [error.eps, error.eps])
+    chart = Chart("k-distance curve", "share of the images (%)", "Jaccard distance", [reach, tried])
+    svg = draw_svg(chart, "k-distances")
+    with written_aside(path) as aside:
+        # On a page of its own there is no text colour to take, nor a background.
+        style = '<svg style="color:#333;background:white" '
+        aside.write_text(svg.replace("<svg ", style, 1), encoding="utf-8")
+
+
+def report(
+    found: Clustering, labels: np.ndarray, identities: np.ndarray, *, epoch: int, eps: float, since: float
+) -> dict[str, float]:
+    """Prints a line about an epoch's clusters and returns its metrics.
+
+    Args:
+        found: the clustering.
+        labels: int [N], the pseudo-labels that training will use.
+        identities: int [N], -1 where not known; only for these figures.
+        epoch: from 0.
+        eps: the radius.
+        since: `time.perf_counter()` at the start.
+    """
+    stages = ", ".join(f"{name} {value:.1f}" for name, value in found.seconds.items())
+    notes: dict[str, float] = {
+        "clusters": found.num_clusters,
+        "unclustered": found.num_unclustered,
+        "largest_cluster": found.largest_cluster,
+        "indep_threshold": found.indep_threshold,
+        "eps": eps,
+    }
+    if found.recall is not None:
+        notes["neighbour_recall"] = found.recall
+    agreement, told = quality.agreement(labels, identities), ""
+    if agreement is not None:
+        notes |= {f"pseudo_{name}": getattr(agreement, name) for name in agreement._fields if name != "images"}
+        told = (
+            f", NMI {agreement.nmi:.3f}, adjusted Rand {agreement.adjusted_rand:.3f}, pairs "
+            f"{agreement.pair_precision:.3f} precise, {agreement.pair_recall:.3f} recalled"
+        )
+    say(
+        f"epoch {epoch + 1}: {found.num_clusters} clusters, {found.num_unclustered} un-clustered images, largest "
+        f"cluster {found.largest_cluster}, threshold {found.indep_threshold:.4f}{told}, "
+        f"{time.perf_counter() - since:.1f} s ({stages})"
+    )
+    return notes | {f"seconds_{name}": value for name, value in found.seconds.items()}

@@ -1,0 +1,314 @@
+"""SpCL's epochs: one compilation, its options, what it says before and after clustering, and when it refuses."""
+
+import dataclasses
+import json
+import logging
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import spcl_market1501
+from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.memory import hybrid
+from dmosnet_jax.memory.clustering import TooFewClusteredError
+from dmosnet_jax.models import Model
+from dmosnet_jax.recipes import feature_pass, pseudo_labels, training
+from dmosnet_jax.recipes.spcl import SpclRun
+from dmosnet_jax.recipes.weights import build_for
+
+
+class Small(Model):
+    """A linear map of the colours of eight bands."""
+
+    feature_dim = 16
+
+    def init(self, key):
+        return {"kernel": jax.random.normal(key, (24, 16), jnp.float32)}, {"seen": jnp.zeros((), jnp.float32)}
+
+    def shapes(self):
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def apply(self, params, stats, images, *, train):
+        bands = images.reshape(len(images), 8, -1, 3).mean(axis=2).reshape(len(images), 24)
+        seen = {"seen": stats["seen"] + 1.0} if train else stats
+        return {"feature": bands @ params["kernel"]}, seen
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Whole runs with a network that compiles at once; they hold code of others, which promotes types."""
+
+    def build_small(*args, **options):
+        model = build_for(*args, **options)
+        return Small(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)})
+
+    monkeypatch.setattr(training, "build_for", build_small)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def data_dir(tiny_writer, tmp_path_factory):
+    """48 images of 8 identities, no queries: nothing is scored."""
+    folder = tmp_path_factory.mktemp("train_only")
+    tiny_writer(folder, splits=("train",))
+    return folder
+
+
+@pytest.fixture
+def settings(data_dir):
+    """The function `settings(**fields)`: a short run's config; `a__b` stands for `a.b`."""
+
+    def give(**fields):
+        config = spcl_market1501.get_config()
+        given = {
+            "dataset": "tiny",
+            "data_dir": str(data_dir),
+            "image_size": (64, 32),
+            "batch_size": 16,
+            "model__name": "osnet_x0_25",
+            "model__neck": "bnneck",
+            "model__bn_group_size": 8,
+            "data__threads": 1,
+            "train__epochs": 2,
+            "train__steps_per_epoch": 2,
+            "train__log_every_steps": 1,
+            "train__keep": 1,
+            "spcl__k1": 8,
+            "spcl__k2": 3,
+        }
+        for field, value in (given | fields).items():
+            *path, last = field.split("__")
+            node = config
+            for part in path:
+                node = node[part]
+            node[last] = value
+        return config
+
+    return give
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+class Marked(SpclRun):
+    """Notes how many programs had been compiled when each epoch began."""
+
+    compiled: list[str]
+    marks: list[int]
+
+    def begin_epoch(self, state, epoch, offset):
+        self.marks.append(len(self.compiled))
+        return super().begin_epoch(state, epoch, offset)
+
+
+class Compilations(logging.Handler):
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def emit(self, record):
+        text = record.getMessage()
+        if text.startswith("Compiling "):
+            self.names.append(text.split()[1])
+
+
+def test_twenty_epochs_with_changing_class_counts_compile_once(settings, tmp_path, capsys):
+    fields = {"train__epochs": 20, "train__steps_per_epoch": 1, "optim__learning_rate": 3e-3}
+    run = Marked(settings(spcl__eps=0.2, spcl__eps_end=0.7, spcl__refresh_every_steps=3, **fields), tmp_path)
+    run.compiled, run.marks = [], []
+    handler, logger = Compilations(run.compiled), logging.getLogger("jax")
+    logger.addHandler(handler)
+    # Each of these lines is pages long.
+    logger.propagate = False
+    try:
+        with jax.log_compiles():
+            run.run()
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
+    notes = [row for row in rows(tmp_path) if "clusters" in row]
+    assert len(notes) == len(run.marks) == 20
+    assert len({(row["clusters"], row["unclustered"]) for row in notes}) >= 5
+    assert sum("step" in name for name in run.compiled) == 1, run.compiled
+    assert run.compiled[: run.marks[1]], "the handler sees compilations"
+    # The second epoch measures the drift of the class sums for the first time.
+    assert run.compiled[run.marks[2] :] == []
+    np.testing.assert_allclose([row["eps"] for row in notes], np.linspace(0.2, 0.7, 20))
+    assert all(0 <= row["class_sum_drift"] < 1e-5 for row in notes[1:])
+    for name in ("pseudo_nmi", "pseudo_adjusted_rand", "pseudo_pair_precision", "pseudo_pair_recall"):
+        assert all(-1 <= row[name] <= 1 for row in notes)
+    printed = capsys.readouterr().out
+    assert "clustering 48 images of 16 values takes up to" in printed
+    assert printed.count("clusters, ") == 20
+
+
+@pytest.mark.parametrize("memory", ["image", "cluster", "cluster_hardest"])
+def test_options_that_are_off_by_default(settings, tmp_path, memory, monkeypatch):
+    passes, refreshed = [], []
+    original, refresh = feature_pass.extract, hybrid.refresh
+    monkeypatch.setattr(
+        feature_pass, "extract", lambda *args, **rest: passes.append(original(*args, **rest)) or passes[-1]
+    )
+    monkeypatch.setattr(hybrid, "refresh", lambda memory: refreshed.append(None) or refresh(memory))
+    run = SpclRun(
+        settings(
+            spcl__memory=memory,
+            spcl__eps=0.12,
+            optim__learning_rate=0.02,
+            spcl__reextract=True,
+            spcl__refresh_every_steps=1,
+            spcl__max_classes=48,
+            train__steps_per_epoch=3,
+        ),
+        tmp_path,
+    )
+    states = []
+    finish = run.finish_step
+
+    def watching(step):
+        step = finish(step)
+
+        def call(state, batch):
+            state, metrics = step(state, batch)
+            states.append(jax.device_get(state.memory))
+            return state, metrics
+
+        return call
+
+    monkeypatch.setattr(run, "finish_step", watching)
+    run.run()
+    assert len(passes) == 2, "once at the start, once before the second clustering"
+    assert np.abs(passes[1] - passes[0]).max() > 1e-3
+    # Sums are rebuilt at each epoch's start, at the start of the run, and for images after every step but the last.
+    assert len(refreshed) == (3 + 4 if memory == "image" else 3)
+    last = states[-1]
+    if memory == "image":
+        assert last.labels[:48].min() == 0
+        return
+    assert last.labels[:48].min() == -1, "images outside of clusters are left out"
+    present = last.class_counts > 0
+    assert set(last.class_counts[present]) == {1.0}
+    np.testing.assert_allclose(np.linalg.norm(last.class_sums[present], axis=1), 1, atol=1e-5)
+    moved = np.abs(last.class_sums - states[-2].class_sums).max(axis=1) > 1e-6
+    assert moved.any()
+    assert not moved[~present].any()
+    np.testing.assert_array_equal(last.features[:48], passes[1])
+
+
+def test_a_radius_without_clusters_is_refused_with_a_picture(settings, tmp_path):
+    with pytest.raises(TooFewClusteredError, match=r"eps=0\.05.*--config\.spcl\.eps.*k_distances\.svg") as caught:
+        SpclRun(settings(spcl__eps=0.05, spcl__min_clustered=0.9), tmp_path).run()
+    assert "\n" not in str(caught.value)
+    picture = (tmp_path / pseudo_labels.PICTURE).read_text()
+    assert picture.startswith("<svg ")
+    assert "xmlns=" in picture[: picture.index(">")]
+    assert "eps = 0.05" in picture
+
+
+def test_too_few_classes_name_the_field(settings, tmp_path):
+    config = settings(spcl__max_classes=8)
+    run = SpclRun(config, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hybrid, "PADDING", 8)
+        patch.setattr(hybrid.init, "__kwdefaults__", hybrid.init.__kwdefaults__ | {"multiple": 8})
+        with pytest.raises(ConfigError, match=r"capacity of 8 classes.*spcl\.max_classes=8 is too low"):
+            run.run()
+
+
+@pytest.mark.parametrize(
+    ("epoch", "epochs", "end", "expected"),
+    [(0, 5, None, 0.6), (4, 5, None, 0.6), (0, 5, 0.4, 0.6), (1, 5, 0.4, 0.55), (4, 5, 0.4, 0.4), (0, 1, 0.4, 0.6)],
+)
+def test_radius_of_an_epoch(settings, epoch, epochs, end, expected):
+    config = settings(spcl__eps_end=end) if end else settings()
+    assert pseudo_labels.radius(config.spcl, epoch, epochs) == pytest.approx(expected)
+
+
+# The pass over all features.
+
+
+class Split:
+    """Images that are their own number."""
+
+    name, split = "numbers", "train"
+
+    def __init__(self, count):
+        self.pids = np.arange(count)
+        self.camids = np.zeros(count, np.int32)
+
+    @property
+    def source(self):
+        return range(len(self.pids))
+
+    def __len__(self):
+        return len(self.pids)
+
+    def filenames(self, indices=None):
+        return [f"{i}.jpg" for i in (range(len(self.pids)) if indices is None else indices)]
+
+
+class Extractor:
+    """Features that tell which image and weights they are of; breaks down after some parts."""
+
+    def __init__(self, breaks_after=99):
+        self.parts, self.left = [], breaks_after
+
+    def __call__(self, params, stats, split, *, label, cache=None):
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.parts.append(np.asarray(split.pids))
+        return np.stack([params["w"] + split.pids, np.ones(len(split.pids))], axis=1).astype(np.float32)
+
+
+def unit(features):
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def files(workdir):
+    folder = pathlib.Path(workdir) / feature_pass.FOLDER
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_an_interrupted_pass_goes_on(tmp_path, capsys):
+    split, params = Split(50), {"w": np.float32(2)}
+    expected = unit(np.stack([2 + np.arange(50), np.ones(50)], axis=1).astype(np.float32))
+    broken = Extractor(breaks_after=3)
+    with pytest.raises(KeyboardInterrupt):
+        feature_pass.extract(broken, params, {}, split, tmp_path, part=12)
+    assert len(files(tmp_path)) == 3
+    # One part was damaged since.
+    path = tmp_path / feature_pass.FOLDER / files(tmp_path)[1]
+    path.write_bytes(path.read_bytes()[:-5])
+    second = Extractor()
+    found = feature_pass.extract(second, params, {}, split, tmp_path, part=12)
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == np.float32
+    assert [part[0] for part in second.parts] == [12, 36, 48]
+    assert "24 of 50 features were there" in capsys.readouterr().out
+    assert len(files(tmp_path)) == 5
+    feature_pass.clear(tmp_path)
+    assert files(tmp_path) == []
+    feature_pass.clear(tmp_path)
+
+
+def test_parts_of_other_weights_or_images_are_not_used(tmp_path):
+    feature_pass.extract(Extractor(), {"w": np.float32(2)}, {}, Split(50), tmp_path, part=12)
+    for params, split in (({"w": np.float32(3)}, Split(50)), ({"w": np.float32(3)}, Split(49))):
+        extractor = Extractor()
+        found = feature_pass.extract(extractor, params, {}, split, tmp_path, part=12)
+        assert len(extractor.parts) == 5
+        assert len(files(tmp_path)) == 5
+        np.testing.assert_allclose(found[:, 0] / found[:, 1], 3 + np.arange(len(split)), rtol=1e-5)
+
+
+def test_small_sets_are_extracted_at_once(tmp_path):
+    extractor = Extractor()
+    feature_pass.extract(extractor, {"w": np.float32(2)}, {}, Split(50), tmp_path, part=50)
+    assert len(extractor.parts) == 1
+    assert files(tmp_path) == []
