@@ -112,8 +112,10 @@ def convert(
     if settings["shard_mib"] <= 0:
         raise ConfigError(f"shard_mib={settings['shard_mib']} must be greater than 0")
     # Not before it is needed: Beam takes seconds to import.
-    from data_prep import beam_pipeline
-
+    try:
+        from data_prep import beam_pipeline
+    except ImportError as error:
+        raise ConfigError(f"conversion needs more packages ({error}): pip install 'dmosnet_jax[convert]'") from error
     beam_options = beam_pipeline.parse_options(settings["beam_options"])
     found = luperson_source.find(source)
     with tqdm(desc="listing", unit=" images", disable=None, leave=False) as bar:

@@ -327,6 +327,24 @@ def test_numbers_need_the_level_of_the_video(raw, tmp_path):
         run(raw(video=False)[0], tmp_path / "data", names="numbers")
 
 
+def test_beam_is_needed_and_tensorflow_is_not(raw, tmp_path):
+    source, labels = raw()
+    code = """if True:
+        import sys
+        from data_prep import convert
+        sys.modules.update(dict.fromkeys(sys.argv[3:]))
+        print(convert.convert("luperson", sys.argv[2], source=sys.argv[1], options={"shard_mib": 256.0}))
+        print("imported:", [name for name in ("tensorflow", "torch") if name in sys.modules])
+    """
+    command = [sys.executable, "-c", code, str(source), str(tmp_path)]
+    done = subprocess.run([*command, "apache_beam"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "ConfigError: conversion needs more packages" in done.stderr
+    assert "pip install 'dmosnet_jax[convert]'" in done.stderr
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("imported: []\n")
+    assert len(rows(tmp_path)) == len(labels)
+
+
 def test_beams_options_reach_beam(raw, tmp_path):
     source, _ = raw()
     with pytest.raises(DataError, match=r"shards were not written: .*NoSuchRunner.*; finished shards are kept"):
