@@ -191,7 +191,18 @@ def _check_duplicates(parts: Mapping[str, Part], contents: dict[str, Contents]) 
         kinds.setdefault(kind, []).append(group)
     findings = []
     for kind, groups in kinds.items():
-        names = " = ".join(f"{split}: {_named(parts[split], row)}" for split, row in groups[0][:2])
+        names = " = ".join(f"{split}: {_named(parts[split], row)}" for split, row in _two(groups[0], parts))
         count = sum(map(len, groups))
         findings.append(Finding(False, f"{count:,} images, {len(groups):,} by content, {kind}, e.g. {names}"))
     return findings
+
+
+def _two(group: Sequence[tuple[str, int]], parts: Mapping[str, Part]) -> tuple[tuple[str, int], tuple[str, int]]:
+    """The first image of a group, and the one of the others that differs most from it in what is known of it."""
+    split, row = group[0]
+
+    def difference(other: tuple[str, int]) -> tuple[bool, bool, bool]:
+        sides = (split in _TRAINING) != (other[0] in _TRAINING)
+        return sides, bool(parts[other[0]].pids[other[1]] != parts[split].pids[row]), other[0] != split
+
+    return group[0], max(group[1:], key=difference)

@@ -265,6 +265,8 @@ def _run(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    # Who reads only the first lines need not hear of it.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     # Schedulers end jobs with SIGTERM.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main(sys.argv))

@@ -113,8 +113,9 @@ class _Folder:
         self._root = path / _only(self.location, prefixes, folders, (entry.name for entry in _entries(path)))
         present = [name for name in folders if (self._root / name).is_dir()]
         _require(self.location, present, folders)
-        files = (entry for name in folders for entry in _entries(self._root / name) if entry.is_file())
-        self.names = sorted(f"{entry.parent.name}/{entry.name}" for entry in files)
+        found = [entry for name in folders for entry in (self._root / name, *_entries(self._root / name))]
+        refuse_links_out(path, (entry for entry in found if entry.is_symlink()))
+        self.names = sorted(f"{entry.parent.name}/{entry.name}" for entry in found if entry.is_file())
 
     def read(self, name: str) -> bytes:
         path = self._root / name
@@ -174,6 +175,21 @@ def _refuse_unsafe(location: str, name: str, info: zipfile.ZipInfo) -> None:
     else:
         return
     raise DataError(f"source {location} is refused: its entry {name!r} {why}")
+
+
+def refuse_links_out(source: pathlib.Path, links: Iterable[pathlib.Path]) -> None:
+    """Checks symbolic links of a folder, which may have come out of an archive.
+
+    Raises:
+      DataError: one leads out of the folder.
+    """
+    inside = source.resolve()
+    for link in links:
+        if not link.resolve().is_relative_to(inside):
+            name = link.relative_to(source).as_posix()
+            raise DataError(
+                f"source {source} is refused: {name} is a link that leads out of it: put the files themselves there"
+            )
 
 
 def is_ignored(name: str) -> bool:

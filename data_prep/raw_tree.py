@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, Protocol
 
-from data_prep.raw import MAX_BYTES, is_ignored, open_archive, reason, safe_entries, some
+from data_prep.raw import MAX_BYTES, is_ignored, open_archive, reason, refuse_links_out, safe_entries, some
 from dmosnet_jax.core.errors import DataError
 
 # The largest single file that a data set is given out as has about 2 GB.
@@ -119,7 +119,7 @@ class _FolderTree(_Tree):
         self.location = str(path)
         self._path = path
         if deep:
-            self.names = sorted(_walk(path, path.resolve(), self.location))
+            self.names = sorted(_walk(path, self.location))
         else:
             self.names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
 
@@ -173,7 +173,7 @@ class _ZipTree(_Tree):
         return copy
 
 
-def _walk(top: pathlib.Path, inside: pathlib.Path, location: str) -> Iterator[str]:
+def _walk(top: pathlib.Path, location: str) -> Iterator[str]:
     """Names of all files below a folder, relative to it; links are followed where they stay inside."""
     pending = [""]
     while pending:
@@ -182,18 +182,15 @@ def _walk(top: pathlib.Path, inside: pathlib.Path, location: str) -> Iterator[st
             with os.scandir(top / prefix) as found:
                 entries = [entry for entry in found if not is_ignored(entry.name)]
             for entry in entries:
-                if entry.is_symlink() and not pathlib.Path(entry.path).resolve().is_relative_to(inside):
-                    raise DataError(
-                        f"source {location} is refused: {prefix}{entry.name} is a link that leads out of it"
-                    )
+                name = prefix + entry.name
+                if entry.is_symlink():
+                    refuse_links_out(top, [pathlib.Path(entry.path)])
                 if entry.is_file():
-                    yield prefix + entry.name
+                    yield name
+                elif entry.is_symlink() and entry.is_dir():
+                    raise DataError(f"source {location} is refused: {name} is a link to a folder: copy the folder")
                 elif entry.is_dir():
-                    if entry.is_symlink():
-                        raise DataError(
-                            f"source {location} is refused: {prefix}{entry.name} is a link to a folder: copy the folder"
-                        )
-                    pending.append(f"{prefix}{entry.name}/")
+                    pending.append(f"{name}/")
         except OSError as error:
             raise DataError(f"folder {top / prefix} cannot be read ({reason(error)})") from error
 

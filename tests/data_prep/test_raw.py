@@ -135,3 +135,23 @@ def test_a_file_that_vanishes_is_reported(tmp_path):
     (tmp_path / "f" / "query" / "c.jpg").unlink()
     with pytest.raises(DataError, match="No such file"):
         source.read("query/c.jpg")
+
+
+def test_links_of_a_folder_must_stay_inside(tmp_path):
+    folder = as_folder(tmp_path / "set", FILES)
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    (folder / "train" / "again.jpg").symlink_to(folder / "train" / "a.jpg")
+    assert raw.open_raw(folder, FOLDERS).read("train/again.jpg") == b"a" * 5000
+    (folder / "train" / "z.jpg").symlink_to("../../secret.jpg")
+    with pytest.raises(DataError, match=r"refused: train/z\.jpg is a link that leads out of it: put the files"):
+        raw.open_raw(folder, FOLDERS)
+    (folder / "train" / "z.jpg").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "query").rename(tmp_path / "elsewhere" / "query")
+    (folder / "query").symlink_to(tmp_path / "elsewhere" / "query")
+    with pytest.raises(DataError, match="refused: query is a link that leads out of it"):
+        raw.open_raw(folder, FOLDERS)
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    (folder / "query").unlink()
+    (tmp_path / "elsewhere" / "query").rename(folder / "query")
+    assert len(raw.open_raw(tmp_path / "link", FOLDERS).names) == len(FILES) + 1
