@@ -228,7 +228,8 @@ class _Progress:
         self._stage, self._plan, self._finished = stage, plan, finished
         done = sum(plan.images[number] for number in finished)
         self._bar = tqdm(total=plan.total, initial=done, desc="converting", unit=" images", disable=None, leave=False)
-        self._initial, self._begin = done, time.monotonic()
+        self._initial = self._done = done
+        self._begin = time.monotonic()
         self._reported = self._begin
 
     def __enter__(self) -> "_Progress":
@@ -240,6 +241,8 @@ class _Progress:
     def update(self, known: dict[int, Result]) -> None:
         """Shows how far it is."""
         done = sum(self._plan.images[number] for number in known) + int(sum(self._partial(known)))
+        # Between its end and its result, a shard is seen as neither.
+        done = self._done = max(done, self._done)
         if not self._bar.disable:
             self._bar.update(max(0, done - self._bar.n))
             return
@@ -248,9 +251,9 @@ class _Progress:
             return
         self._reported = now
         rate = max(done - self._initial, 1) / (now - self._begin)
-        left = (self._plan.total - done) / rate / 60
+        left = tqdm.format_interval((self._plan.total - done) / rate)
         print(
-            f"converted {done:,} of {self._plan.total:,} images, {rate:,.0f} images/s, {left:,.0f} minutes left",
+            f"converted {done:,} of {self._plan.total:,} images, {rate:,.0f} images/s, {left} left",
             file=sys.stderr,
         )
 

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import convert, layouts, lint, luperson_source, shards
+from data_prep import beam_pipeline, convert, layouts, lint, luperson_source, shards
 from data_prep.pedestrians import Scene
 from dmosnet_jax.core import places
 from dmosnet_jax.core.errors import ConfigError, DataError
@@ -387,6 +388,20 @@ def test_a_stopped_conversion_goes_on_without_redoing_shards(raw, tmp_path, monk
     kept = [name for name in files if name.split("-")[2] != lost]
     assert all((folder / name).stat().st_ino == files[name] for name in kept)
     assert len(rows(tmp_path / "data")) == len(labels)
+
+
+def test_without_a_terminal_progress_is_told_in_lines(pictures, tmp_path, monkeypatch, capsys):
+    source = pictures(tmp_path / "raw", 600)
+    run(source, tmp_path / "one")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(beam_pipeline, "_REPORT", 0.0)
+    monkeypatch.setattr(beam_pipeline, "_LOCAL_LOOK", 0.01)
+    run(source, tmp_path / "two")
+    lines = capsys.readouterr().err.splitlines()
+    form = re.compile(r"converted (\d+) of 600 images, [\d,]+ images/s, \d\d:\d\d left")
+    counts = [int(form.fullmatch(line)[1]) for line in lines]
+    assert counts == sorted(counts)
+    assert 0 < counts[-1] <= 600
 
 
 def test_another_source_or_size_begins_anew(pictures, tmp_path, monkeypatch):
