@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import time
 
 import jax
@@ -196,6 +197,30 @@ def test_eight_devices_give_the_losses_of_one(uninterrupted, cli, flags, tmp_pat
         one, eight = ([row[name] for row in rows(folder) if name in row] for folder in (workdir, tmp_path))
         assert len(one) == STEPS
         np.testing.assert_allclose(eight, one, rtol=tolerance, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(uninterrupted, cli, flags, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = "%s:%d" % probe.getsockname()
+    job = ["--distributed", f"--coordinator={address}", "--num_processes=2"]
+    command = [*flags("spcl_market1501"), f"--workdir={tmp_path}", *job]
+    started = [cli.start(*command, f"--process_id={number}") for number in range(2)]
+    try:
+        printed = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], printed
+    assert "devices: 2 cpu" in printed[0][0]
+    assert "epoch" not in printed[1][0], "process 0 speaks for all"
+    workdir, _ = uninterrupted("spcl_market1501")
+    for name, tolerance in (("loss", 1e-4), ("gradient_norm", 1e-2), ("clusters", 0), ("pseudo_nmi", 0)):
+        one, two = ([row[name] for row in rows(folder) if name in row] for folder in (workdir, tmp_path))
+        assert one
+        np.testing.assert_allclose(two, one, rtol=tolerance, err_msg=name)
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow
