@@ -173,7 +173,9 @@ def arrange(rows: Sequence[Row], camera_policy: str, test_fraction: float, locat
         twice = [a.filename for a, b in itertools.pairwise(found) if a.filename == b.filename]
         if twice:
             raise DataError(f"source {location}: images come twice in {split}: {some(twice)}")
-    return Listing({split: found for split, found in splits.items() if found})
+    webp = sum(row.path.lower().endswith(".webp") for row in rows)
+    notes = (f"{webp:,} images are WebP files, which training reads but tf.data does not",) if webp else ()
+    return Listing({split: found for split, found in splits.items() if found}, notes=notes)
 
 
 def _split_up(items: Sequence[Item], camera_policy: str, test_fraction: float) -> list[tuple[str, Item]]:

@@ -60,11 +60,11 @@ def write(dataset: str, folder: str | os.PathLike[str], scene: Scene | None = No
     """
     if dataset not in _WRITERS:
         raise ConfigError(f"dataset={dataset} is unknown: use one of {', '.join(_WRITERS)}")
-    known = list(inspect.signature(_WRITERS[dataset]).parameters)[2:]
-    unknown = [name for name in options if name not in known]
+    names = list(inspect.signature(_WRITERS[dataset]).parameters)[2:]
+    unknown = [name for name in options if name not in names]
     if unknown:
         raise ConfigError(
-            f"dataset={dataset} has no option {', '.join(unknown)}: known are {', '.join(known) or 'none'}"
+            f"dataset={dataset} has no option {', '.join(unknown)}: there are {', '.join(names) or 'none'}"
         )
     folder = pathlib.Path(folder).expanduser()
     if folder.exists():

@@ -4,10 +4,13 @@ import os
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_prep import convert
 from data_prep.folder import Folder
 from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.data import transforms
+from dmosnet_jax.data.datasets import load_split
 from dmosnet_jax.evaluation import ranking
 
 
@@ -123,6 +126,24 @@ def test_bad_tables_are_one_line(tmp_path, text, message):
         with pytest.raises(DataError, match=message) as error:
             read(source)
         assert "\n" not in str(error.value)
+
+
+def test_every_format_that_training_reads(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 16, 3), np.uint8)
+    for suffix in ("jpg", "png", "bmp", "webp"):
+        (tmp_path / "raw" / "1" / "1").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "raw" / "1" / "1" / f"a.{suffix}")
+    Image.fromarray(pixels).convert("P").save(tmp_path / "raw" / "1" / "1" / "palette.png")
+    warnings: list[str] = []
+    options = {"test_fraction": 0.0}
+    convert.convert("folder", tmp_path / "data", source=tmp_path / "raw", options=options, warn=warnings.append)
+    assert warnings == ["1 images are WebP files, which training reads but tf.data does not"]
+    split = load_split(tmp_path / "data", "folder", "train")
+    for row in range(len(split)):
+        record = split.record(row)
+        assert record.image == (tmp_path / "raw" / record.filename).read_bytes()
+        assert transforms.decode(record.image).shape == (20, 16, 3)
+    assert len(split) == 5
 
 
 def test_other_depths_are_told(tmp_path):
