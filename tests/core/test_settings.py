@@ -77,6 +77,12 @@ def test_good_settings_pass():
         ({"image_size": ("a", "b")}, r"image_size=\('a', 'b'\) must be \(height, width\)"),
         ({"image_size": (256, 0)}, r"image_size=\(256, 0\) must be \(height, width\)"),
         ({"spcl__eps_gap": 0.6}, r"spcl\.eps=0\.6 with spcl\.eps_gap=0\.6: the radii"),
+        ({"spcl__eps_end": 0.99}, r"spcl\.eps_end=0\.99 with spcl\.eps_gap=0\.02: the radii eps_end - eps_gap"),
+        ({"spcl__memory": "both"}, r"spcl\.memory='both' is not known: use one of image, cluster, cluster_hardest"),
+        ({"spcl__search": "float8"}, r"spcl\.search='float8' is not known: use one of exact, bfloat16"),
+        ({"spcl__max_classes": 0}, r"spcl\.max_classes=0 must be greater than 0"),
+        ({"spcl__refresh_every_steps": -1}, r"spcl\.refresh_every_steps=-1 must not be negative"),
+        ({"spcl__min_clustered": 1.5}, r"spcl\.min_clustered=1\.5 must lie between 0 and 1"),
         ({"spcl__eps_gap": -0.01}, r"spcl\.eps=0\.6 with spcl\.eps_gap=-0\.01: the radii"),
     ],
 )

@@ -281,6 +281,17 @@ def test_refuses_what_does_not_fit_in_memory():
     assert small < large < 11 * small, "linear in the number of images"
 
 
+def test_memory_of_a_container_counts(tmp_path, monkeypatch):
+    limits = [tmp_path / name for name in ("none", "unlimited", "limit")]
+    limits[1].write_text("max\n")
+    monkeypatch.setattr(clustering, "_CONTAINER_LIMITS", limits[:2])
+    machine = clustering.machine_memory()
+    assert machine > 2**20
+    limits[2].write_text("1048576\n")
+    monkeypatch.setattr(clustering, "_CONTAINER_LIMITS", limits)
+    assert clustering.machine_memory() == 2**20
+
+
 def test_noise_numbers_and_change():
     labels = reliability.number_noise(np.array([0, -1, 1, 0, -1]))
     np.testing.assert_array_equal(labels, [0, 2, 1, 0, 3])

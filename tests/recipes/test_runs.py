@@ -203,8 +203,8 @@ def test_eight_devices_give_the_losses_of_one(uninterrupted, cli, flags, tmp_pat
 def test_two_processes_give_the_losses_of_one(uninterrupted, cli, flags, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = "%s:%d" % probe.getsockname()
-    job = ["--distributed", f"--coordinator={address}", "--num_processes=2"]
+        host, port = probe.getsockname()
+    job = ["--distributed", f"--coordinator={host}:{port}", "--num_processes=2"]
     command = [*flags("spcl_market1501"), f"--workdir={tmp_path}", *job]
     started = [cli.start(*command, f"--process_id={number}") for number in range(2)]
     try:
