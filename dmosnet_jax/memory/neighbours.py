@@ -19,6 +19,7 @@ from dmosnet_jax.memory.compiled import jit, thread_count
 
 BLOCK = 2048
 _MERGE_ROWS = 65_536
+_PROBE_CELLS = 2**26  # similarities at once in measuring recall
 
 
 class Neighbours(NamedTuple):
@@ -191,10 +192,13 @@ def recall(features: np.ndarray, indices: np.ndarray, *, probes: int = 256, seed
     """
     rows, k = indices.shape
     sample = np.random.default_rng(seed).choice(rows, min(probes, rows), replace=False)
-    similarity = features[sample] @ features.T
-    found = np.take_along_axis(similarity, indices[sample], axis=1)
-    last = np.partition(similarity, rows - k, axis=1)[:, rows - k]
-    return float((found >= last[:, None]).mean())
+    hits = 0
+    for part in np.array_split(sample, max(len(sample) * rows // _PROBE_CELLS, 1)):
+        similarity = features[part] @ features.T
+        found = np.take_along_axis(similarity, indices[part], axis=1)
+        similarity.partition(rows - k, axis=1)
+        hits += int((found >= similarity[:, rows - k, None]).sum())
+    return hits / (len(sample) * k)
 
 
 def search(
