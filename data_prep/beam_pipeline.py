@@ -136,7 +136,9 @@ class _Job:
         self._stage, self._todo, self._options = stage, todo, options
         self._result: Any = None
         self._error: BaseException | None = None
-        self._workers = tempfile.mkdtemp(prefix="beam-workers-")
+        # On the stage, it does not outlive what a killed process left.
+        local = None if places.is_remote(stage) else stage
+        self._workers = tempfile.mkdtemp(prefix="beam-workers-", dir=local)
         self._expected = 0
         self._thread = threading.Thread(target=self._run, daemon=True)
 

@@ -513,6 +513,7 @@ def test_killed_half_way_it_goes_on_to_the_same_files(pictures, tmp_path):
     assert "were converted before" in done.stdout
     folder = data_dir / "luperson" / "1.0.0"
     assert all((folder / name).stat().st_ino == inode for name, inode in inodes.items())
+    assert [p.name for p in data_dir.iterdir()] == ["luperson"]
     convert.convert("luperson", tmp_path / "whole", source=source, options=SMALL | {"shard_mib": 0.25})
     assert snapshot(data_dir) == snapshot(tmp_path / "whole")
 
