@@ -79,6 +79,7 @@ def test_where_there_is_nothing_to_add_it_is_refused(data_dir):
         training_images(config(data_dir, with_val=True, subset=("cfs", "scores.txt", 0.5)))
 
 
+@pytest.mark.slow
 def test_results_of_training_and_of_its_evaluation_tell(cli, tiny_flags, data_dir, tmp_path):
     short = {"data_dir": data_dir, "train.epochs": 1, "train.steps_per_epoch": 2, "train.eval_every_epochs": 1}
     finished = cli.forked(*tiny_flags("finetune", with_val=True, **short), f"--workdir={tmp_path / 'run'}")
