@@ -11,7 +11,7 @@ from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data import records
 
 FOLDERS = {"bounding_box_train": records.TRAIN, "query": records.QUERY, "bounding_box_test": records.GALLERY}
-_IMAGE = re.compile(r".*\.(jpe?g|png|bmp|webp|gif|tiff?)", re.IGNORECASE)
+_IMAGE = re.compile(r".*\.(jpe?g|png|bmp|webp|gif|tiff?)", re.IGNORECASE | re.DOTALL)
 _INT32 = 2**31
 
 

@@ -2,7 +2,8 @@
 
 Folders may lie below `train`, `val`, `query` and `gallery`, as the column `split` says for a table. Where nothing says
 the split, a share of the identities becomes the test set: of each identity in each camera the first image is a query.
-Identities and cameras may be numbers, which are kept, or names, which are numbered from 1 in sorted order.
+Identities and cameras may be numbers, which are kept, or names, which are numbered from 1 in sorted order. All of it
+may lie in one more folder, as in many archives.
 
 Where there are no cameras (`camera_policy=none`: `pid/image.jpg`, no column `camid`), every image counts as its own
 camera. Evaluation then drops nothing but an image that is its own query: same identity, same camera.
@@ -14,6 +15,7 @@ import io
 import itertools
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -29,6 +31,7 @@ from dmosnet_jax.data import records
 GIVEN, NONE = "given", "none"
 SPLITS = (records.TRAIN, records.VAL, records.QUERY, records.GALLERY)
 _INT32 = 2**31
+_HERE = re.compile(r"^(?:\./)+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,8 @@ def read_source(source: str | os.PathLike[str], camera_policy: str, test_fractio
         layout = "csv"
     else:
         tree = open_tree(path)
-        tables = [name for name in tree.names if "/" not in name and name.lower().endswith(".csv")]
+        tree.narrow(_top(tree.names, camera_policy))
+        tables = _tables(tree.names)
         if len(tables) > 1:
             raise DataError(f"source {path} holds several tables ({', '.join(tables)}): give one of them as source")
         if tables:
@@ -79,6 +83,27 @@ def read_source(source: str | os.PathLike[str], camera_policy: str, test_fractio
             layout = "folders"
     listing = arrange(rows, camera_policy, test_fraction, tree.location)
     return tree, dataclasses.replace(listing, details={"layout": layout, "camera_policy": camera_policy})
+
+
+def _top(names: Sequence[str], camera_policy: str) -> str:
+    """The folder that everything lies in, as archives often have it, with its slash; empty where there is none."""
+    top = ""
+    usual = 1 if camera_policy == NONE else 2
+    while True:
+        below = [name.removeprefix(top) for name in names if name.startswith(top)]
+        images = [name for name in below if is_image(name)]
+        tops = {name.split("/")[0] for name in images}
+        if len(tops) != 1 or tops & {*SPLITS} or _tables(below):
+            return top
+        folder = f"{tops.pop()}/"
+        tables = _tables([name.removeprefix(folder) for name in below if name.startswith(folder)])
+        if not tables and any(name.count("/") <= usual for name in images):
+            return top
+        top += folder
+
+
+def _tables(names: Sequence[str]) -> list[str]:
+    return [name for name in names if "/" not in name and name.lower().endswith(".csv")]
 
 
 def read_table(data: bytes, where: str, camera_policy: str) -> list[Row]:
@@ -101,9 +126,12 @@ def read_table(data: bytes, where: str, camera_policy: str) -> list[Row]:
         lines = [(reader.line_num, line) for line in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{where} is no CSV table in UTF-8 ({error}): write it again") from error
+    if not lines:
+        raise DataError(f"{where} has no line below its first: it needs one for each image")
     rows, wrong = [], []
     for number, line in lines:
-        row = Row(**{name: (line.get(name) or "").strip() for name in ("path", "pid", "camid", "split")})
+        values = {name: (line.get(name) or "").strip() for name in ("path", "pid", "camid", "split")}
+        row = Row(**values | {"path": _HERE.sub("", values["path"])})
         if not all(getattr(row, name) for name in needed) or row.split not in ("", *SPLITS):
             wrong.append(f"line {number}")
         rows.append(row)

@@ -46,6 +46,9 @@ class RawTree(Protocol):
           DataError: as `read`.
         """
 
+    def narrow(self, prefix: str) -> None:
+        """Makes `prefix` (empty, or ending in a slash) the root."""
+
 
 def open_tree(source: str | os.PathLike[str], marks: Sequence[str] = ()) -> RawTree:
     """Opens a folder or zip.

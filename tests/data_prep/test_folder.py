@@ -1,6 +1,7 @@
 """A user's own folders and tables."""
 
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -177,3 +178,47 @@ def test_bad_options(tmp_path, capsys):
         assert convert.main(["convert", f"--data_dir={tmp_path / 'data'}", *arguments]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("names", "policy"),
+    [
+        (["7/1/a.jpg", "7/2/b.jpg", "8/1/c.jpg"], "given"),
+        (["train/7/1/a.jpg", "train/8/2/b.jpg"], "given"),
+        (["7/a.jpg", "7/b.jpg", "8/c.jpg"], "none"),
+        (["query/7/a.jpg", "gallery/7/b.jpg"], "none"),
+    ],
+)
+def test_one_more_folder_around_it_changes_nothing(tmp_path, names, policy, packed):
+    plain = touch(tmp_path / "plain", *names)
+    nested = touch(tmp_path / "nested", *(f"my data/v2/{name}" for name in names), "my data/README.txt")
+    if packed:
+        with zipfile.ZipFile(tmp_path / "nested.zip", "w") as archive:
+            for path in sorted(nested.rglob("*.*")):
+                archive.write(path, path.relative_to(nested))
+        nested = tmp_path / "nested.zip"
+    assert read(nested, camera_policy=policy) == read(plain, camera_policy=policy)
+
+
+def test_table_in_one_more_folder(tmp_path):
+    table(tmp_path / "my data", "path,pid,camid\n./im/b.jpg,5,2\nim/a.jpg,5,1\n", "im/a.jpg", "im/b.jpg")
+    assert read(tmp_path, test_fraction=0.0) == {"train": [("im/a.jpg", 5, 1), ("im/b.jpg", 5, 2)]}
+
+
+def test_equal_paths_of_a_table_are_recognised(tmp_path):
+    table(tmp_path, "path,pid,camid\n./a.jpg,5,2\na.jpg,6,1\n", "a.jpg")
+    for source in (tmp_path, tmp_path / "table.csv"):
+        with pytest.raises(DataError, match=r"images come twice in train: a\.jpg"):
+            read(source, test_fraction=0.0)
+
+
+def test_empty_table_is_refused(tmp_path):
+    table(tmp_path, "path,pid,camid\n")
+    with pytest.raises(DataError, match="has no line below its first"):
+        read(tmp_path)
+
+
+def test_image_with_a_line_break_in_its_name_is_not_lost(tmp_path):
+    touch(tmp_path, "train/7/1/a\nb.jpg")
+    assert read(tmp_path) == {"train": [("train/7/1/a\nb.jpg", 7, 1)]}
