@@ -13,11 +13,12 @@ import functools
 import io
 import itertools
 import os
+import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from data_prep.raw import MAX_BYTES, is_ignored
+from data_prep.raw import MAX_BYTES, is_ignored, refuse_links_out
 from dmosnet_jax.core import places
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.inert_pickle import Global, Opaque, interpret, printable
@@ -130,13 +131,15 @@ def _is_jpeg(entry: places.Entry) -> bool:
 def _entries(folder: str, location: str) -> list[places.Entry]:
     """Entries of a folder without those that systems leave behind."""
     try:
-        return [entry for entry in places.entries(folder) if not is_ignored(entry.name)]
+        found = [entry for entry in places.entries(folder) if not is_ignored(entry.name)]
     except NotADirectoryError as error:
         raise DataError(f"source {location} is neither a folder nor an LMDB: give {_LAYOUT}") from error
     except FileNotFoundError as error:
         raise DataError(f"source {folder} does not exist: give the folder of LUPerson") from error
     except OSError as error:
         raise DataError(f"folder {folder} cannot be read ({error.strerror})") from error
+    refuse_links_out(pathlib.Path(location), (pathlib.Path(folder, entry.name) for entry in found if entry.is_link))
+    return found
 
 
 class _Tree:
@@ -266,7 +269,7 @@ def read_keys(path: str | os.PathLike[str]) -> list[str]:
     vocabulary = _KeysVocabulary(where)
     value = interpret(io.BytesIO(content), vocabulary, where, kind="a list of keys", max_opcodes=MAX_PLAIN_OPCODES)
     if isinstance(value, dict):
-        value = value.get("keys")
+        value = value.get("keys", value.get(b"keys"))
     if not isinstance(value, list | tuple) or not value:
         raise DataError(f"{where}: holds neither a list of keys nor a dict with `keys`: copy the file again")
     keys = [key.decode("ascii", "replace") if isinstance(key, bytes) else key for key in value]

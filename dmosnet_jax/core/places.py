@@ -25,11 +25,12 @@ _INSTALL = "pip install 'dmosnet_jax[remote]'"
 
 
 class Entry(NamedTuple):
-    """What a folder holds: a name without slashes, whether it is a folder, and the size of a file in bytes."""
+    """What a folder holds: a name without slashes, whether it is a folder, the bytes of a file, whether it is a link."""
 
     name: str
     is_folder: bool
     size: int
+    is_link: bool = False
 
 
 def is_remote(place: Place) -> bool:
@@ -147,8 +148,7 @@ def entries(place: Place) -> list[Entry]:
     """
     if not is_remote(place):
         with os.scandir(tidy(place)) as found:
-            local = [(entry.name, entry.is_dir(), entry) for entry in found]
-        return sorted(Entry(name, folder, 0 if folder else entry.stat().st_size) for name, folder, entry in local)
+            return sorted(_local_entry(entry) for entry in found)
     with _remote(place) as (files, path):
         listed = files.ls(path, detail=True)
     root = path.rstrip("/")
@@ -158,6 +158,15 @@ def entries(place: Place) -> list[Entry]:
         # Object stores list a folder's own mark as one of its entries.
         if info["name"].rstrip("/") != root
     )
+
+
+def _local_entry(entry: os.DirEntry[str]) -> Entry:
+    is_folder, is_link, size = entry.is_dir(), entry.is_symlink(), 0
+    if not is_folder:
+        # A link may lead nowhere.
+        with contextlib.suppress(FileNotFoundError):
+            size = entry.stat().st_size
+    return Entry(entry.name, is_folder, size, is_link)
 
 
 def write(place: Place, data: bytes) -> None:

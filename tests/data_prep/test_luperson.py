@@ -281,6 +281,29 @@ def test_other_sources_are_told_in_one_line(tmp_path, make, message):
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize("where", ["c0/city/v0/z.jpg", "c0/city/v8", "c9", "0.jpg"])
+def test_links_that_lead_out_are_refused(pictures, tmp_path, where):
+    source, other = pictures(tmp_path / "raw", 4), pictures(tmp_path / "other", 4)
+    (source / "c0" / "city" / "v0" / "again.jpg").symlink_to("000000.jpg")
+    assert len(list(luperson_source.find(source).images())) == 5
+    (source / where).symlink_to(other / "c0" / "city" / "v0" / "000000.jpg" if "." in where else other / "c0")
+    with pytest.raises(DataError, match=f"is refused: {where} is a link that leads out of it"):
+        list(luperson_source.find(source).images())
+
+
+def test_a_link_to_nothing_is_an_unreadable_image(pictures, tmp_path):
+    source = pictures(tmp_path / "raw", 2)
+    (source / "c0" / "city" / "v0" / "gone.jpg").symlink_to("never.jpg")
+    assert [image.size > 0 for image in luperson_source.find(source).images()] == [True, False, True]
+    with pytest.raises(DataError, match="1 of the first 2 images are unreadable"):
+        run(source, tmp_path / "data")
+
+
+def test_dictionary_of_bytes(tmp_path):
+    (tmp_path / "keys.pkl").write_bytes(pickle.dumps({b"keys": [b"00_00_0000_00000000"]}, protocol=2))
+    assert luperson_source.read_keys(tmp_path / "keys.pkl") == ["00_00_0000_00000000"]
+
+
 def put(folder, *names):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
