@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
-from data_prep.raw import RawFiles, open_raw
+from data_prep.raw import RawFiles, open_raw, some
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data import records, transforms
 
@@ -134,6 +134,7 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
                     f"{self.name} is built from what its authors give out: pass its folder or zip as source"
                 )
             files, listing = self.read_source(self._source, **self._options)
+            check_names(files.location, listing)
             empty = [split for split, items in listing.splits.items() if not items]
             if empty:
                 raise DataError(f"source {files.location} has no image for {', '.join(empty)}: copy the data set again")
@@ -245,6 +246,20 @@ def differences(found: Mapping[str, tuple[int, int]], official: Mapping[str, Off
         for what, count, published in zip(("images", "identities"), found[split], numbers, strict=True)
         if published is not None and count != published
     ]
+
+
+def check_names(location: str, listing: Listing) -> None:
+    """Refuses file names that no record can hold.
+
+    Raises:
+      DataError: some are not UTF-8 text; names them.
+    """
+    # Python keeps such bytes as surrogates, which nothing encodes.
+    found = (item.filename for items in listing.splits.values() for item in items)
+    odd = [name for name in found if any("\ud800" <= letter <= "\udfff" for letter in name)]
+    if odd:
+        shown = some([name.encode(errors="backslashreplace").decode() for name in odd])
+        raise DataError(f"source {location}: {len(odd)} file names are not UTF-8 text: rename the files: {shown}")
 
 
 def check_images(files: RawFiles, names: Sequence[str]) -> None:

@@ -128,6 +128,9 @@ def lint_source(
     builder_class = convert.builder_class_of(dataset)
     convert.check_options(builder_class, options or {})
     files, listing = builder_class.read_source(source, **(options or {}))
+    from data_prep.builder import check_names
+
+    check_names(files.location, listing)
     parts = []
     for split, items in listing.splits.items():
         names = [item.filename for item in items]
@@ -260,7 +263,8 @@ def _run(argv: Sequence[str]) -> int:
         raise ConfigError(f"{', '.join(options)} is for a raw data set: leave it out")
     else:
         report = lint_converted(_FLAGS.dataset, _FLAGS.data_dir, images=_FLAGS.images)
-    print(report)
+    # LUPerson's file names need not be text.
+    print(str(report).encode(errors="backslashreplace").decode())
     return report.exit_status
 
 

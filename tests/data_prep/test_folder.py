@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import convert
+from data_prep import convert, lint
 from data_prep.folder import Folder
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import transforms
@@ -222,3 +222,16 @@ def test_empty_table_is_refused(tmp_path):
 def test_image_with_a_line_break_in_its_name_is_not_lost(tmp_path):
     touch(tmp_path, "train/7/1/a\nb.jpg")
     assert read(tmp_path) == {"train": [("train/7/1/a\nb.jpg", 7, 1)]}
+
+
+def test_names_that_are_no_text_end_it_in_one_line(tmp_path, capsys):
+    touch(tmp_path / "raw", "train/7/1/a.jpg")
+    raw = os.fsencode(tmp_path / "raw" / "train" / "7" / "1")
+    os.rename(raw + b"/a.jpg", raw + b"/a\xff.jpg")
+    for command in (convert, lint):
+        place = ["--data_dir=" + str(tmp_path / "data")] if command is convert else []
+        assert command.main(["x", "--dataset=folder", f"--source={tmp_path / 'raw'}", *place]) == 1
+        told = capsys.readouterr().err.strip().split("\n")
+        assert len(told) == 1
+        assert r"1 file names are not UTF-8 text: rename the files: train/7/1/a\udcff.jpg" in told[0]
+    assert not (tmp_path / "data").exists()
