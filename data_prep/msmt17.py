@@ -57,7 +57,7 @@ def _read_list(tree: RawTree, names: set[str], file: str, folder: str) -> list[I
     if file not in names:
         raise DataError(f"{where} is missing: copy the data set again")
     try:
-        lines = tree.read(file).decode().splitlines()
+        lines = tree.read(file).decode("utf-8-sig").splitlines()
     except (DataError, UnicodeDecodeError) as error:
         raise DataError(f"{where} cannot be read ({error}): copy the data set again") from error
     items, wrong, missing = [], [], []

@@ -113,7 +113,17 @@ def _load_arrays(where: str) -> dict[str, np.ndarray]:
                 raise DataError(f"{where}: would unpack to {size:,} bytes, more than {MAX_BYTES:,}: {_FIX}")
         loaded = np.load(where, allow_pickle=False)
         return {"names": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+    # RuntimeError: encrypted, or compressed in a way that is not known.
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        MemoryError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise DataError(f"{where}: damaged, or of another kind ({printable(error)}): {_FIX}") from error
 
 

@@ -101,6 +101,19 @@ def test_damaged_score_files_are_refused(tmp_path, split):
         rankings.read_scores(path, split)
 
 
+@pytest.mark.parametrize(("place", "value"), [(8, 1), (10, 99)])
+def test_archives_of_other_kinds_are_refused(tmp_path, split, place, value):
+    """Encrypted, and compressed in an unknown way."""
+    path = tmp_path / "list.npz"
+    np.savez(path, names=np.array(["a.jpg"]))
+    content = bytearray(path.read_bytes())
+    directory = content.find(b"PK\x01\x02")
+    content[directory + place] = content[place - 2] = value
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"list\.npz: damaged, or of another kind"):
+        rankings.read_ranking(path, split)
+
+
 def lists(folder):
     """The same names in every form that is read."""
     text = "\n".join(NAMES)

@@ -85,3 +85,11 @@ def test_both_versions_or_none(raw):
         (raw / name / "a.jpg").write_bytes(b"x")
     with pytest.raises(DataError, match="both V1 and V2: give one of them"):
         Msmt17.read_source(raw)
+
+
+def test_lists_as_windows_writes_them(raw):
+    before = Msmt17.read_source(raw)[1].splits
+    for split in before:
+        path = raw / f"list_{split}.txt"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert Msmt17.read_source(raw)[1].splits == before
