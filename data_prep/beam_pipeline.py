@@ -70,7 +70,8 @@ def parse_options(text: str) -> PipelineOptions:
     except (SystemExit, ValueError) as error:
         raise ConfigError(f"beam_options={text!r} are not options of Beam's: write --name=value") from error
     wrong = [word for word in words if not word.startswith("-")]
-    if wrong and "=" in text:
+    # A word may be the value of an option before it.
+    if wrong and ("=" in text or wrong[0] == words[0]):
         raise ConfigError(f"beam_options={text!r}: {wrong[0]!r} is no option: write --name=value")
     # Beam's defaults are one worker in this process.
     given, direct = {word.split("=")[0] for word in words}, options.view_as(DirectOptions)

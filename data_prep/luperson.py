@@ -10,6 +10,7 @@ place, this package on its workers):
     --beam_options='--runner=DataflowRunner --project=P --region=R --temp_location=gs://B/tmp --setup_file=./setup.py'
 """
 
+import math
 import os
 import pathlib
 import tempfile
@@ -109,8 +110,8 @@ def convert(
     settings = dict(Luperson.OPTIONS) | dict(options)
     if settings["names"] not in NAMES:
         raise ConfigError(f"names={settings['names']!r} is unknown: use one of {', '.join(NAMES)}")
-    if settings["shard_mib"] <= 0:
-        raise ConfigError(f"shard_mib={settings['shard_mib']} must be greater than 0")
+    if not 0 < settings["shard_mib"] < math.inf:
+        raise ConfigError(f"shard_mib={settings['shard_mib']} must be a number greater than 0")
     # Not before it is needed: Beam takes seconds to import.
     try:
         from data_prep import beam_pipeline

@@ -25,7 +25,7 @@ _INSTALL = "pip install 'dmosnet_jax[remote]'"
 
 
 class Entry(NamedTuple):
-    """What a folder holds: a name without slashes, whether it is a folder, the bytes of a file, whether it is a link."""
+    """What a folder holds: a name, whether it is a folder, the bytes of a file, and whether it is a link."""
 
     name: str
     is_folder: bool

@@ -333,7 +333,10 @@ def test_damaged_databases_and_repeated_keys_are_told(raw, tmp_path):
     ("options", "message"),
     [
         ({"names": "both"}, "names='both' is unknown"),
-        ({"shard_mib": 0.0}, "shard_mib=0.0 must be greater than 0"),
+        ({"shard_mib": 0.0}, "shard_mib=0.0 must be a number greater than 0"),
+        ({"shard_mib": float("nan")}, "shard_mib=nan must be a number greater than 0"),
+        ({"shard_mib": float("inf")}, "shard_mib=inf must be a number greater than 0"),
+        ({"beam_options": "FlinkRunner on four"}, "'FlinkRunner' is no option"),
         ({"beam_options": "--direct_num_workers=two"}, "are not options of Beam's"),
         ({"beam_options": "runner=DataflowRunner"}, "'runner=DataflowRunner' is no option"),
         ({"beam_options": "--runner='Dataflow"}, "are not options of Beam's"),
