@@ -34,7 +34,7 @@ CONVERT = [
 ]
 # Data behind URLs; for other storages than Google's, their fsspec package (s3fs, adlfs, ...).
 REMOTE = ["fsspec>=2024.6", "gcsfs>=2024.6"]
-TEST = ["pytest>=8.3", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.14", "scikit-learn>=1.6"]
+TEST = ["pytest>=8.3", "pytest-xdist>=3.7", "ruff>=0.9", "mypy>=1.14", "scikit-learn>=1.6"]
 
 setuptools.setup(
     name="dmosnet_jax",

@@ -42,6 +42,12 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 _EXTRAS = ("tensorflow", "tensorflow_datasets", "sklearn")
 
 
+def pytest_collection_modifyitems(items):
+    """Whole runs first, the longest file before them: at the end no process is left alone with one."""
+    whole_runs = ROOT / "tests" / "recipes"
+    items.sort(key=lambda item: (item.path.parent != whole_runs, item.path != whole_runs / "test_runs.py"))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """Fails a test that was skipped in CI for want of a package of the test extra."""
