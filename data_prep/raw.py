@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import stat
 import zipfile
 import zlib
@@ -14,6 +15,7 @@ from dmosnet_jax.core.errors import DataError
 MAX_BYTES = 2**26
 # Image files hardly get smaller in a zip.
 _MAX_RATIO = 100
+_HERE = re.compile(r"^(?:\./+)+")
 _IGNORED = {"__macosx", "thumbs.db", "desktop.ini"}
 # Nested deeper, a folder of the right name belongs to something else.
 _FOLDER_DEPTH = 2
@@ -83,7 +85,7 @@ def safe_entries(location: str, archive: zipfile.ZipFile) -> dict[str, zipfile.Z
     entries: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         # Some Windows tools write the separators of their system.
-        name = info.filename.replace("\\", "/")
+        name = _HERE.sub("", info.filename.replace("\\", "/"))
         _refuse_unsafe(location, name, info)
         if info.is_dir() or is_ignored(name):
             continue

@@ -216,8 +216,8 @@ def stop(stage: str) -> None:
         places.write(places.join(stage, _STOP), b"")
 
 
-class _StoppedError(Exception):
-    """Nobody waits for this shard."""
+class _StoppedError(BaseException):
+    """Nobody waits for this shard; no failure, which storages would tell as one of theirs."""
 
 
 def write_shard(stage: str, number: int) -> None:

@@ -484,6 +484,17 @@ def test_remote_data_dir_holds_what_a_local_one_does(raw, tmp_path, monkeypatch)
     assert rows(root) == rows(tmp_path / "data")
 
 
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_shard_that_nobody_waits_for_is_left_alone(raw, tmp_path, remote):
+    if remote:
+        pytest.importorskip("fsspec")
+    stage = f"memory://{uuid.uuid4().hex}/stage" if remote else str(tmp_path / "stage")
+    shards.install(stage, *shards.make_plan(luperson_source.find(raw()[0]), "luperson", 2**15))
+    shards.stop(stage)
+    shards.write_shard(stage, 0)
+    assert shards.results(stage) == {}
+
+
 def test_other_data_sets_can_be_remote_too(tmp_path, monkeypatch):
     pytest.importorskip("fsspec")
     monkeypatch.setenv("DMOSNET_CACHE", str(tmp_path / "cache"))

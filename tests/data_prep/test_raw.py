@@ -54,6 +54,16 @@ def test_windows_separators_and_stored_entries(tmp_path):
     assert {name: source.read(name) for name in source.names} == FILES
 
 
+def test_entries_that_begin_at_the_dot(tmp_path):
+    path = as_zip(tmp_path, {f"./{name}": data for name, data in (FILES | RUBBISH).items()})
+    source = raw.open_raw(path, FOLDERS)
+    assert {name: source.read(name) for name in source.names} == FILES
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("./../train/z.jpg", b"z")
+    with pytest.raises(DataError, match="leads out of the archive"):
+        raw.open_raw(path, FOLDERS)
+
+
 @pytest.mark.parametrize("make", [as_folder, as_zip])
 def test_missing_folders_are_named(tmp_path, make):
     path = make(tmp_path / "a", {"train/a.jpg": b"a", "other/b.jpg": b"b"})
