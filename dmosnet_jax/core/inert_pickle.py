@@ -10,6 +10,7 @@ makes of it, and nothing is imported or called on the stream's behalf. Memory an
 
 import dataclasses
 import pickletools
+import reprlib
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, Protocol
@@ -54,8 +55,10 @@ class Vocabulary(Protocol):
 
 def printable(text: object, limit: int = 120) -> str:
     """Text from an untrusted file as one short line of visible ASCII, fit for an error message."""
+    # Containers may be nested deeper than Python recurses, or share parts so often that no memory holds their text.
+    shown = reprlib.repr(text) if isinstance(text, (list, tuple, dict)) else str(text)
     # Only a slice is escaped: the text may be as long as the file.
-    escaped = str(text)[:limit].encode("unicode_escape").decode("ascii")
+    escaped = shown[:limit].encode("unicode_escape").decode("ascii")
     return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
 
 

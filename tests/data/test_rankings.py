@@ -231,6 +231,18 @@ def test_other_files_are_refused_in_one_line(tmp_path, split, name, content, mes
     assert "\n" not in str(error.value)
 
 
+def test_nested_lists_that_no_text_can_show_are_refused(tmp_path, split):
+    path = tmp_path / "list.pkl"
+    often = ["a"]
+    for _ in range(40):
+        often = [often] * 10
+    deep = b"\x80\x02]" + b"]" * 100_000 + b"a" * 100_000 + b"."
+    for content in (pickle.dumps([often]), deep):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"entry 0 \(\[.*\.\.\..*\) is not a name"):
+            rankings.read_ranking(path, split)
+
+
 def test_a_folder_is_refused(tmp_path, split):
     with pytest.raises(DataError, match="can't be read"):
         rankings.read_ranking(tmp_path, split)
