@@ -25,6 +25,7 @@ from dmosnet_jax.data.rankings import identity, read_ranking
 
 # Reading every name means reading every record: from so many images on, what was found is kept beside the list.
 KEEP_FROM = 100_000
+_SUFFIX = re.compile(r"(?<=[^/])\.(?:jpe?g|png|bmp|webp)$", re.IGNORECASE)
 
 
 class Rows(Images, Protocol):
@@ -213,9 +214,8 @@ def _path(name: str) -> str:
 
 
 def _stem(name: str) -> str:
-    path = _path(name)
-    stem, dot, suffix = path.rpartition(".")
-    return stem if dot and "/" not in suffix and stem and not stem.endswith("/") else path
+    # What stands behind another point belongs to the name.
+    return _SUFFIX.sub("", _path(name))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,6 +122,13 @@ def test_paths_with_a_root_find_keys(tmp_path, split_of):
     assert found.how == "the last 4 parts of the path joined by _"
 
 
+def test_only_the_suffix_of_an_image_is_left_away(tmp_path, split_of):
+    split = split_of(["us/ny/v1/a.1.jpg", "us/ny/v1/a.2.JPEG", "us/ny/v1/b.jpg.jpg"])
+    for listed in (["us/ny/v1/a.2", "us/ny/v1/a.1"], ["v1/a.2.png", "v1/a.1"], ["us_ny_v1_a.2", "us_ny_v1_a.1"]):
+        (tmp_path / "list.txt").write_text("\n".join(listed))
+        assert subset.ranked_rows(split, tmp_path / "list.txt").rows.tolist() == [1, 0]
+
+
 def test_names_that_two_images_share_are_not_compared(tmp_path, split_of):
     # Videos number their images alike: the bare file name tells nothing.
     path = tmp_path / "list.txt"
