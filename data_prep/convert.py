@@ -28,7 +28,7 @@ from data_prep.pedestrians import Scene
 from data_prep.staging import publish, staging, upload
 from data_prep.summary import Summary
 from dmosnet_jax.core import places
-from dmosnet_jax.core.errors import ConfigError, DataError, UserError
+from dmosnet_jax.core.errors import ConfigError, DataError, UserError, refusal
 from dmosnet_jax.data import records, sources
 
 if TYPE_CHECKING:
@@ -266,9 +266,12 @@ def main(argv: Sequence[str]) -> int:
     """
     try:
         return _run(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    except (UserError, OSError) as error:
+        failure = refusal(error) if isinstance(error, OSError) else error
+        if failure is None:
+            raise
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.exit_status
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted: nothing was written", file=sys.stderr)
         return _INTERRUPTED

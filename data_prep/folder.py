@@ -166,9 +166,9 @@ def read_tree(names: Sequence[str], location: str, camera_policy: str) -> list[R
         form = "pid/image.jpg" if camera_policy == NONE else "pid/camera/image.jpg"
         other = "" if camera_policy == NONE else f"; where there are no cameras, give --camera_policy={NONE}"
         which = f"{len(wrong)} images are not" if wrong else "there are no images"
+        names = f": {some(wrong)}" if wrong else ""
         raise DataError(
-            f"source {location}: {which} at {form}, with or without train, query and gallery above{other}: "
-            f"{some(wrong)}"
+            f"source {location}: {which} at {form}, with or without train, query and gallery above{other}{names}"
         )
     return rows
 

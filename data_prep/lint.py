@@ -21,7 +21,7 @@ from absl import flags
 from data_prep import convert
 from data_prep.checks import Finding, Rules, check, count_ids
 from data_prep.inspection import Contents, Part, inspect
-from dmosnet_jax.core.errors import ConfigError, DataError, UserError
+from dmosnet_jax.core.errors import ConfigError, DataError, UserError, refusal
 from dmosnet_jax.data import datasets, records
 
 _INTERRUPTED = 130
@@ -231,9 +231,12 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv`, program name first; returns the exit status."""
     try:
         return _run(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    except (UserError, OSError) as error:
+        failure = refusal(error) if isinstance(error, OSError) else error
+        if failure is None:
+            raise
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.exit_status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED

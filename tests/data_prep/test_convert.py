@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import convert, pedestrians
+from data_prep import convert, lint, pedestrians
 from data_prep.pedestrians import Scene
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data.datasets import load_split
@@ -232,6 +232,17 @@ def test_unwritable_place_is_one_line(raw, tmp_path, capsys):
     with pytest.raises(DataError, match="File exists"):
         convert.convert("market1501", tmp_path / "data", source=raw)
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["market1501"]
+
+
+@pytest.mark.parametrize("dataset", ["market1501", "cuhk03_detected", "luperson", "folder"])
+def test_what_the_system_refuses_is_one_line(dataset, tmp_path, capsys):
+    """Names so long stand for folders that may not be read."""
+    source = ["x", f"--dataset={dataset}", f"--source={tmp_path / ('s' * 300)}"]
+    for run, place in ((convert, [f"--data_dir={tmp_path / 'data'}"]), (lint, [])):
+        assert run.main([*source, *place]) == 1
+        told = capsys.readouterr().err.strip().splitlines()
+        assert len(told) == 1
+        assert "File name too long" in told[0]
 
 
 def test_missing_tensorflow_says_how_to_install(raw, tmp_path, monkeypatch):
