@@ -76,6 +76,8 @@ def validate(config: Any) -> None:
         "seed",
         "optim.weight_decay",
         "optim.warmup_steps",
+        "optim.clip_norm",
+        "loss.triplet_weight",
         "augment.pad",
         "data.threads",
         "data.workers",
@@ -83,7 +85,8 @@ def validate(config: Any) -> None:
     _fraction(
         config, "spcl.min_clustered", "augment.flip", "augment.erase", "augment.autoaugment", "optim.warmup_factor"
     )
-    _below_one(config, "spcl.momentum", "loss.label_smoothing")
+    _fraction(config, "optim.decay_factor", "optim.final_factor")
+    _below_one(config, "spcl.momentum", "optim.momentum", "loss.label_smoothing")
     _positive(config, "cfs.chunk_images", "cfs.sheet_columns")
     _check_selection(config, recipe)
     _check_image_size(config)

@@ -51,7 +51,11 @@ def cluster_together(
     single = jax.process_count() == 1
     if single and not candidates:
         return cluster(features, k1=k1, mesh=mesh, threads=threads, progress=progress, **settings)
-    _agree(lambda: check_memory(*features.shape, k1=k1, threads=threads, limit=settings.get("memory_limit")))
+    agree(
+        lambda: check_memory(
+            *features.shape, k1=min(k1, len(features)), threads=threads, limit=settings.get("memory_limit")
+        )
+    )
     since = time.perf_counter()
     report = None if progress is None else lambda fraction: progress("neighbours", fraction)
     nearest = neighbours.search(
@@ -66,7 +70,7 @@ def cluster_together(
 
 def _from_first(features: np.ndarray, options: dict[str, Any]) -> Clustering:
     """Clusters on process 0, and gives everybody the result or the failure."""
-    found = _agree(lambda: cluster(features, **options))
+    found = agree(lambda: cluster(features, **options))
     images = len(features)
     kinds = {"r_comp": np.float32, "r_indep": np.float32}
     tables = [getattr(found, name, np.zeros(images, kinds.get(name, np.int32))) for name in _TABLES]
@@ -80,17 +84,22 @@ def _from_first(features: np.ndarray, options: dict[str, Any]) -> Clustering:
     return Clustering(**fields, indep_threshold=threshold, seconds=found.seconds if found else {})
 
 
-def _agree(work: Callable[[], _Result]) -> _Result | None:
-    """Does something on process 0, the result there and None elsewhere; a failure there is one everywhere."""
-    result, failure = None, None
+def agree(work: Callable[[], _Result]) -> _Result | None:
+    """Does something on process 0, the result there and None elsewhere; a failure there is one everywhere.
+
+    Raises:
+        UserError: on the other processes, whatever the failure on process 0 was.
+    """
+    result: _Result | None = None
+    failure: Exception | None = None
     if jax.process_index() == 0:
         try:
             result = work()
-        except UserError as error:
+        except Exception as error:
             # The others wait: they must learn of it before this process ends.
             failure = error
     if jax.process_count() > 1 and not int(_broadcast(np.int32(failure is None))) and failure is None:
-        raise UserError("clustering failed on process 0, whose message says why")
+        raise UserError("process 0 failed, and its message says why")
     if failure is not None:
         raise failure
     return result

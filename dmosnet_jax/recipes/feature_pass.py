@@ -1,11 +1,12 @@
 """One pass of feature extraction over all training images, that goes on where it was interrupted.
 
-Large data sets are extracted in parts, each written whole or not at all to `features/` in the workdir. A part belongs
-to the exact weights and images it was made from; parts of others are removed.
+Large data sets are extracted in parts, each written whole or not at all to `feature_parts/` in the workdir. A part
+belongs to the exact weights, images and settings it was made from; parts of others are removed.
 """
 
+import contextlib
 import pathlib
-import shutil
+import re
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +20,10 @@ from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.export.aside import written_aside
 from dmosnet_jax.recipes.splits import say
 
-FOLDER = "features"
+FOLDER = "feature_parts"
 PART = 65_536
+# Parts, and what a writer that was killed left; nothing else in the folder is ever touched.
+_NAME = re.compile(r"\.?[0-9a-f]{16}-\d{9}\.npy.*")
 
 
 def extract(
@@ -33,6 +36,7 @@ def extract(
     cache: ImageCache | None = None,
     part: int = PART,
     label: str = "memory",
+    about: str = "",
 ) -> np.ndarray:
     """Unit features of all images, float32 [N, E], the same on every process.
 
@@ -45,6 +49,7 @@ def extract(
         cache: decoded images; a set that has one is extracted at once.
         part: images between two writes. A set of no more is extracted at once.
         label: of the progress bar.
+        about: what else decides the features, such as the image size and the pixel statistics.
 
     Raises:
         DataError: an image can't be read, or a part can't be written.
@@ -52,8 +57,8 @@ def extract(
     count = len(split.pids)
     if count <= part or cache is not None:
         return _unit(extractor(params, stats, split, label=label, cache=cache))
-    keeper = _Parts(workdir / FOLDER, _fingerprint(params, stats, split))
-    pieces, known = [], 0
+    keeper = _Parts(workdir / FOLDER, _fingerprint(params, stats, split, about))
+    features, known = np.empty((0, 0), np.float32), 0
     for start in range(0, count, part):
         rows = np.arange(start, min(start + part, count))
         piece = keeper.load(start, len(rows))
@@ -63,16 +68,24 @@ def extract(
             keeper.save(start, piece)
         else:
             known += len(rows)
-        pieces.append(piece)
+        if not start:
+            features = np.empty((count, piece.shape[1]), np.float32)
+        features[start : start + len(rows)] = piece
     if known:
         say(f"{known:,} of {count:,} features were there from an interrupted pass")
-    return np.concatenate(pieces)
+    return features
 
 
 def clear(workdir: pathlib.Path) -> None:
     """Removes the parts: a checkpoint holds what was made of them."""
-    if jax.process_index() == 0:
-        shutil.rmtree(workdir / FOLDER, ignore_errors=True)
+    folder = workdir / FOLDER
+    if jax.process_index() == 0 and folder.is_dir():
+        with contextlib.suppress(OSError):
+            for path in folder.iterdir():
+                if _NAME.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+            # Not where somebody keeps something else in it.
+            folder.rmdir()
 
 
 class _Parts:
@@ -82,7 +95,7 @@ class _Parts:
         self._folder, self._fingerprint = folder, fingerprint
         if jax.process_index() == 0 and folder.is_dir():
             for path in folder.iterdir():
-                if not path.name.startswith(fingerprint):
+                if _NAME.fullmatch(path.name) and not path.name.startswith(fingerprint):
                     path.unlink(missing_ok=True)
 
     def _path(self, start: int) -> pathlib.Path:
@@ -118,10 +131,10 @@ def _broadcast(value: Any) -> Any:
     return multihost_utils.broadcast_one_to_all(value)
 
 
-def _fingerprint(params: Any, stats: Any, split: Rows) -> str:
-    """Changes with any weight, and with which images there are."""
+def _fingerprint(params: Any, stats: Any, split: Rows, about: str) -> str:
+    """Changes with any weight, with which images there are, and with what `about` says."""
     update: Callable[[bytes, int], int] = zlib.crc32
-    check = 0
+    check = update(about.encode(), 0)
     for leaf in jax.tree.leaves((params, stats)):
         check = update(np.ascontiguousarray(leaf).tobytes(), check)
     # File names tell images apart; a few are enough to recognise another set of the same size.

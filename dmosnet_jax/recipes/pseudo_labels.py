@@ -11,7 +11,7 @@ from dmosnet_jax.evaluation.report_charts import Chart, Line, draw_svg
 from dmosnet_jax.export.aside import written_aside
 from dmosnet_jax.memory import clustering, quality
 from dmosnet_jax.memory.clustering import Clustering, TooFewClusteredError
-from dmosnet_jax.memory.together import cluster_together
+from dmosnet_jax.memory.together import agree, cluster_together
 from dmosnet_jax.recipes.splits import say
 from dmosnet_jax.train.metrics import progress_bar
 
@@ -30,11 +30,16 @@ def radius(settings: Any, epoch: int, epochs: int) -> float:
 
 
 def announce(images: int, dim: int, settings: Any) -> None:
-    """Says how much memory clustering will need."""
+    """Says how much memory clustering will need.
+
+    Raises:
+        UserError: there is less; now, and not after hours of extraction.
+    """
     parts = clustering.estimate_memory(images, dim, k1=settings.k1)
     total = parts.pop("total")
     largest = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sorted(parts.items(), key=lambda p: -p[1])[:3])
     say(f"clustering {images:,} images of {dim} values takes up to {total / 2**30:.2f} GiB of host memory ({largest})")
+    agree(lambda: clustering.check_memory(images, dim, k1=min(settings.k1, images)))
 
 
 def find(
@@ -112,10 +117,14 @@ def report(
         since: `time.perf_counter()` at the start.
     """
     stages = ", ".join(f"{name} {value:.1f}" for name, value in found.seconds.items())
+    # Of the labels that are trained on: a cluster memory takes those of DBSCAN.
+    sizes = np.bincount(labels[labels >= 0])
+    clusters, largest = int((sizes > 1).sum()), int(sizes.max(initial=0))
+    alone = int((sizes == 1).sum() + (labels < 0).sum())
     notes: dict[str, float] = {
-        "clusters": found.num_clusters,
-        "unclustered": found.num_unclustered,
-        "largest_cluster": found.largest_cluster,
+        "clusters": clusters,
+        "unclustered": alone,
+        "largest_cluster": largest,
         "indep_threshold": found.indep_threshold,
         "eps": eps,
     }
@@ -129,8 +138,8 @@ def report(
             f"{agreement.pair_precision:.3f} precise, {agreement.pair_recall:.3f} recalled"
         )
     say(
-        f"epoch {epoch + 1}: {found.num_clusters} clusters, {found.num_unclustered} un-clustered images, largest "
-        f"cluster {found.largest_cluster}, threshold {found.indep_threshold:.4f}{told}, "
+        f"epoch {epoch + 1}: {clusters} clusters, {alone} un-clustered images, largest "
+        f"cluster {largest}, threshold {found.indep_threshold:.4f}{told}, "
         f"{time.perf_counter() - since:.1f} s ({stages})"
     )
     return notes | {f"seconds_{name}": value for name, value in found.seconds.items()}

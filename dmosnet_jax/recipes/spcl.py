@@ -7,6 +7,7 @@ al. 2021): features are extracted before each epoch, and images outside of clust
 """
 
 import functools
+import math
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from dmosnet_jax.data.samplers import class_epoch
 from dmosnet_jax.memory import centroids, hybrid
 from dmosnet_jax.recipes import feature_pass, pseudo_labels
 from dmosnet_jax.recipes.training import TrainingRun
+from dmosnet_jax.recipes.weights import settings_of
 from dmosnet_jax.train.state import TrainState
 from dmosnet_jax.train.steps import Batch, Metrics, Step, spcl_step
 
@@ -28,6 +30,7 @@ class SpclRun(TrainingRun):
     """SpCL over the training split; identities, where there are any, only tell how good the clusters are."""
 
     _threshold: float | None = None
+    _capacity: int | None = None
     _steps_taken = 0
 
     def num_classes(self) -> int:
@@ -42,10 +45,14 @@ class SpclRun(TrainingRun):
         """Adds the memory: features of every image, or on resuming a table of the right size to restore into."""
         images, settings = len(self.split.pids), self.config.spcl
         pseudo_labels.announce(images, self.model.feature_dim, settings)
+        self._capacity = settings.max_classes
         if meta is None:
             features = self._extract(state)
         else:
             self._threshold = meta["indep_threshold"]
+            # As they were: the next epoch makes tables of the size that is asked for now.
+            self._capacity = meta.get("capacity", settings.max_classes)
+            self._check_same_memory(meta)
             features = np.zeros((images, self.model.feature_dim), np.float32)
         memory = hybrid.init(
             features,
@@ -53,10 +60,22 @@ class SpclRun(TrainingRun):
             np.zeros(images, np.int32),
             momentum=settings.momentum,
             temperature=settings.temperature,
-            capacity=settings.max_classes,
+            capacity=self._capacity,
+            multiple=self._multiple(),
             mesh=self.mesh,
         )
         return state.replace(memory=memory)
+
+    def _check_same_memory(self, meta: Mapping[str, Any]) -> None:
+        now, then = self.config.spcl.memory, meta.get("memory", "image")
+        if now != then:
+            raise ConfigError(
+                f"spcl.memory={now!r} (was {then!r} in this run): give another --workdir or the earlier setting"
+            )
+
+    def _multiple(self) -> int:
+        """Rows that every table length is a multiple of, so that it divides over any number of devices."""
+        return math.lcm(hybrid.PADDING, self.mesh.size)
 
     def make_step(self) -> Step:
         """Contrast with the memory."""
@@ -84,8 +103,8 @@ class SpclRun(TrainingRun):
         return refreshing
 
     def loop_values(self) -> dict[str, Any]:
-        """The independence threshold of the first epoch, which all later ones keep."""
-        return {"indep_threshold": self._threshold}
+        """The independence threshold of the first epoch, which all later ones keep, and what the memory is."""
+        return {"indep_threshold": self._threshold, "capacity": self._capacity, "memory": self.config.spcl.memory}
 
     def begin_epoch(self, state: TrainState, epoch: int, offset: int) -> tuple[TrainState, Any, Mapping[str, float]]:
         """Clusters the memory and plans the epoch; in the middle of one, takes the pseudo-labels from the memory."""
@@ -125,8 +144,9 @@ class SpclRun(TrainingRun):
         return self.config.spcl.reextract or self._has_centroids()
 
     def _extract(self, state: TrainState) -> np.ndarray:
+        about = repr((settings_of(self.model), tuple(self.config.pixel_mean), tuple(self.config.pixel_std)))
         return feature_pass.extract(
-            self.extractor, state.params, state.stats, self.split, self.workdir, cache=self.cache
+            self.extractor, state.params, state.stats, self.split, self.workdir, cache=self.cache, about=about
         )
 
     def _cluster(self, state: TrainState, epoch: int) -> tuple[TrainState, np.ndarray, dict[str, float]]:
@@ -148,6 +168,9 @@ class SpclRun(TrainingRun):
         )
         self._threshold = float(found.indep_threshold)
         labels = found.dbscan if self._has_centroids() else found.labels
+        if self._capacity != settings.max_classes:
+            memory = hybrid.with_capacity(memory, settings.max_classes, multiple=self._multiple())
+            self._capacity = settings.max_classes
         try:
             if self._has_centroids():
                 memory = centroids.begin(memory, features, labels)

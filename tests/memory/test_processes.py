@@ -113,7 +113,7 @@ def test_two_processes_equal_one_device(tmp_path):
     assert one["devices"] == 1
     assert "not one cluster" in str(one["refusal"]) or "only" in str(one["refusal"])
     assert str(two[0]["refusal"]) == str(one["refusal"])
-    assert str(two[1]["refusal"]) == "clustering failed on process 0, whose message says why"
+    assert str(two[1]["refusal"]) == "process 0 failed, and its message says why"
     close = ("similarities", "loss", "gradient", "features", "sums", "drift")
     for found in two:
         assert found["devices"] == 4

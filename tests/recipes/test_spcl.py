@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 
 from configs import spcl_market1501
-from dmosnet_jax.core.errors import ConfigError
-from dmosnet_jax.memory import hybrid
+from dmosnet_jax.core.errors import ConfigError, UserError
+from dmosnet_jax.memory import clustering, hybrid
 from dmosnet_jax.memory.clustering import TooFewClusteredError
 from dmosnet_jax.models import Model
 from dmosnet_jax.recipes import feature_pass, pseudo_labels, training
@@ -220,6 +221,39 @@ def test_too_few_classes_name_the_field(settings, tmp_path):
             run.run()
 
 
+def test_a_run_goes_on_with_more_classes_when_these_were_too_few(settings, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hybrid, "PADDING", 8)
+        SpclRun(settings(spcl__max_classes=48, train__epochs=1), tmp_path).run()
+        sizes, set_labels = [], hybrid.set_labels
+        patch.setattr(hybrid, "set_labels", lambda memory, *rest: sizes.append(memory) or set_labels(memory, *rest))
+        SpclRun(settings(spcl__max_classes=96), tmp_path).run()
+    # When it is restored, and at the next epoch.
+    assert [memory.class_sums.shape[0] for memory in sizes] == [48, 96]
+    assert [row["epoch"] for row in rows(tmp_path) if "clusters" in row] == [0, 1]
+
+
+def test_another_kind_of_memory_does_not_continue_a_run(settings, tmp_path):
+    SpclRun(settings(train__epochs=1), tmp_path).run()
+    with pytest.raises(ConfigError, match=r"spcl\.memory='cluster' \(was 'image' in this run\)"):
+        SpclRun(settings(spcl__memory="cluster"), tmp_path).run()
+
+
+def test_too_little_memory_is_told_before_anything_is_extracted(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(clustering, "machine_memory", lambda: 1000)
+    monkeypatch.setattr(feature_pass, "extract", lambda *_, **__: pytest.fail("extracted"))
+    with pytest.raises(UserError, match=r"48 images of 16 values need about .* GiB of memory"):
+        SpclRun(settings(), tmp_path).run()
+
+
+def test_what_is_logged_are_the_labels_that_are_trained_on(capsys):
+    labels = np.array([0, 0, 0, 1, 1, -1, -1, 2], np.int32)
+    found = types.SimpleNamespace(indep_threshold=0.5, recall=None, seconds={})
+    notes = pseudo_labels.report(found, labels, np.full(8, -1), epoch=0, eps=0.6, since=0.0)
+    assert (notes["clusters"], notes["unclustered"], notes["largest_cluster"]) == (2, 3, 3)
+    assert "epoch 1: 2 clusters, 3 un-clustered images, largest cluster 3" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("epoch", "epochs", "end", "expected"),
     [(0, 5, None, 0.6), (4, 5, None, 0.6), (0, 5, 0.4, 0.6), (1, 5, 0.4, 0.55), (4, 5, 0.4, 0.4), (0, 1, 0.4, 0.6)],
@@ -305,6 +339,19 @@ def test_parts_of_other_weights_or_images_are_not_used(tmp_path):
         assert len(extractor.parts) == 5
         assert len(files(tmp_path)) == 5
         np.testing.assert_allclose(found[:, 0] / found[:, 1], 3 + np.arange(len(split)), rtol=1e-5)
+
+
+def test_parts_of_other_settings_are_not_used_and_files_of_others_stay(tmp_path):
+    mine = tmp_path / feature_pass.FOLDER / "notes.npy"
+    mine.parent.mkdir()
+    mine.touch()
+    for about, parts in (("256x128", 5), ("256x128", 0), ("128x64", 5)):
+        extractor = Extractor()
+        feature_pass.extract(extractor, {"w": np.float32(2)}, {}, Split(50), tmp_path, part=12, about=about)
+        assert len(extractor.parts) == parts
+    assert len(files(tmp_path)) == 6
+    feature_pass.clear(tmp_path)
+    assert files(tmp_path) == ["notes.npy"]
 
 
 def test_small_sets_are_extracted_at_once(tmp_path):
