@@ -254,22 +254,6 @@ def set_labels(memory: Memory, labels: np.ndarray) -> Memory:
     return refresh(memory.replace(labels=placed))
 
 
-def with_capacity(memory: Memory, capacity: int | None, *, multiple: int = PADDING) -> Memory:
-    """The memory with empty class tables of another size; `set_labels` has to follow.
-
-    Args:
-        memory: state outside of `jax.jit`; what was compiled for it is compiled anew.
-        capacity: as in `init`.
-        multiple: as in `init`.
-    """
-    count, dim = padded_rows(capacity or memory.num_rows, multiple), memory.features.shape[1]
-    sums, counts = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((count, dim), (count,)))
-    return memory.replace(
-        class_sums=placement.zeros(sums, memory.class_sums.sharding),
-        class_counts=placement.zeros(counts, memory.class_counts.sharding),
-    )
-
-
 def refresh(memory: Memory) -> Memory:
     """The memory with class sums and counts computed anew, free of the rounding that increments collect.
 

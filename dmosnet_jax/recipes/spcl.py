@@ -19,6 +19,7 @@ from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.mesh import to_host
 from dmosnet_jax.data.samplers import class_epoch
 from dmosnet_jax.memory import centroids, hybrid
+from dmosnet_jax.memory.capacity import with_capacity
 from dmosnet_jax.recipes import feature_pass, pseudo_labels
 from dmosnet_jax.recipes.training import TrainingRun
 from dmosnet_jax.recipes.weights import settings_of
@@ -169,7 +170,7 @@ class SpclRun(TrainingRun):
         self._threshold = float(found.indep_threshold)
         labels = found.dbscan if self._has_centroids() else found.labels
         if self._capacity != settings.max_classes:
-            memory = hybrid.with_capacity(memory, settings.max_classes, multiple=self._multiple())
+            memory = with_capacity(memory, settings.max_classes, multiple=self._multiple())
             self._capacity = settings.max_classes
         try:
             if self._has_centroids():
