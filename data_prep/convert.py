@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from data_prep import pedestrians
+from data_prep import command, pedestrians
 from data_prep.pedestrians import Scene
 from data_prep.staging import publish, staging, upload
 from data_prep.summary import Summary
 from dmosnet_jax.core import places
-from dmosnet_jax.core.errors import ConfigError, DataError, UserError, refusal
+from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import records, sources
 
 if TYPE_CHECKING:
@@ -48,8 +48,6 @@ DATASETS = {
 RENDERED = "synthetic"
 # Too large for one process and one go.
 SHARDED = "luperson"
-
-_INTERRUPTED = 130
 
 # Their own set: importing this module must not add flags to the program that imports it.
 _FLAGS = flags.FlagValues()
@@ -264,32 +262,12 @@ def main(argv: Sequence[str]) -> int:
     Returns:
       The exit status: 0, also when the data set was there already; 1 for bad data; 2 for a bad command.
     """
-    try:
-        return _run(argv)
-    except (UserError, OSError) as error:
-        failure = refusal(error) if isinstance(error, OSError) else error
-        if failure is None:
-            raise
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.exit_status
-    except KeyboardInterrupt as error:
-        print(str(error) or "interrupted: nothing was written", file=sys.stderr)
-        return _INTERRUPTED
+    return command.guarded(_run, argv, interrupted="interrupted: nothing was written")
 
 
 def _run(argv: Sequence[str]) -> int:
-    _FLAGS.unparse_flags()
-    for flag in _FLAGS:
-        _FLAGS[flag].unparse()
-    try:
-        rest = _FLAGS(list(argv))[1:]
-    except flags.Error as error:
-        raise ConfigError(f"{error}; see --help") from error
-    if _FLAGS.help:
-        print(f"{__doc__}\nFlags:{_FLAGS.get_help()}")
+    if command.parse(_FLAGS, argv, __doc__):
         return 0
-    if rest:
-        raise ConfigError(f"unexpected argument {rest[0]!r}: every option is given as --name=value")
     for name in ("dataset", "data_dir"):
         if not _FLAGS[name].value:
             raise ConfigError(f"--{name} is missing; see --help")

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from data_prep import convert
+from data_prep import command, convert
 from data_prep.checks import Finding, Rules, check, count_ids
 from data_prep.inspection import Contents, Part, inspect
-from dmosnet_jax.core.errors import ConfigError, DataError, UserError, refusal
+from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import datasets, records
 
 _INTERRUPTED = 130
@@ -229,32 +229,12 @@ def _luperson(source: str | os.PathLike[str]) -> Part:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv`, program name first; returns the exit status."""
-    try:
-        return _run(argv)
-    except (UserError, OSError) as error:
-        failure = refusal(error) if isinstance(error, OSError) else error
-        if failure is None:
-            raise
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.exit_status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return _INTERRUPTED
+    return command.guarded(_run, argv, interrupted="interrupted")
 
 
 def _run(argv: Sequence[str]) -> int:
-    _FLAGS.unparse_flags()
-    for flag in _FLAGS:
-        _FLAGS[flag].unparse()
-    try:
-        rest = _FLAGS(list(argv))[1:]
-    except flags.Error as error:
-        raise ConfigError(f"{error}; see --help") from error
-    if _FLAGS.help:
-        print(f"{__doc__}\nFlags:{_FLAGS.get_help()}")
+    if command.parse(_FLAGS, argv, __doc__):
         return 0
-    if rest:
-        raise ConfigError(f"unexpected argument {rest[0]!r}: every option is given as --name=value")
     if not _FLAGS.dataset:
         raise ConfigError("--dataset is missing; see --help")
     if bool(_FLAGS.source) == bool(_FLAGS.data_dir):

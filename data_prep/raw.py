@@ -13,6 +13,8 @@ from dmosnet_jax.core.errors import DataError
 
 # A person crop is some kilobytes; a zip may claim any size.
 MAX_BYTES = 2**26
+# The decompressors have errors of their own.
+UNREADABLE_ENTRY = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 # Image files hardly get smaller in a zip.
 _MAX_RATIO = 100
 _HERE = re.compile(r"^(?:\./+)+")
@@ -120,13 +122,7 @@ class _Folder:
         self.names = sorted(f"{entry.parent.name}/{entry.name}" for entry in found if entry.is_file())
 
     def read(self, name: str) -> bytes:
-        path = self._root / name
-        try:
-            if path.stat().st_size > MAX_BYTES:
-                raise DataError(f"it has more than {MAX_BYTES} bytes")
-            return path.read_bytes()
-        except OSError as error:
-            raise DataError(reason(error)) from error
+        return read_file(self._root / name)
 
 
 class _Zip:
@@ -149,14 +145,35 @@ class _Zip:
         _require(self.location, {name.split("/")[0] for name in self.names}, folders)
 
     def read(self, name: str) -> bytes:
-        info = self._infos[name]
-        if info.file_size > MAX_BYTES:
+        return read_entry(self._archive, self._infos[name])
+
+
+def read_file(path: pathlib.Path) -> bytes:
+    """The content of an image, list or table.
+
+    Raises:
+      DataError: it cannot be read, or is larger than any of these is.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
             raise DataError(f"it has more than {MAX_BYTES} bytes")
-        try:
-            return self._archive.read(info)
-        # The decompressors have errors of their own.
-        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(reason(error)) from error
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(reason(error)) from error
+
+
+def read_entry(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """The content of an image, list or table in a zip.
+
+    Raises:
+      DataError: it is damaged, or larger than any of these is.
+    """
+    if info.file_size > MAX_BYTES:
+        raise DataError(f"it has more than {MAX_BYTES} bytes")
+    try:
+        return archive.read(info)
+    except UNREADABLE_ENTRY as error:
+        raise DataError(reason(error)) from error
 
 
 def _refuse_unsafe(location: str, name: str, info: zipfile.ZipInfo) -> None:

@@ -7,12 +7,20 @@ import os
 import pathlib
 import shutil
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, Protocol
 
-from data_prep.raw import MAX_BYTES, is_ignored, open_archive, reason, refuse_links_out, safe_entries, some
+from data_prep.raw import (
+    UNREADABLE_ENTRY,
+    is_ignored,
+    open_archive,
+    read_entry,
+    read_file,
+    reason,
+    refuse_links_out,
+    safe_entries,
+    some,
+)
 from dmosnet_jax.core.errors import DataError
 
 # The largest single file that a data set is given out as has about 2 GB.
@@ -127,13 +135,7 @@ class _FolderTree(_Tree):
             self.names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
 
     def read(self, name: str) -> bytes:
-        path = self._path / (self._prefix + name)
-        try:
-            if path.stat().st_size > MAX_BYTES:
-                raise DataError(f"it has more than {MAX_BYTES} bytes")
-            return path.read_bytes()
-        except OSError as error:
-            raise DataError(reason(error)) from error
+        return read_file(self._path / (self._prefix + name))
 
     def open(self, name: str) -> BinaryIO:
         try:
@@ -150,14 +152,7 @@ class _ZipTree(_Tree):
         self.names = sorted(self._entries)
 
     def read(self, name: str) -> bytes:
-        info = self._entries[self._prefix + name]
-        if info.file_size > MAX_BYTES:
-            raise DataError(f"it has more than {MAX_BYTES} bytes")
-        try:
-            return self._archive.read(info)
-        # The decompressors have errors of their own.
-        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(reason(error)) from error
+        return read_entry(self._archive, self._entries[self._prefix + name])
 
     def open(self, name: str) -> BinaryIO:
         info = self._entries[self._prefix + name]
@@ -169,7 +164,7 @@ class _ZipTree(_Tree):
         try:
             with self._archive.open(info) as entry:
                 shutil.copyfileobj(entry, copy, 2**22)
-        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        except UNREADABLE_ENTRY as error:
             copy.close()
             raise DataError(f"{reason(error)}: extract it and give the folder") from error
         copy.seek(0)

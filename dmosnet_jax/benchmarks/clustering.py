@@ -218,10 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 rows.append(pool.submit(measure, images, options).result())
             print(f"{images:,}: done in {rows[-1]['total']:.1f} s", flush=True)
-        print(tables.as_text(rows))
-        if options.output:
-            tables.write_csv(options.output, rows)
-            print(f"written: {options.output}")
+        tables.publish(rows, options.output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

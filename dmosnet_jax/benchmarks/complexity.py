@@ -18,8 +18,8 @@ import numpy as np
 
 from dmosnet_jax.benchmarks import tables
 from dmosnet_jax.benchmarks.counting import count
+from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.core.errors import ConfigError, UserError
-from dmosnet_jax.export.aside import written_aside
 from dmosnet_jax.models import Model, build, names
 
 PICTURES = (".svg", ".png", ".pdf")
@@ -160,10 +160,7 @@ def _run(options: argparse.Namespace) -> None:
     chosen = [name for name in options.models.split(",") if name] or names()
     rows = sorted(map(measure, networks(tuple(options.image_size), chosen)), key=lambda row: row["multiply-adds"])
     print(f"one image of {options.image_size[0]}x{options.image_size[1]}; parameters without classifier and BNNeck")
-    print(tables.as_text(rows))
-    if options.output:
-        tables.write_csv(options.output, rows)
-        print(f"written: {options.output}")
+    tables.publish(rows, options.output)
     if options.picture:
         draw(rows, options.picture)
         print(f"written: {options.picture}")

@@ -130,14 +130,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = list(measure(tuple(options.shape), options.dtype, options.repeats))
     order = {key: place for place, key in enumerate(dict.fromkeys((row["operation"], row["pass"]) for row in rows))}
     rows.sort(key=lambda row: order[row["operation"], row["pass"]])
-    print(tables.as_text(rows))
-    if options.output:
-        try:
-            tables.write_csv(options.output, rows)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return error.exit_status
-        print(f"written: {options.output}")
+    try:
+        tables.publish(rows, options.output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
     return 0
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dmosnet_jax.export.aside import written_aside
+from dmosnet_jax.core.aside import written_aside
 
 Row = Mapping[str, Any]
 
@@ -32,6 +32,18 @@ def _cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def publish(rows: Sequence[Row], output: str) -> None:
+    """Prints the table, and writes it as CSV where `output` is not empty.
+
+    Raises:
+        DataError: the file can't be written.
+    """
+    print(as_text(rows))
+    if output:
+        write_csv(output, rows)
+        print(f"written: {output}")
 
 
 def write_csv(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:

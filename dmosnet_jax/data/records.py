@@ -92,21 +92,21 @@ def serialise(record: Record) -> bytes:
       record: the record; its file name must be valid text.
     """
     values = {
-        IMAGE: _delimited(1, _delimited(1, record.image)),
-        PID: _delimited(3, _delimited(1, _encoded(record.pid % 2**64))),
-        CAMID: _delimited(3, _delimited(1, _encoded(record.camid % 2**64))),
-        FILENAME: _delimited(1, _delimited(1, record.filename.encode())),
+        IMAGE: delimited(1, delimited(1, record.image)),
+        PID: delimited(3, delimited(1, varint(record.pid % 2**64))),
+        CAMID: delimited(3, delimited(1, varint(record.camid % 2**64))),
+        FILENAME: delimited(1, delimited(1, record.filename.encode())),
     }
-    entries = (_delimited(1, name.encode()) + _delimited(2, values[name]) for name in sorted(values))
-    return _delimited(1, b"".join(_delimited(1, entry) for entry in entries))
+    entries = (delimited(1, name.encode()) + delimited(2, values[name]) for name in sorted(values))
+    return delimited(1, b"".join(delimited(1, entry) for entry in entries))
 
 
-def _delimited(number: int, data: bytes) -> bytes:
+def delimited(number: int, data: bytes) -> bytes:
     """A length-delimited field of a message."""
-    return b"".join((bytes([number << 3 | _BYTES]), _encoded(len(data)), data))
+    return b"".join((bytes([number << 3 | _BYTES]), varint(len(data)), data))
 
 
-def _encoded(value: int) -> bytes:
+def varint(value: int) -> bytes:
     """A varint."""
     out = bytearray()
     while value >= 0x80:

@@ -1,6 +1,5 @@
 """A picture of images along an order, best first: rows are positions in it, as in Figure 5 of the paper."""
 
-import io
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -8,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data import transforms
 
@@ -75,7 +75,8 @@ def write_contact_sheet(
             left = _MARGIN + _LABEL + column * (_CELL[0] + _GAP)
             _paste(sheet, _thumbnail(image(row), row), left, top)
             pen.text((left + _CELL[0] // 2, top + _CELL[1] + 2), f"{scores[row]:.4f}", _SOFT, text, anchor="ma")
-    _save(sheet, pathlib.Path(path))
+    with written_aside(pathlib.Path(path)) as aside:
+        sheet.save(aside, "PNG", optimize=True)
 
 
 def _thumbnail(data: bytes, row: int) -> Image.Image:
@@ -92,18 +93,3 @@ def _paste(sheet: Image.Image, picture: Image.Image, left: int, top: int) -> Non
     """Centres a picture in its cell."""
     sheet.paste(_FRAME, (left, top, left + _CELL[0], top + _CELL[1]))
     sheet.paste(picture, (left + (_CELL[0] - picture.width) // 2, top + (_CELL[1] - picture.height) // 2))
-
-
-def _save(sheet: Image.Image, path: pathlib.Path) -> None:
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            aside.write_bytes(buffer.getvalue())
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"{path}: can't be written ({error.strerror}); give a path in a writable folder") from error

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.evaluation.report_charts import Chart, Line, charts_from_metrics, describe, draw_svg
 
@@ -155,14 +156,8 @@ def write_report(
         sections.append(_rank_lists(rank_lists))
     sections.append(_tables(results, config, library_versions() if versions is None else versions))
     page = _page(title, "\n".join(sections))
-    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(target) as aside:
         aside.write_text(page, encoding="utf-8")
-        os.replace(aside, target)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise DataError(f"{target}: cannot be written ({error.strerror}); choose another folder") from error
     return target
 
 

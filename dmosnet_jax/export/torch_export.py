@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.trees import named_leaves
-from dmosnet_jax.export.aside import written_aside
 from dmosnet_jax.export.layouts import EXPORTS, KERNEL_AXES, LEAVES, Rule
 from dmosnet_jax.export.torch_write import write_pth
 from dmosnet_jax.models import Model

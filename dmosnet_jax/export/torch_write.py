@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from dmosnet_jax.export.aside import written_aside
+from dmosnet_jax.core.aside import written_aside
 
 # Element types by NumPy code.
 _STORAGES = {"<f4": "FloatStorage", "<f8": "DoubleStorage", "<f2": "HalfStorage", "<i8": "LongStorage"}

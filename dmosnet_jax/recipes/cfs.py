@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.mesh import make_mesh
 from dmosnet_jax.core.selection import dataset_names
@@ -16,7 +17,6 @@ from dmosnet_jax.data.records import TRAIN, Record
 from dmosnet_jax.data.subset import Subset, share_count
 from dmosnet_jax.evaluation.contact_sheet import POSITIONS, write_contact_sheet
 from dmosnet_jax.evaluation.forgetting import ForgettingScorer, Proxy
-from dmosnet_jax.export.aside import written_aside
 from dmosnet_jax.export.opening import Opened, open_weights
 from dmosnet_jax.recipes.chunks import SCORES, Chunks
 from dmosnet_jax.recipes.splits import read_names, say

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data import rankings
 from dmosnet_jax.data.datasets import Split
 from dmosnet_jax.data.subset import Subset
-from dmosnet_jax.export.aside import written_aside
 from dmosnet_jax.train.metrics import write_json
 
 SCORES, RUN, FOLDER = "scores.npz", "run.json", "chunks"

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.mesh import make_mesh
 from dmosnet_jax.data.records import Record
@@ -98,17 +99,7 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     features = scoring.make_extractor(config, model, make_mesh())(params, stats, images)
     arrays = {"features": features, "files": np.asarray(images.files)}
     if jax.process_index() == 0:
-        _save(pathlib.Path(config.output), arrays)
+        with written_aside(config.output) as aside, aside.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
         print(f"{len(features)} features of {features.shape[1]} values written: {config.output}")
     return arrays
-
-
-def _save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        with aside.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

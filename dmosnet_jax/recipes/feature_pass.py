@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.subset import Rows, Subset
 from dmosnet_jax.evaluation.extract import Extractor
-from dmosnet_jax.export.aside import written_aside
 from dmosnet_jax.recipes.splits import say
 
 FOLDER = "feature_parts"

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.evaluation.report_charts import Chart, Line, draw_svg
-from dmosnet_jax.export.aside import written_aside
 from dmosnet_jax.memory import clustering, quality
 from dmosnet_jax.memory.clustering import Clustering, TooFewClusteredError
 from dmosnet_jax.memory.together import agree, cluster_together

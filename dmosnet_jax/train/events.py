@@ -11,7 +11,8 @@ import struct
 import time
 from collections.abc import Mapping
 
-import google_crc32c
+from dmosnet_jax.data.framing import frame
+from dmosnet_jax.data.records import delimited, varint
 
 _SESSION_START = b"\x3a\x02\x08\x01"  # session_log { status: START }
 
@@ -23,39 +24,18 @@ class EventFile:
         """Starts a file; TensorBoard then forgets what earlier files say of steps from `purge_step` on."""
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         self._file = (folder / name).open("xb", buffering=0)
-        self._write(0, _field(3, b"brain.Event:2"))
+        self._write(0, delimited(3, b"brain.Event:2"))
         if purge_step is not None:
             self._write(purge_step, _SESSION_START)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Records the values of a step."""
-        entries = (_field(1, name.encode()) + b"\x15" + struct.pack("<f", value) for name, value in values.items())
-        self._write(step, _field(5, b"".join(_field(1, entry) for entry in entries)))
+        entries = (delimited(1, name.encode()) + b"\x15" + struct.pack("<f", value) for name, value in values.items())
+        self._write(step, delimited(5, b"".join(delimited(1, entry) for entry in entries)))
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
     def _write(self, step: int, content: bytes) -> None:
-        event = b"\x09" + struct.pack("<d", time.time()) + b"\x10" + _varint(step) + content
-        length = struct.pack("<Q", len(event))
-        self._file.write(length + _checksum(length) + event + _checksum(event))
-
-
-def _field(number: int, data: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _checksum(data: bytes) -> bytes:
-    """TFRecord's masked CRC32C."""
-    crc = google_crc32c.value(data)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+        self._file.write(frame(b"\x09" + struct.pack("<d", time.time()) + b"\x10" + varint(step) + content))

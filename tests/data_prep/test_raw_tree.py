@@ -76,7 +76,7 @@ def test_zip_bombs_are_refused(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=r"refused: its .* bytes claim to hold 100,6.*, which images never do"):
             opened(bomb)
     # One file alone, below that sum.
-    monkeypatch.setattr(raw_tree, "MAX_BYTES", 4_999)
+    monkeypatch.setattr(raw, "MAX_BYTES", 4_999)
     for source in (as_zip(tmp_path / "two", FILES), as_folder(tmp_path / "three", FILES)):
         with pytest.raises(DataError, match="more than 4999 bytes"):
             raw_tree.open_tree(source).read("train/0000/a.jpg")

@@ -191,7 +191,7 @@ def test_failed_write_keeps_the_old_page(tmp_path):
     folder = tmp_path / "report.html"
     folder.mkdir()
     (folder / "kept").touch()
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(DataError, match="can't be written"):
         report.write_report(folder, title="t", results=RESULTS)
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
     assert (folder / "kept").exists()

@@ -1,0 +1,60 @@
+"""What the command lines of this package share: flags of their own, and failures in one line."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+from dmosnet_jax.core.errors import ConfigError, UserError, refusal
+
+_INTERRUPTED = 130
+
+
+def parse(own: flags.FlagValues, argv: Sequence[str], about: str | None) -> bool:
+    """Sets a command's flags from its arguments, whatever they were set to before.
+
+    Args:
+      own: the flags, `help` among them.
+      argv: program name first.
+      about: what help says before the flags.
+
+    Returns:
+      Whether help was asked for, and is printed.
+
+    Raises:
+      ConfigError: an argument is not understood.
+    """
+    own.unparse_flags()
+    for flag in own:
+        own[flag].unparse()
+    try:
+        rest = own(list(argv))[1:]
+    except flags.Error as error:
+        raise ConfigError(f"{error}; see --help") from error
+    if own["help"].value:
+        print(f"{about}\nFlags:{own.get_help()}")
+        return True
+    if rest:
+        raise ConfigError(f"unexpected argument {rest[0]!r}: every option is given as --name=value")
+    return False
+
+
+def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str], *, interrupted: str) -> int:
+    """The exit status of a command; what is wrong with its input, and an interrupt, end in one line.
+
+    Args:
+      run: the command.
+      argv: its arguments, program name first.
+      interrupted: what to say of an interrupt that says nothing itself.
+    """
+    try:
+        return run(argv)
+    except (UserError, OSError) as error:
+        failure = refusal(error) if isinstance(error, OSError) else error
+        if failure is None:
+            raise
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.exit_status
+    except KeyboardInterrupt as error:
+        print(str(error) or interrupted, file=sys.stderr)
+        return _INTERRUPTED
