@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import pathlib
 import types
 
 import jax
@@ -261,101 +260,3 @@ def test_what_is_logged_are_the_labels_that_are_trained_on(capsys):
 def test_radius_of_an_epoch(settings, epoch, epochs, end, expected):
     config = settings(spcl__eps_end=end) if end else settings()
     assert pseudo_labels.radius(config.spcl, epoch, epochs) == pytest.approx(expected)
-
-
-# The pass over all features.
-
-
-class Split:
-    """Images that are their own number."""
-
-    name, split = "numbers", "train"
-
-    def __init__(self, count):
-        self.pids = np.arange(count)
-        self.camids = np.zeros(count, np.int32)
-
-    @property
-    def source(self):
-        return range(len(self.pids))
-
-    def __len__(self):
-        return len(self.pids)
-
-    def filenames(self, indices=None):
-        return [f"{i}.jpg" for i in (range(len(self.pids)) if indices is None else indices)]
-
-
-class Extractor:
-    """Features that tell which image and weights they are of; breaks down after some parts."""
-
-    def __init__(self, breaks_after=99):
-        self.parts, self.left = [], breaks_after
-
-    def __call__(self, params, stats, split, *, label, cache=None):
-        if not self.left:
-            raise KeyboardInterrupt
-        self.left -= 1
-        self.parts.append(np.asarray(split.pids))
-        return np.stack([params["w"] + split.pids, np.ones(len(split.pids))], axis=1).astype(np.float32)
-
-
-def unit(features):
-    return features / np.linalg.norm(features, axis=1, keepdims=True)
-
-
-def files(workdir):
-    folder = pathlib.Path(workdir) / feature_pass.FOLDER
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-
-
-def test_an_interrupted_pass_goes_on(tmp_path, capsys):
-    split, params = Split(50), {"w": np.float32(2)}
-    expected = unit(np.stack([2 + np.arange(50), np.ones(50)], axis=1).astype(np.float32))
-    broken = Extractor(breaks_after=3)
-    with pytest.raises(KeyboardInterrupt):
-        feature_pass.extract(broken, params, {}, split, tmp_path, part=12)
-    assert len(files(tmp_path)) == 3
-    # One part was damaged since.
-    path = tmp_path / feature_pass.FOLDER / files(tmp_path)[1]
-    path.write_bytes(path.read_bytes()[:-5])
-    second = Extractor()
-    found = feature_pass.extract(second, params, {}, split, tmp_path, part=12)
-    np.testing.assert_array_equal(found, expected)
-    assert found.dtype == np.float32
-    assert [part[0] for part in second.parts] == [12, 36, 48]
-    assert "24 of 50 features were there" in capsys.readouterr().out
-    assert len(files(tmp_path)) == 5
-    feature_pass.clear(tmp_path)
-    assert files(tmp_path) == []
-    feature_pass.clear(tmp_path)
-
-
-def test_parts_of_other_weights_or_images_are_not_used(tmp_path):
-    feature_pass.extract(Extractor(), {"w": np.float32(2)}, {}, Split(50), tmp_path, part=12)
-    for params, split in (({"w": np.float32(3)}, Split(50)), ({"w": np.float32(3)}, Split(49))):
-        extractor = Extractor()
-        found = feature_pass.extract(extractor, params, {}, split, tmp_path, part=12)
-        assert len(extractor.parts) == 5
-        assert len(files(tmp_path)) == 5
-        np.testing.assert_allclose(found[:, 0] / found[:, 1], 3 + np.arange(len(split)), rtol=1e-5)
-
-
-def test_parts_of_other_settings_are_not_used_and_files_of_others_stay(tmp_path):
-    mine = tmp_path / feature_pass.FOLDER / "notes.npy"
-    mine.parent.mkdir()
-    mine.touch()
-    for about, parts in (("256x128", 5), ("256x128", 0), ("128x64", 5)):
-        extractor = Extractor()
-        feature_pass.extract(extractor, {"w": np.float32(2)}, {}, Split(50), tmp_path, part=12, about=about)
-        assert len(extractor.parts) == parts
-    assert len(files(tmp_path)) == 6
-    feature_pass.clear(tmp_path)
-    assert files(tmp_path) == ["notes.npy"]
-
-
-def test_small_sets_are_extracted_at_once(tmp_path):
-    extractor = Extractor()
-    feature_pass.extract(extractor, {"w": np.float32(2)}, {}, Split(50), tmp_path, part=50)
-    assert len(extractor.parts) == 1
-    assert files(tmp_path) == []

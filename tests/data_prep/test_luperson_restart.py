@@ -1,0 +1,205 @@
+"""LUPerson: conversions that were stopped or killed, that are there already, or are behind a URL."""
+
+import json
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+
+from data_prep import beam_pipeline, convert, layouts, luperson_source, shards
+from dmosnet_jax.core import places
+from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.data.datasets import load_split
+from tests.data_prep.luperson_case import ROOT, SCENE, SMALL, jpegs, rows, run, snapshot
+
+
+def test_a_stopped_conversion_goes_on_without_redoing_shards(raw, tmp_path, monkeypatch):
+    source, labels = raw()
+    run(source, tmp_path / "whole")
+    original, calls = shards._write, []
+
+    def failing(stage, plan, number):
+        calls.append(number)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device")
+        return original(stage, plan, number)
+
+    monkeypatch.setattr(shards, "_write", failing)
+    with pytest.raises(DataError, match=r"cannot write to .*No space left on device.*finished shards are kept"):
+        run(source, tmp_path / "data")
+    stage = tmp_path / "data" / ".luperson.incomplete"
+    finished = {p.name for p in (stage / "done").iterdir()}
+    assert len(finished) >= 3
+    files = {p.name: p.stat().st_ino for p in (stage / "dataset").iterdir() if p.name.split("-")[2] in finished}
+    # One of them is lost, and something that a killed process left.
+    lost = sorted(finished)[0]
+    next((stage / "dataset").glob(f"*-{lost}-of-?????")).write_bytes(b"short")
+    (stage / "dataset" / "luperson-train.tfrecord-00004-of-00006.abc.part").write_bytes(b"half")
+    before = len(calls)
+    summary, warnings = run(source, tmp_path / "data")
+    assert not {int(name) for name in finished - {lost}} & set(calls[before:])
+    assert int(lost) in calls[before:]
+    assert any(text.startswith("goes on with a conversion that was stopped") for text in warnings)
+    assert "were converted before" in str(summary)
+    assert snapshot(tmp_path / "data") == snapshot(tmp_path / "whole")
+    folder = tmp_path / "data" / "luperson" / "1.0.0"
+    kept = [name for name in files if name.split("-")[2] != lost]
+    assert all((folder / name).stat().st_ino == files[name] for name in kept)
+    assert len(rows(tmp_path / "data")) == len(labels)
+
+
+def test_without_a_terminal_progress_is_told_in_lines(pictures, tmp_path, monkeypatch, capsys):
+    source = pictures(tmp_path / "raw", 600)
+    run(source, tmp_path / "one")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(beam_pipeline, "_REPORT", 0.0)
+    monkeypatch.setattr(beam_pipeline, "_LOCAL_LOOK", 0.01)
+    run(source, tmp_path / "two")
+    lines = capsys.readouterr().err.splitlines()
+    form = re.compile(r"converted (\d+) of 600 images, [\d,]+ images/s, \d\d:\d\d left")
+    counts = [int(form.fullmatch(line)[1]) for line in lines]
+    assert counts == sorted(counts)
+    assert 0 < counts[-1] <= 600
+
+
+def test_another_source_or_size_begins_anew(pictures, tmp_path, monkeypatch):
+    source = pictures(tmp_path / "raw", 300)
+    original = shards._write
+
+    def failing(stage, plan, number):
+        if number == 2:
+            raise OSError(5, "Input/output error")
+        return original(stage, plan, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_write", failing)
+        for options in ({}, {"names": "numbers"}, {}):
+            with pytest.raises(DataError, match="Input/output error"):
+                run(source, tmp_path / "data", **options)
+    place = source / "c0" / "city" / "v0"
+    (place / "more.jpg").write_bytes((place / "000000.jpg").read_bytes())
+    summary, warnings = run(source, tmp_path / "data")
+    assert not any("goes on" in text for text in warnings)
+    assert summary.splits["train"][0] == 301
+    assert summary.notes == ()
+
+
+def test_existing_set_is_kept_unless_overwritten(raw, tmp_path):
+    source, _ = raw()
+    run(source, tmp_path)
+    before = snapshot(tmp_path)
+    assert run(source, tmp_path) == (None, [])
+    assert snapshot(tmp_path) == before
+    options = SMALL | {"names": "numbers"}
+    convert.convert("luperson", tmp_path, source=source, options=options, overwrite=True)
+    assert rows(tmp_path)[0].filename == "00_00_0000_00000000.jpg"
+    assert [p.name for p in tmp_path.iterdir()] == ["luperson"]
+
+
+def test_remote_data_dir_holds_what_a_local_one_does(raw, tmp_path, monkeypatch):
+    pytest.importorskip("fsspec")
+    monkeypatch.setenv("DMOSNET_CACHE", str(tmp_path / "cache"))
+    source, _ = raw()
+    root = f"memory://{uuid.uuid4().hex}/data"
+    run(source, tmp_path / "data")
+    summary, _ = run(source, root)
+    assert summary.folder == f"{root}/luperson/1.0.0"
+    local = {str(path): content for path, content in snapshot(tmp_path / "data" / "luperson" / "1.0.0").items()}
+    assert {e.name: places.read(places.join(summary.folder, e.name)) for e in places.entries(summary.folder)} == local
+    assert [e.name for e in places.entries(root)] == ["luperson"]
+    assert rows(root) == rows(tmp_path / "data")
+    assert run(source, root) == (None, [])
+    # A source behind a URL too.
+    for path in jpegs(source):
+        places.copy(path, f"{root}/raw/{path.relative_to(source).as_posix()}")
+    convert.convert("luperson", root, source=f"{root}/raw", options=SMALL, overwrite=True)
+    assert rows(root) == rows(tmp_path / "data")
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_shard_that_nobody_waits_for_is_left_alone(raw, tmp_path, remote):
+    if remote:
+        pytest.importorskip("fsspec")
+    stage = f"memory://{uuid.uuid4().hex}/stage" if remote else str(tmp_path / "stage")
+    shards.install(stage, *shards.make_plan(luperson_source.find(raw()[0]), "luperson", 2**15))
+    shards.stop(stage)
+    shards.write_shard(stage, 0)
+    assert shards.results(stage) == {}
+
+
+def test_other_data_sets_can_be_remote_too(tmp_path, monkeypatch):
+    pytest.importorskip("fsspec")
+    monkeypatch.setenv("DMOSNET_CACHE", str(tmp_path / "cache"))
+    layouts.write("market1501", tmp_path / "raw", SCENE)
+    root = f"memory://{uuid.uuid4().hex}"
+    summary = convert.convert("market1501", root, source=tmp_path / "raw")
+    assert str(summary).startswith(f"written to {root}/market1501/1.0.0\n")
+    convert.convert("market1501", tmp_path / "data", source=tmp_path / "raw")
+    for name in ("train", "query", "gallery"):
+        here, there = (load_split(place, "market1501", name) for place in (tmp_path / "data", root))
+        assert [here.record(i) for i in range(len(here))] == [there.record(i) for i in range(len(there))]
+    assert convert.convert("market1501", root, source=tmp_path / "raw") is None
+
+
+@pytest.mark.slow
+def test_killed_half_way_it_goes_on_to_the_same_files(pictures, tmp_path):
+    source = pictures(tmp_path / "raw", 12_000)
+    data_dir, stage = tmp_path / "data", tmp_path / "data" / ".luperson.incomplete"
+    options = ["--shard_mib=0.25", f"--source={source}"]
+    command = [sys.executable, "-m", "data_prep.convert", "--dataset=luperson", f"--data_dir={data_dir}", *options]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (stage / "done").exists() or len(list((stage / "done").iterdir())) < 3:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = [int(line) for line in _children(process.pid)]
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while any(_is_worker(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with pytest.raises(DataError, match="no data set luperson"):
+        load_split(data_dir, "luperson", "train")
+    total = len(json.loads((stage / "plan.json").read_text())["images"])
+    finished = {p.name for p in (stage / "done").iterdir()}
+    assert 3 <= len(finished) < total
+    inodes = {p.name: p.stat().st_ino for p in (stage / "dataset").iterdir() if p.name.split("-")[2] in finished}
+    # Stopped politely in the middle of it, with one line and no process left.
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (len(list((stage / "done").iterdir())) > len(finished)):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == ""
+    lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert lines == ["interrupted; finished shards are kept, the same command goes on"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True)
+    assert [line for line in done.stderr.splitlines() if not line.startswith("warning: ")] == []
+    assert "were converted before" in done.stdout
+    folder = data_dir / "luperson" / "1.0.0"
+    assert all((folder / name).stat().st_ino == inode for name, inode in inodes.items())
+    assert [p.name for p in data_dir.iterdir()] == ["luperson"]
+    convert.convert("luperson", tmp_path / "whole", source=source, options=SMALL | {"shard_mib": 0.25})
+    assert snapshot(data_dir) == snapshot(tmp_path / "whole")
+
+
+def _children(pid):
+    return subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False
+    ).stdout.split()
+
+
+def _is_worker(pid):
+    try:
+        return b"beam_worker" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
