@@ -1,5 +1,6 @@
 """Model registry: a name and a few options give pure functions."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from dmosnet_jax.models.functional import Functional, Tree
 from dmosnet_jax.models.heads import Head, HeadSettings
 from dmosnet_jax.models.osnet import CHANNELS, OSNetSettings
 from dmosnet_jax.models.osnet_ain import AINSettings
+from dmosnet_jax.models.precision import full_precision
 from dmosnet_jax.models.resnet import VARIANTS, ResNetSettings
 
 NECKS = ("bnneck", "fc", "none")
@@ -116,7 +118,7 @@ class Model:
     def apply(
         self, params: Tree, stats: Tree, images: jax.Array, *, train: bool, stages: bool = False
     ) -> tuple[dict[str, Any], Tree]:
-        """Runs the network.
+        """Runs the network; without `train`, its products are as precise as its dtype on every kind of device.
 
         Args:
             params: parameter tree.
@@ -128,7 +130,8 @@ class Model:
         Returns:
             `(outputs, stats)`: see `Head.__call__`; `stats` is unchanged without `train`.
         """
-        outputs, moved = self._functional.apply(_part(params), _part(stats), images, train=train, stages=stages)
+        with contextlib.nullcontext() if train else full_precision():
+            outputs, moved = self._functional.apply(_part(params), _part(stats), images, train=train, stages=stages)
         return outputs, _join(moved)
 
 

@@ -31,14 +31,26 @@ def _wide(per_group: jax.Array, like: jax.Array) -> jax.Array:
     return per_group.reshape(per_group.shape[0], *(1,) * (like.ndim - 2), per_group.shape[1])
 
 
+def _moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance over `axes`, in one pass, kept as axes of length 1.
+
+    The squares are of differences from one value of each group, not from zero: where the mean is far from zero, the
+    difference of two large numbers would leave nothing of the variance.
+    """
+    pivot = x
+    for axis in axes:
+        pivot = lax.slice_in_dim(pivot, 0, 1, axis=axis)
+    shifted = x - lax.stop_gradient(pivot)
+    mean = jnp.mean(shifted, axis=axes, keepdims=True)
+    var = jnp.maximum(jnp.mean(jnp.square(shifted), axis=axes, keepdims=True) - jnp.square(mean), 0.0)
+    return mean + lax.stop_gradient(pivot), var
+
+
 def _normalise_forward(x, scale, bias):
-    axes = tuple(range(1, x.ndim - 1))
-    mean = jnp.mean(x, axis=axes)
-    # One pass over the data; the clamp guards the cancellation of two nearly equal squares.
-    var = jnp.maximum(jnp.mean(jnp.square(x), axis=axes) - jnp.square(mean), 0.0)
+    mean, var = (m.reshape(x.shape[0], x.shape[-1]) for m in _moments(x, tuple(range(1, x.ndim - 1))))
     inverse = lax.rsqrt(var + NORM_EPSILON)
     factor = scale[None, :] * inverse
-    y = x * _wide(factor, x) + _wide(bias[None, :] - mean * factor, x)
+    y = (x - _wide(mean, x)) * _wide(factor, x) + _wide(bias[None, :], x)
     return (y, mean, var), (x, scale, mean, inverse)
 
 
@@ -48,12 +60,12 @@ def _normalise_backward(saved, gradients):
     # Fused into the sums below, whatever produces these two would be computed once for each sum.
     x, gradient = lax.optimization_barrier((x, gradients[0]))
     count = x.size // mean.size
+    centred = x - _wide(mean, x)
     total = jnp.sum(gradient, axis=axes)
-    weighted = (jnp.sum(gradient * x, axis=axes) - mean * total) * inverse
+    weighted = jnp.sum(gradient * centred, axis=axes) * inverse
     factor = scale[None, :] * inverse
     slope = factor * weighted * inverse / count
-    offset = slope * mean - factor * total / count
-    dx = gradient * _wide(factor, x) - x * _wide(slope, x) + _wide(offset, x)
+    dx = gradient * _wide(factor, x) - centred * _wide(slope, x) - _wide(factor * total / count, x)
     return dx, jnp.sum(weighted, axis=0), jnp.sum(total, axis=0)
 
 
@@ -80,6 +92,7 @@ class BatchNorm(nnx.Module):
         shape, wide = x.shape, widened(x)
         scale, bias = self.scale[...].astype(wide.dtype), self.bias[...].astype(wide.dtype)
         if not train:
+            # As PyTorch groups it, for parity in the last digits.
             factor = scale * lax.rsqrt(self.var[...].astype(wide.dtype) + NORM_EPSILON)
             offset = bias - self.mean[...].astype(wide.dtype) * factor
             broadcast = (1,) * (x.ndim - 1) + shape[-1:]
@@ -121,7 +134,6 @@ class InstanceNorm(nnx.Module):
         del train
         y = widened(x)
         scale, bias = (p[...].astype(y.dtype)[None, None, None, :] for p in (self.scale, self.bias))
-        mean = jnp.mean(y, axis=(1, 2), keepdims=True)
-        var = jnp.maximum(jnp.mean(jnp.square(y), axis=(1, 2), keepdims=True) - jnp.square(mean), 0.0)
+        mean, var = _moments(y, (1, 2))
         factor = scale * lax.rsqrt(var + NORM_EPSILON)
         return ((y - mean) * factor + bias).astype(x.dtype)

@@ -174,3 +174,20 @@ def test_image_sizes_that_the_message_allows_do_work(image_size, mask):
     images = jax.ShapeDtypeStruct((2, *image_size, 3), np.float32)
     outputs = jax.eval_shape(lambda p, s, x: model.apply(p, s, x, train=False)[0], *model.shapes(), images)
     assert outputs["feature"].shape == (2, 128)
+
+
+@pytest.mark.parametrize("name", ["osnet_x0_25", "osnet_ain_x0_25", "dmosnet_ibn_x0_25", "resnet50"])
+def test_evaluation_computes_in_float32_on_every_device(name):
+    """TPUs would round the inputs of float32 products to bfloat16, and GPUs to TF32: published weights would differ."""
+    model = build(name, neck="fc", image_size=(128, 64))
+    images = jax.ShapeDtypeStruct((2, 128, 64, 3), np.float32)
+
+    def products(train):
+        run = jax.jit(lambda p, s, x: model.apply(p, s, x, train=train)[0]["feature"])
+        lines = run.lower(*model.shapes(), images).as_text().splitlines()
+        return [line for line in lines if "stablehlo.dot_general" in line or "stablehlo.convolution" in line]
+
+    assert len(products(train=False)) > 40
+    assert all(line.count("HIGHEST") == 2 for line in products(train=False))
+    # Training leaves it to the device, as PyTorch does.
+    assert not any("HIGHEST" in line for line in products(train=True))

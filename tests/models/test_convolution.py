@@ -66,6 +66,18 @@ def test_bfloat16_sums_the_gradient_of_the_weights_in_float32(rng, path):
     np.testing.assert_array_equal(product.astype(jnp.float32), np.full((2, 2), 8 * 32 * 16, np.float32))
 
 
+def test_bfloat16_depthwise_is_a_float32_sum_rounded_once(rng):
+    x, kernel = (value.astype(jnp.bfloat16) for value in _draw(rng, (4, 16, 8, 64), (3, 3, 1, 64)))
+    exact = _plain(x.astype(jnp.float32), kernel.astype(jnp.float32), groups=64)
+    got, pull = jax.vjp(jax.jit(depthwise3x3), x, kernel)
+    assert got.dtype == jnp.bfloat16
+    # Two float32 sums in another order may fall on the two sides of a rounding boundary, rarely.
+    assert np.mean(np.asarray(got) == np.asarray(exact.astype(jnp.bfloat16))) > 0.999
+    dx, _ = pull(got)
+    exact = _plain(got.astype(jnp.float32), kernel.astype(jnp.float32)[::-1, ::-1], groups=64)
+    assert np.mean(np.asarray(dx) == np.asarray(exact.astype(jnp.bfloat16))) > 0.999
+
+
 def test_the_scan_is_chosen_on_one_cpu_and_a_large_array_only(monkeypatch):
     def pays(elements, devices, backend="cpu"):
         monkeypatch.setattr(jax, "device_count", lambda: devices)

@@ -150,3 +150,31 @@ def test_instance_norm_is_per_image_and_channel(rng):
     )
     alone = ours(params, x[1:2])
     np.testing.assert_allclose(alone, y[1:2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(10, 0.05), (30, 0.03), (100, 0.1), (100, 0.03), (-1000, 1.0)])
+def test_statistics_of_a_mean_far_from_zero(rng, mean, std):
+    """In one pass, squares from zero lose the variance: at mean 100 and spread 0.03 they are off by its double."""
+    x = jnp.asarray(mean + std * rng.normal(size=(2, 16, 8, 4, CHANNELS)), jnp.float32)
+    exact = np.asarray(x, np.float64)
+    scale, bias = _draw(rng, CHANNELS, shift=1.0), _draw(rng, CHANNELS)
+    (y, means, variances), pull = jax.vjp(normalise_groups, x, scale, bias)
+    np.testing.assert_allclose(variances, exact.var((1, 2, 3)), rtol=2e-3)
+    np.testing.assert_allclose(means, exact.mean((1, 2, 3)), rtol=1e-6)
+    unit = exact - exact.mean((1, 2, 3), keepdims=True)
+    unit /= np.sqrt(exact.var((1, 2, 3), keepdims=True) + NORM_EPSILON)
+    np.testing.assert_allclose(y, unit * np.asarray(scale) + np.asarray(bias), atol=0.02)
+    weights = _draw(rng, *x.shape)
+    dx, dscale, _ = pull((weights, jnp.zeros_like(means), jnp.zeros_like(variances)))
+    np.testing.assert_allclose(dscale, (np.asarray(weights, np.float64) * unit).sum((0, 1, 2, 3)), rtol=0.01, atol=0.3)
+    inner = np.asarray(weights, np.float64) * np.asarray(scale)
+    centred = inner - inner.mean((1, 2, 3), keepdims=True) - unit * (inner * unit).mean((1, 2, 3), keepdims=True)
+    wanted = centred / np.sqrt(exact.var((1, 2, 3), keepdims=True) + NORM_EPSILON)
+    np.testing.assert_allclose(dx, wanted, rtol=0.01, atol=0.01 * np.abs(wanted).max())
+
+    module = Functional(lambda rngs: InstanceNorm(CHANNELS))
+    images = x.reshape(32, 8, 4, CHANNELS)
+    y, _ = module.apply({"scale": jnp.ones(CHANNELS), "bias": jnp.zeros(CHANNELS)}, {}, images, train=True)
+    exact = exact.reshape(32, 8, 4, CHANNELS)
+    unit = (exact - exact.mean((1, 2), keepdims=True)) / np.sqrt(exact.var((1, 2), keepdims=True) + NORM_EPSILON)
+    np.testing.assert_allclose(y, unit, atol=0.02)
