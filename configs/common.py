@@ -63,8 +63,8 @@ def model(name: str | None = None) -> ConfigDict:
             # How the classifier scores (linear or circle), and whose ResNet it is.
             "classifier": config_dict.placeholder(str),
             "variant": config_dict.placeholder(str),
-            # Images that share batch statistics; 0 is the whole batch.
-            "bn_group_size": 16,
+            # Images that share batch statistics; 0 is the whole batch, as on the paper's one GPU of fine-tuning.
+            "bn_group_size": 0,
             "dtype": "float32",
         }
     )
@@ -82,9 +82,19 @@ def base(recipe: str, model_name: str | None = None) -> ConfigDict:
     config.pixel_mean = (0.485, 0.456, 0.406)
     config.pixel_std = (0.229, 0.224, 0.225)
     config.model = model(model_name)
-    # Decoding threads and processes; up to `cache_mib` of host memory keeps the decoded images of each split.
-    # `subset`: ("cfs", PATH, SHARE) trains on the best SHARE of the images by a score file or a list of names.
-    config.data = ConfigDict({"threads": 4, "workers": 0, "cache_mib": 4096, "subset": config_dict.placeholder(tuple)})
+    config.data = ConfigDict(
+        {
+            # Decoding threads and processes; up to `cache_mib` of host memory keeps the decoded images of each split.
+            "threads": 4,
+            "workers": 0,
+            "cache_mib": 4096,
+            # The filter that resizes: bilinear (torchreid) or bicubic (fast-reid, SpCL); None: as the weights say, and
+            # bicubic where there are none.
+            "interpolation": config_dict.placeholder(str),
+            # ("cfs", PATH, SHARE) trains on the best SHARE of the images by a score file or a list of names.
+            "subset": config_dict.placeholder(tuple),
+        }
+    )
     config.eval = ConfigDict({"batch_size": 128, "rerank": False, "report": True, "rank_lists": 10})
     return config
 
@@ -104,8 +114,17 @@ def training(config: ConfigDict) -> ConfigDict:
     config.with_val = False
     config.batch_size = 64
     config.sampler = ConfigDict({"instances": 4})
-    # `autoaugment`: share of the images that AutoAugment's policy changes before the resize.
-    config.augment = ConfigDict({"flip": 0.5, "pad": 10, "erase": 0.5, "autoaugment": 0.0})
+    config.augment = ConfigDict(
+        {
+            "flip": 0.5,
+            "pad": 10,
+            # Share of the images with an erased rectangle, and whose rectangles: fastreid or spcl.
+            "erase": 0.5,
+            "erasing": "fastreid",
+            # Share of the images that AutoAugment's policy changes before the resize.
+            "autoaugment": 0.0,
+        }
+    )
     config.optim = ConfigDict(
         {
             "name": "adam",
@@ -115,6 +134,8 @@ def training(config: ConfigDict) -> ConfigDict:
             "clip_norm": 0.0,
             "schedule": "step",
             "decay_epochs": (),
+            # Whether those are counted from the end of the warm-up, as fast-reid counts them.
+            "count_after_warmup": False,
             "decay_factor": 0.1,
             "final_factor": 2e-3,
             "warmup_steps": config_dict.placeholder(int),
@@ -157,6 +178,11 @@ def identities(config: ConfigDict) -> ConfigDict:
 
 def spcl(config: ConfigDict) -> ConfigDict:
     """Adds SpCL's own settings (Ge et al. 2020, `examples/spcl_train_usl.py`)."""
+    # Four GPUs of 16 images in SpCL and in the paper.
+    config.model.bn_group_size = 16
+    config.augment.erasing = "spcl"
+    # Positives come from other cameras than the anchor's where there are any: right where people reappear under them.
+    config.sampler.cameras = True
     config.spcl = ConfigDict(
         {
             "temperature": 0.05,

@@ -30,5 +30,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.licence = ""
     # None: as the weights say.
     config.image_size = config_dict.placeholder(tuple)
+    config.data = ConfigDict({"interpolation": config_dict.placeholder(str)})
     config.model = common.model()
     return config

@@ -7,7 +7,7 @@ evaluates the untrained network and each stage. `pretrain` and `finetune` are co
 the model: `--config.finetune.train.epochs=20`.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from configs import common
 
@@ -35,8 +35,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.finetune.optim.learning_rate = 1e-3
     config.finetune.optim.schedule = "cosine"
     config.finetune.optim.decay_epochs = (options["finetune_epochs"] // 2,)
-    # Both stages take these from above.
+    # Both stages take these from above. How many images share batch statistics is their own where it is not set there.
+    del config.model["bn_group_size"]
+    config.model.bn_group_size = config_dict.placeholder(int)
     for stage in (config.pretrain, config.finetune):
-        for field in ("seed", "dataset", "data_dir", "image_size", "pixel_mean", "pixel_std", "model", "data", "eval"):
+        stage.model = ConfigDict({"bn_group_size": stage.model.bn_group_size})
+        for field in ("seed", "dataset", "data_dir", "image_size", "pixel_mean", "pixel_std", "data", "eval"):
             del stage[field]
     return config

@@ -22,6 +22,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if options["cfs"]:
         config.data.subset = ("cfs", options["cfs"], options["share"])
     config.model.dtype = "bfloat16"
+    # A person's images are from one video, which the records have as the camera: an image of another video in a cluster
+    # is an error of the clustering, and must not be preferred.
+    config.sampler.cameras = False
     config.train.epochs = options["epochs"]
     config.optim.decay_epochs = (10, 20)
     config.optim.warmup_factor = 1.0

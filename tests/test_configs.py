@@ -12,6 +12,7 @@ from dmosnet_jax import models
 from dmosnet_jax.core import settings
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.train import optim
+from tests.golden import make_configs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
@@ -80,6 +81,8 @@ def test_finetune_is_the_papers():
     assert (config.optim.warmup_steps, tuple(config.optim.decay_epochs)) == (2000, (50, 100))
     loss = config.loss
     assert (loss.label_smoothing, loss.triplet, loss.triplet_margin, loss.triplet_weight) == (0.1, "hinge", 0.3, 1.0)
+    # One GPU, so one set of batch statistics.
+    assert config.model.bn_group_size == 0
     assert (loss.triplet_on, config.augment.autoaugment, config.default_model) == ("embedding", 0.0, "dmosnet_x1_0")
 
 
@@ -91,13 +94,15 @@ def test_finetune_is_as_released():
     assert (config.loss.triplet, config.loss.triplet_on, config.loss.label_smoothing) == ("soft", "feature", 0.1)
     assert (config.loss.circle_scale, config.loss.circle_margin) == (64.0, 0.35)
     assert (config.train.epochs, config.optim.schedule, config.optim.decay_epochs) == (60, "cosine", (30,))
+    assert (config.model.bn_group_size, config.augment.erasing) == (0, "fastreid")
     rate = optim.learning_rate(config.optim, steps_per_epoch=100, total_steps=6000, batch_size=64)
-    np.testing.assert_allclose([rate(0), rate(2000), rate(3000), rate(6000)], [3.5e-5, 3.5e-4, 3.5e-4, 7e-7], rtol=1e-5)
+    np.testing.assert_allclose([rate(0), rate(2000), rate(3099), rate(6000)], [3.5e-5, 3.5e-4, 3.5e-4, 7e-7], rtol=1e-5)
 
     config = module.get_config("cuhk03_detected,recipe=released,epochs=3")
     assert (config.default_model, config.model.pool, config.model.classifier) == ("dmosnet_ibn_x1_0", None, None)
     assert (config.batch_size, config.loss.triplet, config.loss.triplet_margin) == (96, "hinge", 0.3)
-    assert (config.train.epochs, config.optim.decay_epochs) == (3, (40, 90))
+    assert (config.train.epochs, config.optim.decay_epochs, config.sampler.instances) == (3, (40, 90), 1)
+    assert config.optim.count_after_warmup
     assert module.get_config("cuhk03_labeled,recipe=released").train.epochs == 120
     with pytest.raises(ConfigError, match=r"recipe='best' is not known: use paper or released"):
         module.get_config("recipe=best")
@@ -121,3 +126,22 @@ def test_spcl_is_the_references(name):
     assert config.spcl.eps_end is None
     assert config.spcl.max_classes is None
     assert (config.batch_size, config.sampler.instances, config.optim.learning_rate) == (64, 4, 3.5e-4)
+    assert config.augment.erasing == "spcl"
+    # People reappear under other cameras in Market-1501; in LUPerson each is in one video.
+    assert config.sampler.cameras == (name == "spcl_market1501")
+    assert config.model.bn_group_size == {"spcl_market1501": 0, "spcl_luperson": 16}[name]
+
+
+GOLDEN = ROOT / "tests" / "golden" / "configs"
+
+
+@pytest.mark.parametrize("name", sorted(make_configs.CASES))
+def test_every_field_is_as_it_was_written_down(name):
+    """A changed default shows here, and in the diff after `python tests/golden/make_configs.py`."""
+    assert make_configs.text(name) == (GOLDEN / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def test_every_config_is_written_down():
+    written = {case.partition(":")[0] for case in make_configs.CASES.values()}
+    assert written == {path.stem for path in FILES}
+    assert {path.stem for path in GOLDEN.glob("*.txt")} == set(make_configs.CASES)

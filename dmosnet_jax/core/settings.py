@@ -1,5 +1,7 @@
 """What a config means: cross-field checks before any device is touched, and durations in steps."""
 
+import fnmatch
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dmosnet_jax.core.errors import ConfigError
@@ -11,6 +13,8 @@ MEMORIES = ("image", "cluster", "cluster_hardest")
 SEARCHES = ("exact", "bfloat16")
 TRIPLETS = ("hinge", "soft", "none")
 TRIPLET_FEATURES = ("embedding", "feature")
+INTERPOLATIONS = ("bilinear", "bicubic")
+ERASINGS = ("fastreid", "spcl")
 
 
 def _positive(config: Any, *fields: str) -> None:
@@ -39,6 +43,12 @@ def _below_one(config: Any, *fields: str) -> None:
         value = read(config, field)
         if value is not None and not 0 <= value < 1:
             raise ConfigError(f"{field}={value} must be at least 0 and less than 1")
+
+
+def _known(config: Any, field: str, known: tuple[str, ...]) -> None:
+    value = read(config, field)
+    if value not in (None, "", *known) or (value == "" and field != "data.interpolation"):
+        raise ConfigError(f"{field}={value!r} is not known: use one of {', '.join(known)}")
 
 
 def read(config: Any, field: str) -> Any:
@@ -91,9 +101,11 @@ def validate(config: Any) -> None:
     _check_selection(config, recipe)
     _check_image_size(config)
     _check_sampler(config)
-    _check_groups(config)
+    _check_groups(config, recipe)
     _check_schedule(config)
     _check_loss(config)
+    _known(config, "data.interpolation", INTERPOLATIONS)
+    _known(config, "augment.erasing", ERASINGS)
 
 
 def _check_selection(config: Any, recipe: str) -> None:
@@ -126,8 +138,21 @@ def _check_sampler(config: Any) -> None:
         )
 
 
-def _check_groups(config: Any) -> None:
+def _check_groups(config: Any, recipe: str) -> None:
     batch, group = read(config, "batch_size"), read(config, "model.bn_group_size")
+    instances = read(config, "sampler.instances")
+    together = min(group or batch, batch) if batch else 0
+    if recipe in ("spcl", "supervised") and instances and 1 < together <= instances:
+        size = f"model.bn_group_size={group}" if group and group < batch else f"batch_size={batch}"
+        raise ConfigError(
+            f"{size} with sampler.instances={instances}: images that share batch statistics would all be of one "
+            "identity, whose features these statistics make equal, so nothing could be learnt: "
+            + (
+                f"use more than {instances}, or 0 for the whole batch"
+                if group and group < batch
+                else "raise batch_size"
+            )
+        )
     if batch and group and group < batch and batch % group:
         raise ConfigError(
             f"batch_size={batch} is not a multiple of model.bn_group_size={group}: use a divisor of {batch}, or 0 for "
@@ -136,9 +161,7 @@ def _check_groups(config: Any) -> None:
 
 
 def _check_schedule(config: Any) -> None:
-    schedule = read(config, "optim.schedule")
-    if schedule is not None and schedule not in SCHEDULES:
-        raise ConfigError(f"optim.schedule={schedule!r} is not known: use one of {', '.join(SCHEDULES)}")
+    _known(config, "optim.schedule", SCHEDULES)
     gap = read(config, "spcl.eps_gap")
     for field in ("eps", "eps_end"):
         eps = read(config, f"spcl.{field}")
@@ -147,20 +170,75 @@ def _check_schedule(config: Any) -> None:
                 f"spcl.{field}={eps} with spcl.eps_gap={gap}: the radii {field} - eps_gap to {field} + eps_gap must "
                 "lie between 0 and 1"
             )
-    for field, known in (("spcl.memory", MEMORIES), ("spcl.search", SEARCHES)):
-        value = read(config, field)
-        if value is not None and value not in known:
-            raise ConfigError(f"{field}={value!r} is not known: use one of {', '.join(known)}")
+    _known(config, "spcl.memory", MEMORIES)
+    _known(config, "spcl.search", SEARCHES)
 
 
 def _check_loss(config: Any) -> None:
-    for field, known in (("loss.triplet", TRIPLETS), ("loss.triplet_on", TRIPLET_FEATURES)):
-        value = read(config, field)
-        if value is not None and value not in known:
-            raise ConfigError(f"{field}={value!r} is not known: use one of {', '.join(known)}")
+    _known(config, "loss.triplet", TRIPLETS)
+    _known(config, "loss.triplet_on", TRIPLET_FEATURES)
     if read(config, "loss.triplet") == "hinge":
         _positive(config, "loss.triplet_margin")
     _positive(config, "loss.circle_scale", "loss.circle_margin")
+
+
+# What a field may do when a run goes on with another value than it began with; the first pattern that matches decides,
+# and what no pattern matches is refused: what was learnt under one value and under another would pass as one run.
+FREE, TOLD, REFUSED = "free", "told", "refused"
+ON_RESUME = (
+    # How fast, where from and how often: no number depends on it.
+    ("data_dir", FREE),
+    ("data.threads", FREE),
+    ("data.workers", FREE),
+    ("data.cache_mib", FREE),
+    ("eval.*", FREE),
+    ("train.log_every_steps", FREE),
+    ("train.checkpoint_every_steps", FREE),
+    ("train.eval_every_epochs", FREE),
+    ("train.keep", FREE),
+    # The network is compared as it was built, not as it was asked for; steps of an epoch as they came out.
+    ("model.*", FREE),
+    ("default_model", FREE),
+    ("train.steps_per_epoch", FREE),
+    # The weights have been taken over; where they came from may be gone.
+    ("pretrained", TOLD),
+    # The run is another one from here on, as its owner wants it: longer, slower, with another radius.
+    ("spcl.memory", REFUSED),
+    ("train.epochs", TOLD),
+    ("optim.*", TOLD),
+    ("augment.*", TOLD),
+    ("loss.*", TOLD),
+    ("sampler.*", TOLD),
+    ("spcl.*", TOLD),
+)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What a run that goes on has otherwise than it began, by `ON_RESUME`.
+
+    Args:
+        before: the config in a checkpoint, nested dicts of JSON values.
+        now: the present config, in the same form.
+
+    Returns:
+        "FIELD=VALUE (was VALUE)" of each changed field, under `TOLD` and `REFUSED`. A field that the checkpoint does
+        not have, of an older version, is left out.
+    """
+    found: dict[str, list[str]] = {TOLD: [], REFUSED: []}
+    then = dict(_leaves(before))
+    for field, value in _leaves(now):
+        rule = next((rule for pattern, rule in ON_RESUME if fnmatch.fnmatchcase(field, pattern)), REFUSED)
+        if rule != FREE and field in then and then[field] != value:
+            found[rule].append(f"{field}={value!r} (was {then[field]!r})")
+    return found
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def duration_steps(config: Any, name: str, *, steps_per_epoch: int, examples_per_step: int) -> int | None:

@@ -1,10 +1,12 @@
 """Augmentation on the device: pure functions of a key, part of the jitted training step.
 
-Order and figures are fast-reid's (`fastreid/data/transforms/{build,transforms}.py`): horizontal flip, zero padding with
-a random crop back to the input size, normalisation, random erasing. Every image has its own key, folded from its
-position in the global batch, so what happens to it depends neither on the batch size nor on how the batch is sharded.
+Horizontal flip, zero padding with a random crop back to the input size, normalisation, random erasing, as in fast-reid
+(`fastreid/data/transforms/build.py`) and SpCL (`examples/spcl_train_usl.py`), which differ in the last: see `ERASING`.
+Every image has its own key, folded from its position in the global batch, so what happens to it depends neither on the
+batch size nor on how the batch is sharded.
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -15,10 +17,32 @@ from jax.typing import DTypeLike
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# fast-reid's RandomErasing: share of the area, height over width, and how many shapes are drawn until one fits.
-ERASE_AREA = (0.02, 0.4)
-ERASE_ASPECT = (0.3, 1.0 / 0.3)
-ERASE_ATTEMPTS = 100
+
+@dataclasses.dataclass(frozen=True)
+class Erasing:
+    """How a code base draws the rectangles of random erasing (Zhong et al. 2020) and what it fills them with.
+
+    Attributes:
+      area: share of the image, uniform between these.
+      aspect: height over width, between these.
+      log_aspect: the logarithm of the aspect is uniform instead of the aspect.
+      attempts: shapes drawn until one is smaller than the image.
+      fill: per channel, after normalisation.
+    """
+
+    area: tuple[float, float]
+    aspect: tuple[float, float]
+    log_aspect: bool
+    attempts: int
+    fill: tuple[float, float, float]
+
+
+ERASING = {
+    # torchvision's `RandomErasing`, which fast-reid calls with the pixel mean as its value: 0 once normalised.
+    "fastreid": Erasing((0.02, 0.33), (0.3, 3.3), log_aspect=True, attempts=10, fill=(0.0, 0.0, 0.0)),
+    # `spcl/utils/data/transforms.py`; it comes after the normalisation there, and fills with the mean all the same.
+    "spcl": Erasing((0.02, 0.4), (0.3, 1 / 0.3), log_aspect=False, attempts=100, fill=IMAGENET_MEAN),
+}
 
 
 def normalise(
@@ -58,21 +82,22 @@ def augment(
     flip: float = 0.5,
     pad: int = 10,
     erase: float = 0.5,
+    erasing: str = "fastreid",
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> jax.Array:
     """Flips, pads and crops, normalises and erases each image at random.
 
-    Padding is black before normalisation; the erased rectangle is filled with the mean (0 after normalisation).
-    `flip=0, pad=0, erase=0` is exactly `normalise`. The options are Python numbers, fixed at tracing.
+    Padding is black before normalisation. `flip=0, pad=0, erase=0` is exactly `normalise`. The options are Python
+    values, fixed at tracing.
 
     Args:
       key: a PRNG key for this step.
       images: uint8 [B, H, W, 3] RGB, sharded over B or not.
       flip: probability of a horizontal flip.
       pad: pixels of zero padding on each side before a crop of H x W at a uniform offset.
-      erase: probability of random erasing (Zhong et al. 2020): area uniform in 0.02-0.4 of the image, height over width
-        uniform in 0.3-3.33.
+      erase: probability of random erasing.
+      erasing: whose, a key of `ERASING`.
       mean: see `normalise`.
       std: see `normalise`.
 
@@ -96,28 +121,33 @@ def augment(
         images = _pad_crop(images, offsets, pad)
     floats = normalise(images, mean, std)
     if erase > 0.0:
-        rectangles = jax.vmap(lambda k: erase_rectangle(k, height, width, erase))(keys[:, 2])
-        floats = jnp.where(_inside(rectangles, height, width)[..., None], 0.0, floats)
+        kind = ERASING[erasing]
+        rectangles = jax.vmap(lambda k: erase_rectangle(k, height, width, erase, kind))(keys[:, 2])
+        fill = jnp.asarray(kind.fill, jnp.float32).reshape(1, 1, 1, 3)
+        floats = jnp.where(_inside(rectangles, height, width)[..., None], fill, floats)
     return floats
 
 
-def erase_rectangle(key: jax.Array, height: int, width: int, probability: float) -> jax.Array:
-    """Draws one rectangle to erase as fast-reid does: the first of up to 100 drawn shapes smaller than the image.
+def erase_rectangle(key: jax.Array, height: int, width: int, probability: float, kind: Erasing) -> jax.Array:
+    """Draws one rectangle to erase: the first of up to `kind.attempts` drawn shapes that is smaller than the image.
 
     Args:
       key: a PRNG key.
       height: of the image, pixels.
       width: of the image, pixels.
       probability: of erasing at all.
+      kind: whose rectangles.
 
     Returns:
       int32 [4]: top, left, height, width; height and width 0 when nothing is erased.
     """
     on_key, area_key, aspect_key, top_key, left_key = jax.random.split(key, 5)
-    area = jax.random.uniform(area_key, (ERASE_ATTEMPTS,), minval=ERASE_AREA[0], maxval=ERASE_AREA[1]) * (
-        height * width
-    )
-    aspect = jax.random.uniform(aspect_key, (ERASE_ATTEMPTS,), minval=ERASE_ASPECT[0], maxval=ERASE_ASPECT[1])
+    shapes = (kind.attempts,)
+    area = jax.random.uniform(area_key, shapes, minval=kind.area[0], maxval=kind.area[1]) * (height * width)
+    low, high = np.log(kind.aspect) if kind.log_aspect else kind.aspect
+    aspect = jax.random.uniform(aspect_key, shapes, minval=low, maxval=high)
+    if kind.log_aspect:
+        aspect = jnp.exp(aspect)
     heights = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
     widths = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
     fits = (heights < height) & (widths < width)

@@ -54,7 +54,8 @@ class Plan(Protocol):
 class ImageCache:
     """Decoded and resized images of one split, kept in host memory from the first time each is needed.
 
-    Worth it where decoding competes with training for few cores. Pages are only touched when filled.
+    Worth it where decoding competes with training for few cores. Pages are only touched when filled. All that share one
+    use the same filter.
 
     Attributes:
       images: uint8 [N, H, W, 3].
@@ -92,6 +93,7 @@ class BatchLoader:
         plan: Plan,
         *,
         image_size: tuple[int, int],
+        interpolation: str = transforms.DEFAULT_FILTER,
         mask: np.ndarray | None = None,
         process_index: int = 0,
         process_count: int = 1,
@@ -99,7 +101,7 @@ class BatchLoader:
         cache: ImageCache | None = None,
         policy: AutoAugment | None = None,
     ):
-        self._policy = policy
+        self._policy, self._interpolation = policy, interpolation
         self._split, self._plan, self._mask, self._cache = split, plan, mask, cache
         count = len(split.source)
         self._size = (int(image_size[0]), int(image_size[1]))
@@ -161,7 +163,7 @@ class BatchLoader:
             return cache.images[row]
         record = self._split.record(row)
         try:
-            image = transforms.load(record.image, self._size, change)
+            image = transforms.load(record.image, self._size, self._interpolation, change)
         except DataError as error:
             where = f"{self._split.name} image {row} ({record.filename})"
             raise DataError(f"{where}: {error}; replace the file and convert again") from error

@@ -20,6 +20,7 @@ from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data.autoaugment import AutoAugment
 from dmosnet_jax.data.loading import BatchLoader, Failure, HostBatch, ImageCache, Images, Plan
 from dmosnet_jax.data.samplers import evaluation_order
+from dmosnet_jax.data.transforms import DEFAULT_FILTER
 
 # How long a worker process told to stop goes on, so that the training process can save before it runs out of batches.
 _GRACE_SECONDS = 60.0
@@ -38,6 +39,7 @@ class TrainStream:
         plan: Plan,
         *,
         image_size: tuple[int, int],
+        interpolation: str = DEFAULT_FILTER,
         threads: int = 2,
         workers: int = 0,
         start: int = 0,
@@ -53,6 +55,7 @@ class TrainStream:
           split: a `dmosnet_jax.data.datasets.Split`: `source`, `pids`, `camids`, `record(i)`.
           plan: rows of the global batches, see `Plan`.
           image_size: (H, W) in pixels.
+          interpolation: filter that resizes, a key of `transforms.FILTERS`.
           threads: decoding threads per process; 0 decodes in the caller's thread.
           workers: decoding processes, each with `threads` threads; 0 decodes in this process. Each needs room for about
             three batches in /dev/shm, and the main module must be guarded by `if __name__ == "__main__"`.
@@ -72,6 +75,7 @@ class TrainStream:
             split,
             plan,
             image_size=image_size,
+            interpolation=interpolation,
             process_index=process_index,
             process_count=process_count,
             labels=labels,
@@ -146,6 +150,7 @@ def evaluation_batches(
     split: Images,
     *,
     image_size: tuple[int, int],
+    interpolation: str = DEFAULT_FILTER,
     batch_size: int,
     threads: int = 2,
     workers: int = 0,
@@ -160,6 +165,7 @@ def evaluation_batches(
     Args:
       split: see `TrainStream`.
       image_size: (H, W) in pixels.
+      interpolation: see `TrainStream`.
       batch_size: of the global batch; `process_count` must divide it.
       threads: see `TrainStream`.
       workers: see `TrainStream`.
@@ -180,6 +186,7 @@ def evaluation_batches(
         split,
         rows,
         image_size=image_size,
+        interpolation=interpolation,
         mask=mask,
         process_index=process_index,
         process_count=process_count,

@@ -9,7 +9,7 @@ import numpy as np
 from dmosnet_jax.core.errors import ConfigError
 
 # The samplers draw from unrelated streams even for equal (seed, epoch).
-_IDENTITY, _CLASS, _SHUFFLE = 1, 2, 3
+_IDENTITY, _CLASS = 1, 2
 
 
 def identity_epoch(
@@ -27,7 +27,8 @@ def identity_epoch(
     The semantics of torchreid's RandomIdentitySampler and fast-reid's NaiveIdentitySampler: the shuffled images of an
     identity are cut into chunks of K (an incomplete last chunk is left out; an identity with fewer than K images gives
     one chunk drawn with replacement); each batch takes one chunk from each of P random identities that still have some,
-    and the pass ends when fewer than P have. Images with a negative pid are never drawn.
+    and the pass ends when fewer than P have. Images with a negative pid are never drawn. With K = 1 and fewer
+    identities than a batch has places, identities must come again in it: then a pass goes over the shuffled images.
 
     Args:
       pids: int [N], the identity of each image.
@@ -43,12 +44,15 @@ def identity_epoch(
       int32 [steps, batch_size].
 
     Raises:
-      ConfigError: batch_size is not a multiple of instances, or the data has fewer than P identities.
+      ConfigError: batch_size is not a multiple of instances, or the data has fewer than P identities (with K > 1), or
+        fewer images than a batch.
     """
     _check_camids(pids, camids)
     per_batch = _classes_per_batch(batch_size, instances)
     rng = _generator(seed, epoch, _IDENTITY)
     order, starts, counts = _group(pids)
+    if len(counts) < per_batch and instances == 1:
+        return _shuffled_passes(rng, order, batch_size, steps)
     if len(counts) < per_batch:
         raise ConfigError(
             f"batch_size={batch_size} with instances={instances} needs {per_batch} identities per batch, the data has "
@@ -113,28 +117,6 @@ def class_epoch(
     return np.concatenate([np.empty(0, np.int32), *parts]).reshape(steps, batch_size)
 
 
-def shuffled_epoch(n: int, *, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Every image at most once, in random order; the last incomplete batch is dropped.
-
-    Args:
-      n: number of images.
-      batch_size: images per batch.
-      seed: of the run.
-      epoch: number of the epoch.
-
-    Returns:
-      int32 [n // batch_size, batch_size].
-
-    Raises:
-      ConfigError: batch_size is not in 1..n.
-    """
-    if not 1 <= batch_size <= n:
-        raise ConfigError(f"batch_size={batch_size} must be between 1 and the number of images, {n}")
-    steps = n // batch_size
-    permutation = _generator(seed, epoch, _SHUFFLE).permutation(np.arange(n, dtype=np.int32))
-    return permutation[: steps * batch_size].reshape(steps, batch_size)
-
-
 def evaluation_order(n: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """All images in order, the last batch padded by repeating the last image.
 
@@ -153,6 +135,16 @@ def evaluation_order(n: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     steps = -(-n // batch_size)
     rows = np.arange(steps * batch_size, dtype=np.int32).reshape(steps, batch_size)
     return np.minimum(rows, n - 1).astype(np.int32), rows < n
+
+
+def _shuffled_passes(rng: np.random.Generator, rows: np.ndarray, batch_size: int, steps: int | None) -> np.ndarray:
+    """Passes over shuffled rows, each without its incomplete last batch: int32 [steps, batch_size]."""
+    per_pass = len(rows) // batch_size
+    if not per_pass:
+        raise ConfigError(f"batch_size={batch_size} is more than the {len(rows)} images with an identity: lower it")
+    passes = 1 if steps is None else -(-steps // per_pass)
+    plan = np.concatenate([rng.permutation(rows)[: per_pass * batch_size] for _ in range(passes)])
+    return plan.reshape(-1, batch_size)[:steps].astype(np.int32)
 
 
 def _identity_pass(

@@ -1,14 +1,17 @@
 """From encoded bytes to an RGB array of the network's size, on the host.
 
-Both steps are Pillow's, so that imported weights score what they scored: torchreid, fast-reid and SpCL all decode with
-Pillow, convert to RGB and resize with its bicubic filter.
+All steps are Pillow's, so that imported weights score what they scored: torchreid, fast-reid, SpCL and OpenUnReID all
+decode with Pillow and convert to RGB. They differ in the filter that resizes: torchreid's is torchvision's default,
+bilinear; that of the others is bicubic. An image is turned as its EXIF orientation says, as fast-reid's reader does
+(`fastreid/data/data_utils.py`); crops of the data sets have none, photos of phones do.
 """
 
 import io
+import warnings
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dmosnet_jax.core.errors import DataError
 
@@ -16,10 +19,26 @@ from dmosnet_jax.core.errors import DataError
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 # A header may claim any size; person crops are thousands of pixels.
 MAX_PIXELS = 2**26
+# Filters by the name that a config has.
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+DEFAULT_FILTER = "bicubic"
+
+# Of each EXIF orientation but the upright one (1): https://www.cipa.jp/std/documents/download_e.html?DC-008, 4.6.5.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Its only use here is EXIF blocks, and a damaged one costs an image its orientation, nothing else.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Decodes an image of any mode; transparency is dropped, 16-bit grey keeps its upper byte.
+    """Decodes an image of any mode, upright; transparency is dropped, 16-bit grey keeps its upper byte.
 
     Args:
       data: an encoded JPEG, PNG, BMP or WebP file.
@@ -33,12 +52,13 @@ def decode(data: bytes) -> np.ndarray:
     return np.asarray(_decode(data))
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes as `PIL.Image.resize((W, H), BICUBIC)` does, bit for bit.
+def resize(image: np.ndarray, size: tuple[int, int], interpolation: str = DEFAULT_FILTER) -> np.ndarray:
+    """Resizes as `PIL.Image.resize((W, H), filter)` does, bit for bit.
 
     Args:
       image: uint8 [h, w, 3].
       size: (H, W) in pixels, height first.
+      interpolation: a key of `FILTERS`.
 
     Returns:
       uint8 [H, W, 3].
@@ -48,15 +68,21 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must be uint8 [h, w, 3], got {image.dtype}{list(image.shape)}")
-    return np.asarray(_resize(Image.fromarray(image), size))
+    return np.asarray(_resize(Image.fromarray(image), size, interpolation))
 
 
-def load(data: bytes, size: tuple[int, int], change: Callable[[Image.Image], Image.Image] | None = None) -> np.ndarray:
-    """`resize(decode(data), size)`, without the array in between.
+def load(
+    data: bytes,
+    size: tuple[int, int],
+    interpolation: str = DEFAULT_FILTER,
+    change: Callable[[Image.Image], Image.Image] | None = None,
+) -> np.ndarray:
+    """`resize(decode(data), size, interpolation)`, without the array in between.
 
     Args:
       data: an encoded image.
       size: (H, W) in pixels, height first.
+      interpolation: a key of `FILTERS`.
       change: applied to the RGB image before it is resized.
 
     Returns:
@@ -66,7 +92,17 @@ def load(data: bytes, size: tuple[int, int], change: Callable[[Image.Image], Ima
       DataError: as `decode`.
     """
     image = _decode(data)
-    return np.asarray(_resize(image if change is None else change(image), size))
+    return np.asarray(_resize(image if change is None else change(image), size, interpolation))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says; itself where that is not there, or can't be read."""
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:
+        # Pillow's parser raises whatever a damaged block leads it to.
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _decode(data: bytes) -> Image.Image:
@@ -75,7 +111,7 @@ def _decode(data: bytes) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}")
             image.load()
-            return _to_rgb(image)
+            return _to_rgb(upright(image))
     except UnidentifiedImageError as error:
         raise DataError(f"not an image in one of the formats {', '.join(FORMATS)} ({len(data)} bytes)") from error
     # Pillow's decoders raise whatever a damaged file leads them to: OSError, SyntaxError, ValueError, struct.error, ...
@@ -93,6 +129,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _resize(image: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:
     height, width = size
-    return image.resize((width, height), Image.Resampling.BICUBIC)
+    return image.resize((width, height), FILTERS[interpolation])

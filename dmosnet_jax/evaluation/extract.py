@@ -12,6 +12,7 @@ from dmosnet_jax.core.mesh import by_rows, replicated, to_devices, to_host
 from dmosnet_jax.data import augment
 from dmosnet_jax.data.loading import ImageCache, Images
 from dmosnet_jax.data.pipeline import evaluation_batches
+from dmosnet_jax.data.transforms import DEFAULT_FILTER
 from dmosnet_jax.models import Model
 from dmosnet_jax.train.metrics import progress_bar
 
@@ -30,6 +31,7 @@ class Extractor:
         batch_size: int,
         threads: int = 2,
         workers: int = 0,
+        interpolation: str = DEFAULT_FILTER,
         mean: Sequence[float] = augment.IMAGENET_MEAN,
         std: Sequence[float] = augment.IMAGENET_STD,
     ):
@@ -41,10 +43,11 @@ class Extractor:
             batch_size: global batch size, rounded up to a multiple of the devices.
             threads: decoding threads per process.
             workers: decoding processes.
+            interpolation: filter that resizes the images, a key of `transforms.FILTERS`.
             mean: per channel, in [0, 1] units.
             std: per channel, in [0, 1] units.
         """
-        self._mesh, self._image_size = mesh, model.image_size
+        self._mesh, self._image_size, self._interpolation = mesh, model.image_size, interpolation
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
         self._threads, self._workers = threads, workers
 
@@ -82,6 +85,7 @@ class Extractor:
                 split,
                 self._mesh,
                 image_size=self._image_size,
+                interpolation=self._interpolation,
                 batch_size=self._batch_size,
                 threads=self._threads,
                 workers=self._workers,
@@ -98,6 +102,7 @@ def in_batches(
     mesh: Mesh,
     *,
     image_size: tuple[int, int],
+    interpolation: str,
     batch_size: int,
     threads: int,
     workers: int,
@@ -110,6 +115,7 @@ def in_batches(
         split: the images.
         mesh: the devices.
         image_size: (H, W) in pixels.
+        interpolation: filter that resizes, a key of `transforms.FILTERS`.
         batch_size: of the global batch; a multiple of the devices.
         threads: decoding threads per process.
         workers: decoding processes; not used with a cache.
@@ -124,6 +130,7 @@ def in_batches(
     batches = evaluation_batches(
         split,
         image_size=image_size,
+        interpolation=interpolation,
         batch_size=batch_size,
         threads=threads,
         workers=0 if cache is not None else workers,

@@ -53,7 +53,15 @@ class ForgettingScorer:
     """Scores images by two proxies in one program; compiled once."""
 
     def __init__(
-        self, pretrained: Proxy, finetuned: Proxy, mesh: Mesh, *, batch_size: int, threads: int = 2, workers: int = 0
+        self,
+        pretrained: Proxy,
+        finetuned: Proxy,
+        mesh: Mesh,
+        *,
+        interpolation: str,
+        batch_size: int,
+        threads: int = 2,
+        workers: int = 0,
     ):
         """Places the weights on the devices.
 
@@ -61,11 +69,12 @@ class ForgettingScorer:
             pretrained: the network before fine-tuning.
             finetuned: the network after it, of the same image size and length of features.
             mesh: the devices.
+            interpolation: filter that resizes the images, a key of `transforms.FILTERS`.
             batch_size: global batch size, rounded up to a multiple of the devices.
             threads: decoding threads per process.
             workers: decoding processes.
         """
-        self._mesh, self._image_size = mesh, pretrained.model.image_size
+        self._mesh, self._image_size, self._interpolation = mesh, pretrained.model.image_size, interpolation
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
         self._threads, self._workers = threads, workers
         proxies = (pretrained, finetuned)
@@ -93,6 +102,7 @@ class ForgettingScorer:
             images,
             self._mesh,
             image_size=self._image_size,
+            interpolation=self._interpolation,
             batch_size=self._batch_size,
             threads=self._threads,
             workers=self._workers,

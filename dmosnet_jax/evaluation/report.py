@@ -17,10 +17,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.data import transforms
 from dmosnet_jax.evaluation.report_charts import Chart, Line, charts_from_metrics, describe, draw_svg
 
 __all__ = ["Chart", "Line", "RankItem", "RankList", "charts_from_metrics", "library_versions", "write_report"]
@@ -238,9 +239,9 @@ def _image(style: str, label: str, alternative: str, image: bytes | np.ndarray, 
 def _thumbnail(image: bytes | np.ndarray, name: str) -> bytes:
     """A small JPEG; originals may be megabytes, and of formats that browsers do not show."""
     try:
-        opened = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(io.BytesIO(image))
-        picture = opened.convert("RGB")
-    except (OSError, ValueError, TypeError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        # As the network saw it.
+        picture = Image.fromarray(transforms.decode(image) if isinstance(image, bytes) else image).convert("RGB")
+    except (DataError, ValueError, TypeError) as error:
         raise DataError(f"report: {name}: the image cannot be decoded ({error}); convert the dataset again") from error
     picture.thumbnail(_THUMBNAIL, Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -18,6 +18,7 @@ def convert(
     keep_classifier: bool = True,
     origin: str = "",
     licence: str = "",
+    interpolation: str | None = None,
     **options: Any,
 ) -> Model:
     """Exports weights.
@@ -30,6 +31,7 @@ def convert(
         keep_classifier: keep the training identities' classifier.
         origin: for a folder's card: where the weights come from; default the source's path.
         licence: for a folder's card.
+        interpolation: for a folder's card: filter that resizes the images; None: as the weights say.
         **options: options of `models.build` that the weights don't tell; None means: as they say.
 
     Returns:
@@ -50,7 +52,14 @@ def convert(
         if layout is not None:
             suffixes = ", ".join(torch_export.SUFFIXES)
             raise ConfigError(f"{target}: layout={layout!r} is for a file: give it one of the suffixes {suffixes}")
-        card = folder.Card.of(model, mean=opened.mean, std=opened.std, source=origin or str(source), licence=licence)
+        card = folder.Card.of(
+            model,
+            mean=opened.mean,
+            std=opened.std,
+            interpolation=interpolation or opened.interpolation,
+            source=origin or str(source),
+            licence=licence,
+        )
         folder.save(target, params, stats, card)
     return model
 

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.trees import differences
+from dmosnet_jax.data.transforms import DEFAULT_FILTER, FILTERS
 from dmosnet_jax.models import Model, build
 from dmosnet_jax.train import integrity
 
@@ -43,6 +44,7 @@ class Card:
         image_size: (height, width) in pixels.
         mean: per channel, in [0, 1] units.
         std: per channel, in [0, 1] units.
+        interpolation: filter that resizes the images, "bilinear" or "bicubic".
         feature_dim: size of a feature.
         source: where the weights come from.
         licence: under which terms they may be used.
@@ -58,6 +60,7 @@ class Card:
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    interpolation: str
     feature_dim: int
     source: str = ""
     licence: str = ""
@@ -69,6 +72,7 @@ class Card:
         *,
         mean: Sequence[float],
         std: Sequence[float],
+        interpolation: str = DEFAULT_FILTER,
         source: str = "",
         licence: str = "",
     ) -> "Card":
@@ -76,7 +80,13 @@ class Card:
         shared = {field.name for field in dataclasses.fields(cls)} & {f.name for f in dataclasses.fields(model)}
         values = {name: getattr(model, name) for name in shared}
         return cls(
-            **values, feature_dim=model.feature_dim, mean=tuple(mean), std=tuple(std), source=source, licence=licence
+            **values,
+            feature_dim=model.feature_dim,
+            mean=tuple(mean),
+            std=tuple(std),
+            interpolation=interpolation,
+            source=source,
+            licence=licence,
         )
 
     def options(self) -> dict[str, Any]:
@@ -166,6 +176,8 @@ def _read_card(path: pathlib.Path) -> Card:
     fields = {field.name: field for field in dataclasses.fields(Card)}
     if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
         raise DataError(f"{path}: is not of format {_FORMAT}; export the folder again with this version")
+    # Folders from before the filter was recorded were made for the default.
+    values.setdefault("interpolation", DEFAULT_FILTER)
     if set(values) != set(fields):
         wrong = ", ".join(sorted(set(values) ^ set(fields)))
         raise DataError(f"{path}: missing or unknown fields: {wrong}; copy or export the folder again")
@@ -184,6 +196,8 @@ def _wrong_value(card: Card) -> str | None:
         numbers = isinstance(values, tuple) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
         if not numbers or len(values) != 3 or (field == "std" and min(values) <= 0):
             return f"{field}={values!r} must be three numbers in [0, 1] units"
+    if card.interpolation not in FILTERS:
+        return f"interpolation={card.interpolation!r} must be one of {', '.join(FILTERS)}"
     try:
         model = build(**card.options(), num_classes=card.num_classes)
     except (ConfigError, TypeError, ValueError) as error:

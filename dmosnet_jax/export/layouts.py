@@ -41,12 +41,14 @@ class Layout:
     Attributes:
         name: short name, used in messages.
         source: the code that writes it.
+        interpolation: filter that its training and evaluation resize images with, a key of `transforms.FILTERS`.
         marks: regular expressions; the layout is recognised where each matches some name.
         rules: renaming; a name that no rule matches stays.
     """
 
     name: str
     source: str
+    interpolation: str
     marks: tuple[str, ...]
     rules: tuple[Rule, ...]
 
@@ -77,6 +79,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "openunreid",
         "OpenUnReID models/builder.py (ReIDBaseModel, TeacherStudentNetwork)",
+        "bicubic",
         (r"(?:mean_net\.(?:module\.)?)?backbone\..*", r"(?:mean_net\.(?:module\.)?)?head\.feat_bn\..*"),
         (
             _COUNTER,
@@ -90,6 +93,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "fastreid",
         "fast-reid modeling/meta_arch/baseline.py, modeling/heads/embedding_head.py",
+        "bicubic",
         (r"backbone\..*",),
         (
             _COUNTER,
@@ -104,6 +108,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "spcl",
         "SpCL spcl/models/resnet.py, resnet_ibn.py (torchvision's stages in an nn.Sequential)",
+        "bicubic",
         (r"base\.0\.weight", r"base\.4\..*"),
         (
             _COUNTER,
@@ -119,12 +124,14 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "torchvision",
         "torchvision models/resnet.py",
+        "bilinear",
         (r"layer1\.0\.conv1\.weight", r"fc\.weight"),
         (_COUNTER, Rule(r"fc\.(weight|bias)", r"classifier.\1")),
     ),
     Layout(
         "torchreid",
         "torchreid models/osnet.py, osnet_ain.py, resnet.py",
+        "bilinear",
         (r"conv1\.conv\.weight|layer1\.0\.conv1\.weight",),
         (_COUNTER,),
     ),

@@ -11,7 +11,8 @@ import numpy as np
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.trees import differences
 from dmosnet_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from dmosnet_jax.export import folder, torch_import
+from dmosnet_jax.data.transforms import DEFAULT_FILTER
+from dmosnet_jax.export import folder, layouts, torch_import
 from dmosnet_jax.export.identify import infer_batches
 from dmosnet_jax.models import Model, build
 from dmosnet_jax.train import checkpoints
@@ -30,6 +31,7 @@ class Opened:
         options: arguments of `models.build` that the weights tell; what they don't tell is absent.
         mean: per-channel mean of the pixels, in [0, 1] units.
         std: per-channel standard deviation of the pixels.
+        interpolation: filter that resized the images they were trained with, "bilinear" or "bicubic".
         num_classes: classes of the classifier among the weights, 0 for none.
         batches: training steps, as far as the weights tell.
         with_val: whether they were trained on the images for validation too; None where the weights do not tell.
@@ -41,6 +43,7 @@ class Opened:
     options: Mapping[str, Any]
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = DEFAULT_FILTER
     num_classes: int = 0
     batches: int = 0
     with_val: bool | None = None
@@ -95,29 +98,33 @@ def open_weights(path: str | os.PathLike[str]) -> Opened:
     where, place = str(path), pathlib.Path(path)
     if folder.is_folder(place):
         params, stats, card = folder.load(place)
-        return Opened(where, card.options(), card.mean, card.std, card.num_classes, trees=(params, stats))
+        inputs = card.mean, card.std, card.interpolation
+        return Opened(where, card.options(), *inputs, card.num_classes, trees=(params, stats))
     if place.is_dir() or place.name == checkpoints.BEST:
         return _from_run(checkpoints.load_model(place))
     state_dict = torch_import.load(path)
     told = {name: value for name, value in torch_import.describe(state_dict).items() if value is not None}
     counts = torch_import.infer_num_classes(state_dict), infer_batches(state_dict)
-    return Opened(where, told, IMAGENET_MEAN, IMAGENET_STD, *counts, state_dict=state_dict)
+    inputs = IMAGENET_MEAN, IMAGENET_STD, layouts.recognise(state_dict).interpolation
+    return Opened(where, told, *inputs, *counts, state_dict=state_dict)
+
+
+def describe_run(path: str | os.PathLike[str], meta: Mapping[str, Any]) -> Opened:
+    """What a checkpoint's JSON values tell of its network, without its arrays."""
+    described, config = meta.get("model", {}), meta.get("config", {})
+    options = {name: described[name] for name in (*PARTS, "image_size") if described.get(name) not in (None, "")}
+    mean, std = (tuple(config.get(field) or default) for field, default in _PIXELS)
+    # Checkpoints from before the filter was recorded were trained with the default.
+    interpolation = config.get("data", {}).get("interpolation") or DEFAULT_FILTER
+    return Opened(str(path), options, mean, std, interpolation, with_val=bool(config.get("with_val")))
 
 
 def _from_run(saved: checkpoints.SavedModel) -> Opened:
-    described, config = saved.meta.get("model", {}), saved.meta.get("config", {})
-    options = {name: described[name] for name in (*PARTS, "image_size") if described.get(name) not in (None, "")}
-    mean, std = (tuple(config.get(field) or default) for field, default in _PIXELS)
     kernel = saved.params.get("classifier", {}).get("kernel")
-    classes = 0 if kernel is None else kernel.shape[1]
-    return Opened(
-        str(saved.path),
-        options,
-        mean,
-        std,
-        classes,
-        saved.step,
-        bool(config.get("with_val")),
+    return dataclasses.replace(
+        describe_run(saved.path, saved.meta),
+        num_classes=0 if kernel is None else kernel.shape[1],
+        batches=saved.step,
         trees=(saved.params, saved.stats),
     )
 

@@ -31,20 +31,32 @@ class Extractor:
         model: the network.
         mean: per-channel mean of the pixels, in [0, 1] units.
         std: per-channel standard deviation of the pixels.
+        interpolation: filter that resizes the images, "bilinear" or "bicubic".
         feature_dim: size of a feature.
     """
 
     def __init__(
-        self, model: Model, params: Any, stats: Any, *, mean: Sequence[float], std: Sequence[float], batch_size: int
+        self,
+        model: Model,
+        params: Any,
+        stats: Any,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str,
+        batch_size: int,
     ):
         """Puts the weights on the default device.
 
         Raises:
-            ConfigError: the batch size is not positive.
+            ConfigError: the batch size is not positive, or there is no such filter.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} must be at least 1")
-        self.model, self.mean, self.std = model, tuple(mean), tuple(std)
+        if interpolation not in transforms.FILTERS:
+            known = ", ".join(transforms.FILTERS)
+            raise ConfigError(f"interpolation={interpolation!r} is not known: use one of {known}")
+        self.model, self.mean, self.std, self.interpolation = model, tuple(mean), tuple(std), interpolation
         self.feature_dim = model.feature_dim
         self._batch_size = batch_size
         self._weights = jax.device_put((params, stats))
@@ -72,7 +84,7 @@ class Extractor:
         pictures = _listed(images)
         done: list[np.ndarray] = []
         waiting: list[tuple[jax.Array, int]] = []
-        for batch in _batches(pictures, self._batch_size, self.model.image_size):
+        for batch in _batches(pictures, self._batch_size, self.model.image_size, self.interpolation):
             # One batch ahead: the host reads images while the device computes.
             waiting.append((self._forward(*self._weights, _padded(batch, self._batch_size)), len(batch)))
             if len(waiting) > 1:
@@ -99,29 +111,31 @@ def _listed(images: Any) -> Sequence[Picture]:
         raise DataError(f"images of type {type(images).__name__}: give paths, PIL images or uint8 arrays") from error
 
 
-def _batches(pictures: Sequence[Picture], batch_size: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
+def _batches(
+    pictures: Sequence[Picture], batch_size: int, size: tuple[int, int], interpolation: str
+) -> Iterator[np.ndarray]:
     for start in range(0, len(pictures), batch_size):
         rows = range(start, min(start + batch_size, len(pictures)))
-        yield np.stack([_pixels(pictures[row], size, f"images[{row}]") for row in rows])
+        yield np.stack([_pixels(pictures[row], size, interpolation, f"images[{row}]") for row in rows])
 
 
-def _pixels(picture: Picture, size: tuple[int, int], where: str) -> np.ndarray:
+def _pixels(picture: Picture, size: tuple[int, int], interpolation: str, where: str) -> np.ndarray:
     """uint8 `[H, W, 3]` of the network's size."""
     if isinstance(picture, str | os.PathLike):
         try:
-            return transforms.load(pathlib.Path(picture).read_bytes(), size)
+            return transforms.load(pathlib.Path(picture).read_bytes(), size, interpolation)
         except OSError as error:
             raise DataError(f"{where}: {picture}: can't be read ({error.strerror}); check the path") from error
         except DataError as error:
             raise DataError(f"{where}: {picture}: {error}") from error
     if isinstance(picture, Image.Image):
-        return transforms.resize(_rgb(picture, where), size)
+        return transforms.resize(_rgb(picture, where), size, interpolation)
     if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
         kind = f"{picture.dtype}{list(picture.shape)}" if isinstance(picture, np.ndarray) else type(picture).__name__
         raise DataError(f"{where}: {kind}: give a path, a PIL image or a uint8 RGB array [h, w, 3]")
     if 0 in picture.shape:
         raise DataError(f"{where}: {list(picture.shape)} is an empty image")
-    return transforms.resize(picture, size)
+    return transforms.resize(picture, size, interpolation)
 
 
 def _rgb(image: Image.Image, where: str) -> np.ndarray:
@@ -129,7 +143,7 @@ def _rgb(image: Image.Image, where: str) -> np.ndarray:
         raise DataError(f"{where}: a PIL image of mode {image.mode}: convert it to RGB, scaled to 0..255")
     try:
         # A copy: Pillow warns when it drops a palette's transparency, and the caller keeps theirs.
-        plain = image.copy()
+        plain = transforms.upright(image).copy()
         plain.info.pop("transparency", None)
         return np.asarray(plain.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
@@ -147,6 +161,7 @@ def load(
     *,
     name: str | None = None,
     image_size: Sequence[int] | None = None,
+    interpolation: str | None = None,
     dtype: str = "float32",
     batch_size: int = 64,
     **options: Any,
@@ -157,6 +172,7 @@ def load(
         path: a folder with a `model.json`, a run's workdir or checkpoint, or a PyTorch or safetensors file.
         name: registry name of the network, for weights that don't tell it.
         image_size: (height, width), where not the weights' own or 256x128.
+        interpolation: filter that resizes the images, "bilinear" or "bicubic", where not the weights' own.
         dtype: compute dtype, "float32" or "bfloat16".
         batch_size: images at once.
         **options: further options of `models.build`, such as `neck` or `variant`.
@@ -171,4 +187,12 @@ def load(
     opened = open_weights(path)
     model = opened.model(name=name, image_size=image_size, dtype=dtype, **options)
     params, stats = opened.weights(model)
-    return Extractor(model, params, stats, mean=opened.mean, std=opened.std, batch_size=batch_size)
+    return Extractor(
+        model,
+        params,
+        stats,
+        mean=opened.mean,
+        std=opened.std,
+        interpolation=interpolation or opened.interpolation,
+        batch_size=batch_size,
+    )

@@ -60,6 +60,25 @@ def agreement(labels: np.ndarray, identities: np.ndarray) -> Quality | None:
     )
 
 
+def spanning_cameras(labels: np.ndarray, camids: np.ndarray) -> float | None:
+    """Share of the clusters of two images and more that have images of several cameras.
+
+    Args:
+        labels: int [N], negative outside of clusters.
+        camids: int [N].
+
+    Returns:
+        A fraction; None where all images are of one camera, or there is no such cluster.
+    """
+    inside = np.asarray(labels) >= 0
+    if len(np.unique(camids)) < 2 or not inside.any():
+        return None
+    pairs = np.unique(np.stack([np.asarray(labels)[inside], np.asarray(camids)[inside]]), axis=1)
+    images, cameras = np.bincount(np.asarray(labels)[inside]), np.bincount(pairs[0])
+    clusters = images > 1
+    return float((cameras[clusters] > 1).mean()) if clusters.any() else None
+
+
 def _alone(labels: np.ndarray) -> np.ndarray:
     labels = labels.astype(np.int64)
     outside = np.flatnonzero(labels < 0)

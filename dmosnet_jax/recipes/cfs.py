@@ -54,20 +54,26 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _open_proxies(config: Any) -> tuple[list[Proxy], dict[str, Any]]:
     """The two networks, and what identifies them."""
-    proxies, about, sizes = [], {}, {}
+    proxies, about, sizes, filters = [], {}, {}, {}
     for field in _FIELDS:
         weights = open_weights(config[field])
         own = as_trained(config, weights)
         model = build_for(own, weights)
         params, stats = weights.weights(model)
         proxies.append(Proxy(model, params, stats, tuple(own.pixel_mean), tuple(own.pixel_std)))
-        sizes[field] = tuple(model.image_size)
+        sizes[field], filters[field] = tuple(model.image_size), own.data.interpolation
         about[field] = {"path": weights.path, **_fingerprint(weights, proxies[-1])}
     if len(set(sizes.values())) > 1:
         raise ConfigError(
             f"image_size: {', '.join(f'{field} has {size}' for field, size in sizes.items())}: give "
             "--config.image_size='(H, W)' for both"
         )
+    if len(set(filters.values())) > 1:
+        raise ConfigError(
+            f"data.interpolation: {', '.join(f'{field} has {name}' for field, name in filters.items())}: give "
+            "--config.data.interpolation=bilinear or bicubic for both"
+        )
+    about["interpolation"] = filters[_FIELDS[0]]
     lengths = [proxy.model.feature_dim for proxy in proxies]
     if lengths[0] != lengths[1]:
         raise DataError(
@@ -101,6 +107,7 @@ def _score(config: Any, chunks: Chunks, proxies: list[Proxy]) -> np.ndarray:
         proxies[0],
         proxies[1],
         make_mesh(),
+        interpolation=chunks.about["interpolation"],
         batch_size=config.eval.batch_size,
         threads=config.data.threads,
         workers=config.data.workers,

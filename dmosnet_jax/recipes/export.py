@@ -30,6 +30,7 @@ def run(config: Any, workdir: pathlib.Path) -> None:
         origin=config.source,
         licence=config.licence,
         image_size=config.image_size,
+        interpolation=config.data.interpolation or None,
         **options,
     )
     say(f"{model.name}: {config.checkpoint} written to {config.output}")

@@ -104,7 +104,14 @@ def draw(error: TooFewClusteredError, path: pathlib.Path) -> None:
 
 
 def report(
-    found: Clustering, labels: np.ndarray, identities: np.ndarray, *, epoch: int, eps: float, since: float
+    found: Clustering,
+    labels: np.ndarray,
+    identities: np.ndarray,
+    camids: np.ndarray,
+    *,
+    epoch: int,
+    eps: float,
+    since: float,
 ) -> dict[str, float]:
     """Prints a line about an epoch's clusters and returns its metrics.
 
@@ -112,6 +119,7 @@ def report(
         found: the clustering.
         labels: int [N], the pseudo-labels that training will use.
         identities: int [N], -1 where not known; only for these figures.
+        camids: int [N].
         epoch: from 0.
         eps: the radius.
         since: `time.perf_counter()` at the start.
@@ -128,6 +136,10 @@ def report(
         "indep_threshold": found.indep_threshold,
         "eps": eps,
     }
+    spanning = quality.spanning_cameras(labels, camids)
+    across = "" if spanning is None else f" ({100 * spanning:.0f} % over several cameras)"
+    if spanning is not None:
+        notes["clusters_over_cameras"] = spanning
     if found.recall is not None:
         notes["neighbour_recall"] = found.recall
     agreement, told = quality.agreement(labels, identities), ""
@@ -138,7 +150,7 @@ def report(
             f"{agreement.pair_precision:.3f} precise, {agreement.pair_recall:.3f} recalled"
         )
     say(
-        f"epoch {epoch + 1}: {clusters} clusters, {alone} un-clustered images, largest "
+        f"epoch {epoch + 1}: {clusters} clusters{across}, {alone} un-clustered images, largest "
         f"cluster {largest}, threshold {found.indep_threshold:.4f}{told}, "
         f"{time.perf_counter() - since:.1f} s ({stages})"
     )

@@ -15,11 +15,11 @@ from dmosnet_jax.data.datasets import split_names
 from dmosnet_jax.evaluation import ranking
 from dmosnet_jax.recipes import scoring, spcl, supervised
 from dmosnet_jax.recipes.splits import say
-from dmosnet_jax.recipes.weights import build_for
+from dmosnet_jax.recipes.weights import as_trained, build_for
 from dmosnet_jax.train.metrics import write_json
 
 # What the stages take from the top of the config, so that one override reaches them all.
-_SHARED = ("seed", "dataset", "data_dir", "image_size", "pixel_mean", "pixel_std", "model", "data", "eval")
+_SHARED = ("seed", "dataset", "data_dir", "image_size", "pixel_mean", "pixel_std", "data", "eval")
 
 
 def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     if jax.process_count() > 1:
         raise ConfigError("the quickstart runs in one process: start it without --distributed")
     workdir.mkdir(parents=True, exist_ok=True)
-    config = config.copy_and_resolve_references()
+    config = as_trained(config, None)
     with config.unlocked():
         config.data_dir = config.data_dir or str(workdir / "data")
     for name in ("pretrain", "finetune"):
@@ -60,6 +60,12 @@ def _stage(config: Any, name: str) -> Any:
     with stage.unlocked():
         for field in _SHARED:
             stage[field] = config[field]
+        # What is set above counts for both stages; what is not may be the stage's own.
+        own = stage.model
+        stage.model = config.model.copy_and_resolve_references()
+        for part, value in own.items():
+            if stage.model[part] is None:
+                stage.model[part] = value
     return stage
 
 

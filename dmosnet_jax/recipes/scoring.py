@@ -117,6 +117,7 @@ def make_extractor(config: Any, model: Model, mesh: Mesh) -> Extractor:
         batch_size=config.eval.batch_size,
         threads=config.data.threads,
         workers=config.data.workers,
+        interpolation=config.data.interpolation,
         mean=config.pixel_mean,
         std=config.pixel_std,
     )
@@ -165,7 +166,7 @@ def publish(
     Returns:
         The contents of `results.json`.
     """
-    results = {**scores.ranking.results(), **extra}
+    results = {**scores.ranking.results(), "interpolation": config.data.interpolation, **extra}
     if config.eval.rerank:
         again = scores.scorer.rank_again(scores)
         results |= {f"reranked_{name}": float(again[name]) for name in METRICS}

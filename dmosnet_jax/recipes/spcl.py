@@ -120,7 +120,7 @@ class SpclRun(TrainingRun):
             feature_pass.clear(self.workdir)
         plan = class_epoch(
             labels,
-            self.split.camids if self._has_cameras() else None,
+            self._cameras(),
             batch_size=self.config.batch_size,
             instances=self.config.sampler.instances,
             seed=self.config.seed,
@@ -135,8 +135,10 @@ class SpclRun(TrainingRun):
         feature_pass.clear(self.workdir)
         return results
 
-    def _has_cameras(self) -> bool:
-        return bool(len(np.unique(self.split.camids)) > 1)
+    def _cameras(self) -> np.ndarray | None:
+        """Cameras that the sampler prefers to change, None where they do not count."""
+        camids = self.split.camids
+        return camids if self.config.sampler.cameras and len(np.unique(camids)) > 1 else None
 
     def _has_centroids(self) -> bool:
         return self.config.spcl.memory != "image"
@@ -179,7 +181,9 @@ class SpclRun(TrainingRun):
                 memory = hybrid.set_labels(memory, labels)
         except ConfigError as error:
             raise ConfigError(f"{error}: --config.spcl.max_classes={settings.max_classes} is too low") from error
-        notes = pseudo_labels.report(found, labels, self.split.pids, epoch=epoch, eps=eps, since=since)
+        notes = pseudo_labels.report(
+            found, labels, self.split.pids, self.split.camids, epoch=epoch, eps=eps, since=since
+        )
         return state.replace(memory=memory), labels, notes | drift
 
 

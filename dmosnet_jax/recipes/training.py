@@ -15,17 +15,19 @@ from jax.sharding import Mesh
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.mesh import check_batch, make_mesh
 from dmosnet_jax.core.selection import dataset_names, joined
+from dmosnet_jax.core.settings import REFUSED, TOLD, changes
 from dmosnet_jax.data.autoaugment import AutoAugment
 from dmosnet_jax.data.pipeline import TrainStream
 from dmosnet_jax.data.subset import Rows
-from dmosnet_jax.export.opening import open_weights
+from dmosnet_jax.export import opening
+from dmosnet_jax.export.opening import describe_run, open_weights
 from dmosnet_jax.models import Model
 from dmosnet_jax.recipes import scoring, targets
 from dmosnet_jax.recipes.splits import chosen_rows, evaluated, say, training_images
-from dmosnet_jax.recipes.weights import build_for, settings_of, start_from
+from dmosnet_jax.recipes.weights import HEAD, as_trained, build_for, settings_of, start_from
 from dmosnet_jax.train import optim
 from dmosnet_jax.train import state as train_state
-from dmosnet_jax.train.checkpoints import Checkpoints
+from dmosnet_jax.train.checkpoints import Checkpoints, latest_meta
 from dmosnet_jax.train.loop import Loop, Schedule
 from dmosnet_jax.train.metrics import write_json
 from dmosnet_jax.train.state import TrainState
@@ -42,12 +44,18 @@ class TrainingRun(abc.ABC):
             ConfigError: settings that do not fit the data or the devices.
             DataError: data or weights missing or damaged.
         """
-        self.config, self.workdir = config, workdir
+        self.workdir = workdir
+        # A run that goes on has its network from its checkpoint: the weights that it started from may be gone.
+        begun = latest_meta(workdir)
+        if begun is not None:
+            self.weights, free = describe_run(workdir, begun), (*opening.PARTS,)
+        else:
+            self.weights, free = (open_weights(config.pretrained) if config.pretrained else None), HEAD
+        self.config = config = as_trained(config, self.weights)
         self.split: Rows = training_images(config)
         self.mesh: Mesh = make_mesh()
         check_batch(config.batch_size, self.mesh)
-        self.weights = open_weights(config.pretrained) if config.pretrained else None
-        self.model: Model = build_for(config, self.weights, num_classes=self.num_classes(), start=True)
+        self.model: Model = build_for(config, self.weights, num_classes=self.num_classes(), free=free)
         self.schedule = self._make_schedule()
         rate = optim.learning_rate(
             config.optim,
@@ -131,6 +139,7 @@ class TrainingRun(abc.ABC):
             self.split,
             plan,
             image_size=self.model.image_size,
+            interpolation=self.config.data.interpolation,
             threads=self.config.data.threads,
             workers=0 if self.cache is not None else self.config.data.workers,
             start=start,
@@ -202,9 +211,8 @@ class TrainingRun(abc.ABC):
             # A tuple of names is the same as names joined by +.
             fields.setdefault("with_val", False)
             fields["dataset"] = joined(dataset_names(fields["dataset"])) if fields.get("dataset") else None
-        same = ("recipe", "dataset", "with_val", "seed", "batch_size")
-        fixed = [field for field in same if config[field] != before.get(field)]
-        changed += [f"{field}={config[field]!r} (was {before.get(field)!r})" for field in fixed]
+        differences = changes(before, config)
+        changed += differences[REFUSED]
         lengths = meta.get("lengths", {})
         found = self._fixed_lengths()
         changed += [f"{k}={found[k]} (was {lengths[k]})" for k in found if k in lengths and lengths[k] != found[k]]
@@ -213,6 +221,8 @@ class TrainingRun(abc.ABC):
                 f"{self.workdir}: its checkpoint at step {step} is of another run: {'; '.join(changed)}; give another "
                 "--workdir or the earlier settings"
             )
+        if differences[TOLD]:
+            say(f"goes on with {', '.join(differences[TOLD])}")
 
     def _finish(self, state: TrainState) -> dict[str, Any]:
         say(f"trained {int(state.step)} steps; checkpoints in {self.workdir / 'checkpoints'}")

@@ -1,6 +1,7 @@
 """From a config and the weights that it names to a model and its parameters."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,14 +14,20 @@ from dmosnet_jax.models import Model, build
 Tree = dict[str, Any]
 
 
-def build_for(config: Any, opened: opening.Opened | None = None, *, num_classes: int = 0, start: bool = False) -> Model:
+# Parts that may differ between a network and the weights that its training starts from.
+HEAD = ("neck", "pool", "classifier")
+
+
+def build_for(
+    config: Any, opened: opening.Opened | None = None, *, num_classes: int = 0, free: Sequence[str] = ()
+) -> Model:
     """The model that a config asks for; what it leaves open is as the weights say, or as in the paper.
 
     Args:
         config: the run's config.
         opened: weights that the model must fit.
         num_classes: classifier size.
-        start: the weights only start training, so that its head may differ.
+        free: parts in which the config may differ from the weights: `HEAD` where they only start training.
 
     Raises:
         ConfigError: no model name, or unknown options.
@@ -30,7 +37,7 @@ def build_for(config: Any, opened: opening.Opened | None = None, *, num_classes:
     if chosen["attention"] is not None:
         chosen["attention"] = tuple(int(bool(flag)) for flag in chosen["attention"])
     for part, value in (opened.options if opened else {}).items():
-        if part not in chosen or (start and part in ("neck", "pool", "classifier") and chosen[part] is not None):
+        if part not in chosen or (part in free and chosen[part] is not None):
             continue
         value = tuple(value) if part == "attention" else value
         if chosen[part] is not None and chosen[part] != value:
@@ -53,18 +60,23 @@ def build_for(config: Any, opened: opening.Opened | None = None, *, num_classes:
     )
 
 
-def as_trained(config: Any, opened: opening.Opened) -> Any:
-    """The config with the image size and pixel statistics of the weights wherever it leaves them open."""
+def as_trained(config: Any, opened: opening.Opened | None) -> Any:
+    """The config with the input of the weights, or the usual one without weights, wherever it leaves that open.
+
+    That is the image size, the filter that resizes, and the pixel statistics.
+    """
+    told = opened or opening.Opened("", {})
     known = {
-        "image_size": tuple(opened.options.get("image_size") or (256, 128)),
-        "pixel_mean": tuple(opened.mean),
-        "pixel_std": tuple(opened.std),
+        "image_size": tuple(told.options.get("image_size") or (256, 128)),
+        "pixel_mean": tuple(told.mean),
+        "pixel_std": tuple(told.std),
     }
     filled = config.copy_and_resolve_references()
     with filled.unlocked():
         for field, value in known.items():
             if filled[field] is None:
                 filled[field] = value
+        filled.data.interpolation = filled.data.interpolation or told.interpolation
     return filled
 
 

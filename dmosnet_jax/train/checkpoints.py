@@ -315,6 +315,22 @@ def _best_step(folder: pathlib.Path) -> int | None:
     return max(scored, key=lambda step: scored[step]) if scored else None
 
 
+def latest_meta(workdir: str | pathlib.Path) -> dict[str, Any] | None:
+    """The JSON part of a run's newest checkpoint, None where there is no checkpoint yet.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    folder = pathlib.Path(workdir) / FOLDER
+    if not _steps(folder):
+        return None
+    manager = _manager(folder)
+    try:
+        return _restore_meta(manager, _steps(folder)[-1], folder)
+    finally:
+        manager.close()
+
+
 def load_model(path: str | pathlib.Path) -> SavedModel:
     """Reads the weights of a checkpoint to the host.
 

@@ -13,13 +13,17 @@ from dmosnet_jax.core.settings import duration_steps
 def learning_rate(config: Any, *, steps_per_epoch: int, total_steps: int, batch_size: int) -> optax.Schedule:
     """The learning rate by step.
 
-    Warm-up rises linearly from `warmup_factor` times the base rate. After it: "step" multiplies by `decay_factor` at
-    each of `decay_epochs`; "cosine" holds the base rate until `decay_epochs[0]` and then falls to `final_factor` times
-    that at the end; "constant" holds it. Warm-up and decay multiply, as in fast-reid.
+    Warm-up rises linearly from `warmup_factor` times the base rate. Then the rate changes at the ends of epochs: "step"
+    multiplies it by `decay_factor` at each of `decay_epochs`; "cosine" holds the base rate until `decay_epochs[0]` and
+    then goes along a half cosine, whose end (`final_factor` times the base rate) lies one epoch after the last;
+    "constant" holds it.
+
+    With `count_after_warmup`, as in fast-reid (`engine/hooks.py`, `LRScheduler.after_epoch`; `solver/build.py`), the
+    epochs of "step" are counted from the end of the warm-up, and a "cosine" does not begin before it.
 
     Args:
         config: the `optim` node: `learning_rate`, `schedule`, `decay_epochs`, `decay_factor`, `final_factor`,
-            `warmup_steps` (or `warmup_epochs`, `warmup_examples`), `warmup_factor`.
+            `warmup_steps` (or `warmup_epochs`, `warmup_examples`), `warmup_factor`, `count_after_warmup`.
         steps_per_epoch: steps in an epoch.
         total_steps: steps of the run.
         batch_size: global batch size.
@@ -28,16 +32,22 @@ def learning_rate(config: Any, *, steps_per_epoch: int, total_steps: int, batch_
         int32 step -> float32 rate.
     """
     warmup = duration_steps(config, "warmup", steps_per_epoch=steps_per_epoch, examples_per_step=batch_size) or 0
-    boundaries = [round(epoch * steps_per_epoch) for epoch in config.decay_epochs]
-    hold = boundaries[0] if boundaries else 0
+    # Whole epochs inside of the warm-up, and those that it reaches into.
+    within, reached = (
+        (warmup // steps_per_epoch, -(-warmup // steps_per_epoch)) if config.count_after_warmup else (0, 0)
+    )
+    milestones = [within + epoch for epoch in config.decay_epochs]
+    delay = config.decay_epochs[0] if config.decay_epochs else 0
+    falling = max(total_steps // steps_per_epoch - max(reached, delay), 1)
 
     def schedule(step: jax.Array) -> jax.Array:
         at = jnp.asarray(step, jnp.float32)
+        epoch = (jnp.asarray(step, jnp.int32) // steps_per_epoch).astype(jnp.float32)
         if config.schedule == "step":
-            passed = sum((at >= boundary).astype(jnp.float32) for boundary in boundaries) if boundaries else 0.0
+            passed = sum(((epoch >= milestone).astype(jnp.float32) for milestone in milestones), jnp.float32(0.0))
             factor = jnp.float32(config.decay_factor) ** passed
         elif config.schedule == "cosine":
-            done = jnp.clip((at - hold) / max(total_steps - hold, 1), 0.0, 1.0)
+            done = jnp.clip((epoch - max(within, delay)) / falling, 0.0, 1.0)
             factor = config.final_factor + (1 - config.final_factor) * 0.5 * (1 + jnp.cos(jnp.pi * done))
         else:
             factor = jnp.float32(1.0)

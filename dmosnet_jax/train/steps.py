@@ -21,7 +21,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def _augmented(state: TrainState, batch: Batch, config: Any) -> jax.Array:
-    options = {name: config.augment[name] for name in ("flip", "pad", "erase")}
+    options = {name: config.augment[name] for name in ("flip", "pad", "erase", "erasing")}
     mean, std = config.pixel_mean, config.pixel_std
     return augmentation.augment(step_key(state), batch["image"], **options, mean=mean, std=std)
 

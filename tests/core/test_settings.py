@@ -86,6 +86,21 @@ def test_good_settings_pass():
         ({"spcl__max_classes": 0}, r"spcl\.max_classes=0 must be greater than 0"),
         ({"spcl__refresh_every_steps": -1}, r"spcl\.refresh_every_steps=-1 must not be negative"),
         ({"spcl__min_clustered": 1.5}, r"spcl\.min_clustered=1\.5 must lie between 0 and 1"),
+        (
+            {"data__interpolation": "nearest"},
+            r"data\.interpolation='nearest' is not known: use one of bilinear, bicubic",
+        ),
+        ({"augment__erasing": "none"}, r"augment\.erasing='none' is not known: use one of fastreid, spcl"),
+        (
+            {"recipe": "supervised", "sampler__instances": 16},
+            r"model\.bn_group_size=16 with sampler\.instances=16: images that share batch statistics would all be of "
+            "one identity.*use more than 16, or 0 for the whole batch",
+        ),
+        ({"model__bn_group_size": 4}, r"model\.bn_group_size=4 with sampler\.instances=4: .* use more than 4"),
+        (
+            {"model__bn_group_size": 0, "sampler__instances": 64},
+            r"batch_size=64 with sampler\.instances=64: .* raise batch_size",
+        ),
         ({"spcl__eps_gap": -0.01}, r"spcl\.eps=0\.6 with spcl\.eps_gap=-0\.01: the radii"),
     ],
 )
@@ -93,6 +108,52 @@ def test_bad_settings_name_field_value_and_fix(fields, message):
     with pytest.raises(ConfigError, match=message) as error:
         settings.validate(config(**fields))
     assert "\n" not in str(error.value)
+
+
+def test_changes_of_a_run_are_free_told_or_refused():
+    before = {
+        "seed": 0,
+        "data_dir": "a",
+        "batch_size": 64,
+        "pretrained": "x.pth",
+        "data": {"threads": 4, "subset": None, "interpolation": "bicubic"},
+        "augment": {"flip": 0.5},
+        "sampler": {"instances": 4},
+        "optim": {"decay_epochs": [10, 20]},
+        "spcl": {"eps": 0.6, "memory": "image"},
+        "train": {"epochs": 2, "steps_per_epoch": None},
+        "model": {"name": None},
+    }
+    assert settings.changes(before, before) == {"told": [], "refused": []}
+    now = {
+        "seed": 1,
+        "data_dir": "b",
+        "batch_size": 32,
+        "pretrained": "",
+        "data": {"threads": 1, "subset": ["cfs", "x", 0.5], "interpolation": "bilinear"},
+        "augment": {"flip": 0.0, "erasing": "spcl"},
+        "sampler": {"instances": 8},
+        "optim": {"decay_epochs": [20]},
+        "spcl": {"eps": 0.5, "memory": "cluster"},
+        "train": {"epochs": 3, "steps_per_epoch": 9},
+        "model": {"name": "osnet_x1_0"},
+    }
+    found = settings.changes(before, now)
+    assert found["refused"] == [
+        "seed=1 (was 0)",
+        "batch_size=32 (was 64)",
+        "data.subset=['cfs', 'x', 0.5] (was None)",
+        "data.interpolation='bilinear' (was 'bicubic')",
+        "spcl.memory='cluster' (was 'image')",
+    ]
+    assert found["told"] == [
+        "pretrained='' (was 'x.pth')",
+        "augment.flip=0.0 (was 0.5)",
+        "sampler.instances=8 (was 4)",
+        "optim.decay_epochs=[20] (was [10, 20])",
+        "spcl.eps=0.5 (was 0.6)",
+        "train.epochs=3 (was 2)",
+    ]
 
 
 def test_read_follows_dots_and_ends_where_the_path_does():

@@ -11,7 +11,7 @@ from dmosnet_jax.data import augment as augmentation
 ONE = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
-@functools.partial(jax.jit, static_argnames=("flip", "pad", "erase", "mean", "std"))
+@functools.partial(jax.jit, static_argnames=("flip", "pad", "erase", "erasing", "mean", "std"))
 def run(seed, images, **options):
     return augmentation.augment(jax.random.key(seed), images, **options)
 
@@ -91,10 +91,13 @@ def test_padding_is_black_before_normalisation():
     np.testing.assert_allclose(got[padding], np.broadcast_to(black, got[padding].shape), rtol=1e-5)
 
 
-def test_erased_rectangles_follow_the_reference_distribution(rng):
+@pytest.mark.parametrize("erasing", ["fastreid", "spcl"])
+def test_erased_rectangles_follow_the_reference_distribution(rng, erasing):
     count, height, width = 2000, 64, 32
     images = jnp.full((count, height, width, 3), 200, jnp.uint8)
-    erased = np.all(np.asarray(run(6, images, flip=0.0, pad=0, erase=0.5)) == 0, axis=-1)
+    got = np.asarray(run(6, images, flip=0.0, pad=0, erase=0.5, erasing=erasing))
+    fill = (0.0, 0.0, 0.0) if erasing == "fastreid" else augmentation.IMAGENET_MEAN
+    erased = np.all(got == np.float32(fill), axis=-1)
     hit = erased.any(axis=(1, 2))
     assert abs(hit.mean() - 0.5) < 4 * np.sqrt(0.25 / count)
     h = erased[hit].any(axis=2).sum(axis=1)
@@ -102,16 +105,26 @@ def test_erased_rectangles_follow_the_reference_distribution(rng):
     np.testing.assert_array_equal(erased[hit].sum(axis=(1, 2)), h * w)
     assert h.max() < height
     assert w.max() < width
-    # Rounding the sides to pixels moves the share a little beyond 0.02-0.4.
     share = h * w / (height * width)
-    assert share.min() > 0.012
-    assert share.max() < 0.42
-    # The reference draws one rectangle at a time and rejects those that do not fit.
-    area = rng.uniform(0.02, 0.4, 200_000) * height * width
-    aspect = rng.uniform(0.3, 1 / 0.3, 200_000)
+    # The reference draws one rectangle at a time and rejects those that do not fit: torchvision's RandomErasing, of
+    # which fast-reid takes the defaults, and SpCL's own. Rounding the sides to pixels moves the share a little.
+    if erasing == "fastreid":
+        area, aspect = rng.uniform(0.02, 0.33, 200_000), np.exp(rng.uniform(np.log(0.3), np.log(3.3), 200_000))
+        assert 0.012 < share.min() < share.max() < 0.35
+    else:
+        area, aspect = rng.uniform(0.02, 0.4, 200_000), rng.uniform(0.3, 1 / 0.3, 200_000)
+        assert 0.012 < share.min() < share.max() < 0.42
+        assert share.max() > 0.35
+    area *= height * width
     sides = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
     fits = (sides[0] < height) & (sides[1] < width)
-    for ours, theirs in ((h, sides[0][fits]), (w, sides[1][fits]), (share, sides[0][fits] * sides[1][fits] / 2048)):
+    ratio = np.log(sides[0] / sides[1])[fits]
+    for ours, theirs in (
+        (h, sides[0][fits]),
+        (w, sides[1][fits]),
+        (share, sides[0][fits] * sides[1][fits] / 2048),
+        (np.log(h / w), ratio),
+    ):
         assert abs(ours.mean() - theirs.mean()) < 4 * theirs.std() / np.sqrt(hit.sum())
         assert abs(ours.std() / theirs.std() - 1) < 0.1
     # Uniform placement: the slack above the rectangle is half of all slack, on average.

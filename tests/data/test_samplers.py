@@ -134,7 +134,9 @@ PLANS = {
     "class": lambda seed, epoch: samplers.class_epoch(
         np.arange(200) // 5, np.arange(200) % 3, batch_size=16, instances=4, seed=seed, epoch=epoch, steps=9
     ),
-    "shuffled": lambda seed, epoch: samplers.shuffled_epoch(200, batch_size=16, seed=seed, epoch=epoch),
+    "few identities": lambda seed, epoch: samplers.identity_epoch(
+        np.arange(200) // 25, None, batch_size=16, instances=1, seed=seed, epoch=epoch, steps=20
+    ),
 }
 
 
@@ -150,12 +152,36 @@ def test_plans_depend_on_seed_and_epoch_alone(name):
         assert np.any(a != b)
 
 
-def test_shuffled_epoch_shows_each_image_once():
-    plan = samplers.shuffled_epoch(103, batch_size=10, seed=0, epoch=4)
+def test_one_image_of_an_identity_with_few_identities_is_a_shuffled_pass():
+    pids = np.arange(104) // 13
+    pids[50] = -1
+    plan = samplers.identity_epoch(pids, None, batch_size=10, instances=1, seed=0, epoch=4)
     assert plan.shape == (10, 10)
     assert plan.dtype == np.int32
-    assert np.bincount(plan.ravel(), minlength=103).max() == 1
+    counts = np.bincount(plan.ravel(), minlength=104)
+    assert counts.max() == 1
+    assert counts[50] == 0
     assert np.any(np.diff(plan.ravel()) != 1)
+    repeated = samplers.identity_epoch(pids, None, batch_size=10, instances=1, seed=0, epoch=4, steps=25)
+    assert repeated.shape == (25, 10)
+    np.testing.assert_array_equal(repeated[:10], plan)
+    assert np.any(repeated[10:20] != plan)
+
+
+@pytest.mark.parametrize(("cameras", "share"), [(False, 1 / 21), (True, None)])
+def test_a_wrong_image_of_another_video_is_drawn_like_any_other_where_cameras_do_not_count(cameras, share):
+    """LUPerson: a person is in one video, which the records call a camera; an image of another is an error."""
+    videos = np.where(np.arange(21 * 300) % 21 == 20, 1, 0)
+    labels = np.arange(21 * 300) // 21
+    plan = samplers.class_epoch(
+        labels, videos if cameras else None, batch_size=64, instances=4, seed=0, epoch=0, steps=300
+    )
+    wrong = videos[plan].mean()
+    if share is None:
+        assert wrong > 0.7
+    else:
+        # Five standard deviations of a binomial share of 19,200 draws.
+        assert abs(wrong - share) < 5 * np.sqrt(share * (1 - share) / plan.size)
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(0, 4), (1, 4), (4, 4), (9, 4), (12, 4), (7, 1)])
@@ -213,8 +239,11 @@ def walk_sizes(plan, labels):
             lambda: samplers.class_epoch(np.zeros(9), None, batch_size=8, instances=0, seed=0, epoch=0, steps=1),
             "instances=0",
         ),
-        (lambda: samplers.shuffled_epoch(9, batch_size=10, seed=0, epoch=0), "between 1 and the number of images, 9"),
-        (lambda: samplers.shuffled_epoch(9, batch_size=3, seed=-1, epoch=0), "seed=-1"),
+        (
+            lambda: samplers.identity_epoch(np.arange(9) % 2, None, batch_size=10, instances=1, seed=0, epoch=0),
+            "batch_size=10 is more than the 9 images with an identity",
+        ),
+        (lambda: samplers.identity_epoch(np.arange(9), None, batch_size=3, instances=1, seed=-1, epoch=0), "seed=-1"),
         (lambda: samplers.evaluation_order(9, 0), "batch_size=0"),
     ],
 )

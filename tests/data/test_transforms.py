@@ -5,7 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data import transforms
@@ -52,20 +52,62 @@ def test_transparency_is_dropped_without_a_warning(photo):
     np.testing.assert_array_equal(transforms.decode(encode(see_through, "PNG")), np.asarray(photo))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_images_are_turned_as_their_orientation_says(photo, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 95} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+    data = encode(photo, kind, exif=exif.tobytes(), **options)
+    with Image.open(io.BytesIO(data)) as opened:
+        wanted = ImageOps.exif_transpose(opened).convert("RGB")
+    got = transforms.decode(data)
+    np.testing.assert_array_equal(got, np.asarray(wanted))
+    assert got.shape == ((128, 64, 3) if orientation < 5 else (64, 128, 3))
+    np.testing.assert_array_equal(transforms.load(data, (32, 16)), transforms.resize(got, (32, 16)))
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_unknown_orientation_is_upright(photo, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(transforms.decode(encode(photo, "PNG", exif=exif.tobytes())), np.asarray(photo))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
+@pytest.mark.parametrize("keep", [7, 10, 16, 22])
+def test_a_damaged_exif_block_costs_the_orientation_alone(photo, keep):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    damaged = exif.tobytes()[:keep] + b"\xff" * 9
+    data = encode(photo, "JPEG", quality=95, exif=damaged)
+    assert transforms.decode(data).shape in ((128, 64, 3), (64, 128, 3))
+
+
 def test_sixteen_bit_grey_is_scaled():
     values = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16) + 17
     got = transforms.decode(encode(Image.fromarray(values), "PNG"))
     np.testing.assert_array_equal(got, np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=2))
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(256, 128), (64, 32), (128, 64), (37, 101), (1, 1)])
-def test_resize_and_load_equal_pillow(photo, size):
-    expected = np.asarray(photo.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+def test_resize_and_load_equal_pillow(photo, size, interpolation):
+    expected = np.asarray(photo.resize((size[1], size[0]), Image.Resampling[interpolation.upper()]))
     assert expected.shape == (*size, 3)
-    np.testing.assert_array_equal(transforms.resize(np.asarray(photo), size), expected)
-    np.testing.assert_array_equal(transforms.load(encode(photo, "PNG"), size), expected)
+    np.testing.assert_array_equal(transforms.resize(np.asarray(photo), size, interpolation), expected)
+    np.testing.assert_array_equal(transforms.load(encode(photo, "PNG"), size, interpolation), expected)
     jpeg = encode(photo, "JPEG")
-    np.testing.assert_array_equal(transforms.load(jpeg, size), transforms.resize(transforms.decode(jpeg), size))
+    decoded = transforms.decode(jpeg)
+    np.testing.assert_array_equal(
+        transforms.load(jpeg, size, interpolation), transforms.resize(decoded, size, interpolation)
+    )
+
+
+def test_bicubic_is_the_default(photo):
+    array = np.asarray(photo)
+    np.testing.assert_array_equal(transforms.resize(array, (64, 32)), transforms.resize(array, (64, 32), "bicubic"))
+    assert np.any(transforms.resize(array, (64, 32)) != transforms.resize(array, (64, 32), "bilinear"))
 
 
 def broken_inputs():

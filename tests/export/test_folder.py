@@ -50,10 +50,19 @@ def test_card_says_what_a_user_needs(exported):
         "image_size": [128, 64],
         "mean": list(MEAN),
         "std": list(STD),
+        "interpolation": "bicubic",
         "feature_dim": 128,
         "source": "drawn",
         "licence": "CC0",
     }
+
+
+def test_folders_from_before_the_filter_was_recorded_are_bicubic(exported):
+    path, *_, card = exported
+    values = json.loads((path / "model.json").read_text())
+    del values["interpolation"]
+    (path / "model.json").write_text(json.dumps(values))
+    assert folder.load(path)[2] == card
 
 
 def test_arrays_of_another_model_are_refused_with_all_differences(tmp_path, rng):
@@ -110,6 +119,7 @@ def test_flipped_bits_and_missing_files_are_found(exported):
         ({"mean": [1, 2]}, "mean=.1, 2. must be three numbers"),
         ({"mean": "grey"}, "mean='grey' must be three numbers"),
         ({"std": [0.1, 0, 0.1]}, "std=.* must be three numbers"),
+        ({"interpolation": "nearest"}, "interpolation='nearest' must be one of bilinear, bicubic"),
         ({"feature_dim": 512}, "feature_dim=512 is 128"),
         ({"num_classes": "many"}, "model.json"),
         ({"num_classes": 4}, "has shape"),

@@ -1,6 +1,7 @@
 """The extractor: any kind of image and any kind of weights, and the figures of real ones."""
 
 import io
+import json
 import subprocess
 import sys
 import zipfile
@@ -17,7 +18,7 @@ from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.mesh import make_mesh
 from dmosnet_jax.data import augment, transforms
 from dmosnet_jax.evaluation import ranking
-from dmosnet_jax.export import folder, opening, torch_export
+from dmosnet_jax.export import conversion, folder, opening, torch_export
 from dmosnet_jax.train import checkpoints
 from dmosnet_jax.train import state as train_state
 from tests.models.drawn import draw_tree
@@ -157,6 +158,39 @@ def test_a_run_tells_its_network_size_and_pixels(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded._weights[1], stats)
 
 
+def test_the_filter_is_that_of_the_weights(tmp_path, rng):
+    """torchreid resizes bilinearly, fast-reid bicubically; a folder and the caller may say otherwise."""
+    model, params, stats = _drawn("osnet_x0_25", neck="bnneck", num_classes=0)
+    picture = rng.integers(0, 256, (90, 40, 3), dtype=np.uint8)
+    found = {}
+    for layout in ("torchreid", "fastreid"):
+        torch_export.save(tmp_path / f"{layout}.pth", torch_export.to_state_dict(params, stats, model, layout=layout))
+        found[layout] = dmosnet_jax.load(tmp_path / f"{layout}.pth", image_size=SIZE)
+    told = {layout: extractor.interpolation for layout, extractor in found.items()}
+    assert told == {"torchreid": "bilinear", "fastreid": "bicubic"}
+    assert np.abs(found["fastreid"](picture) - found["torchreid"](picture)).max() > 1e-3
+    chosen = dmosnet_jax.load(tmp_path / "torchreid.pth", image_size=SIZE, interpolation="bicubic")
+    np.testing.assert_array_equal(chosen(picture), found["fastreid"](picture))
+    conversion.convert(tmp_path / "torchreid.pth", tmp_path / "folder", image_size=SIZE)
+    card = json.loads((tmp_path / "folder" / "model.json").read_text())
+    assert card["interpolation"] == dmosnet_jax.load(tmp_path / "folder").interpolation == "bilinear"
+    with pytest.raises(ConfigError, match="interpolation='nearest' is not known: use one of bilinear, bicubic"):
+        dmosnet_jax.load(tmp_path / "folder", interpolation="nearest")
+
+
+def test_a_phones_photo_is_turned_upright(saved, tmp_path, rng):
+    extractor = dmosnet_jax.load(saved[0])
+    upright = Image.fromarray(rng.integers(0, 256, (90, 40, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.save(tmp_path / "upright.png")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
+    with Image.open(tmp_path / "phone.png") as opened:
+        features = extractor([tmp_path / "upright.png", tmp_path / "phone.png", opened, upright])
+    for row in features[1:]:
+        np.testing.assert_array_equal(row, features[0])
+
+
 def test_wrong_options_and_weights(saved, tmp_path):
     path, *_ = saved
     with pytest.raises(ConfigError, match="batch_size=0 must be at least 1"):
@@ -189,7 +223,8 @@ def test_importing_the_package_imports_no_jax():
     ],
 )
 def test_real_weights_score_what_they_scored_in_pytorch(shared, weights, wanted):
-    extractor = dmosnet_jax.load(shared(f"weights/osnet_x0_25_{weights}.pth"))
+    # The figures are from before torchreid's own filter was taken for its weights.
+    extractor = dmosnet_jax.load(shared(f"weights/osnet_x0_25_{weights}.pth"), interpolation="bicubic")
     with zipfile.ZipFile(shared("data/Market-1501-qq.zip")) as archive:
         files = [name for name in archive.namelist() if "/query/" in name and name.endswith(".jpg")]
         features = extractor([Image.open(io.BytesIO(archive.read(name))) for name in files])

@@ -97,7 +97,7 @@ def test_training_starts_from_the_backbone_and_draws_another_head(tmp_path):
     params, stats = save(tmp_path, models.build("osnet_x0_25", neck="fc", num_classes=5, image_size=SIZE))
     opened = open_weights(tmp_path)
     # The same head, another number of classes.
-    model = weights.build_for(config(), opened, num_classes=9, start=True)
+    model = weights.build_for(config(), opened, num_classes=9, free=weights.HEAD)
     assert model.neck == "fc"
     found_params, found_stats, drawn = weights.start_from(opened, model, jax.random.key(0))
     assert drawn == ["classifier"]
@@ -108,7 +108,7 @@ def test_training_starts_from_the_backbone_and_draws_another_head(tmp_path):
     )
     assert_same(found_stats, stats)
     # Another neck.
-    model = weights.build_for(config(neck="bnneck"), opened, num_classes=5, start=True)
+    model = weights.build_for(config(neck="bnneck"), opened, num_classes=5, free=weights.HEAD)
     found_params, found_stats, drawn = weights.start_from(opened, model, jax.random.key(0))
     assert drawn == ["bottleneck", "classifier"]
     backbone = {name: part for name, part in params.items() if name not in ("fc", "classifier")}
@@ -143,13 +143,13 @@ def torchreid_file(path, *, classes):
 def test_training_starts_from_a_pytorch_file(tmp_path):
     params, stats = torchreid_file(tmp_path / "weights.safetensors", classes=5)
     opened = open_weights(tmp_path / "weights.safetensors")
-    model = weights.build_for(config(name="osnet_x0_25"), opened, num_classes=5, start=True)
+    model = weights.build_for(config(name="osnet_x0_25"), opened, num_classes=5, free=weights.HEAD)
     assert model.neck == "fc"
     found_params, found_stats, drawn = weights.start_from(opened, model, jax.random.key(0))
     assert drawn == []
     assert_same(found_params, params)
     assert_same(found_stats, stats)
-    model = weights.build_for(config(name="osnet_x0_25"), opened, num_classes=8, start=True)
+    model = weights.build_for(config(name="osnet_x0_25"), opened, num_classes=8, free=weights.HEAD)
     found_params, _, drawn = weights.start_from(opened, model, jax.random.key(0))
     assert drawn == ["classifier"]
     assert_same(found_params, params | {"classifier": model.init(jax.random.key(0))[0]["classifier"]})

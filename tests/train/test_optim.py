@@ -20,6 +20,7 @@ BASE = {
     "decay_epochs": (50, 100),
     "decay_factor": 0.1,
     "final_factor": 2e-3,
+    "count_after_warmup": False,
     "warmup_steps": 2000,
     "warmup_factor": 0.1,
 }
@@ -61,14 +62,62 @@ def test_spcl_falls_by_ten_every_twenty_epochs():
 
 def test_cosine_holds_then_falls_to_its_final_factor():
     fields = {"schedule": "cosine", "decay_epochs": (30,), "steps_per_epoch": 100, "total_steps": 6000}
-    rates = [rate_at(step, **fields) for step in (2000, 3000, 4500, 6000, 7000)]
+    rates = [rate_at(step, **fields) for step in (2000, 3000, 3099, 4500, 4599, 6000, 7000)]
     middle = 2e-3 + (1 - 2e-3) / 2
-    np.testing.assert_allclose(rates, 3.5e-4 * np.array([1, 1, middle, 2e-3, 2e-3]), rtol=1e-4)
+    np.testing.assert_allclose(rates, 3.5e-4 * np.array([1, 1, 1, middle, middle, 2e-3, 2e-3]), rtol=1e-4)
+
+
+def fastreid_rates(sched, *, steps_per_epoch, epochs, warmup, delay=0, milestones=(), gamma=0.1, eta_min=7e-7):
+    """The rate of every step as fast-reid comes to it: its hooks (`engine/hooks.py`) and torch's two schedulers."""
+    base, rate, rates, calls = 3.5e-4, 3.5e-5, [], 0
+    longest = epochs - max(-(-warmup // steps_per_epoch), delay)
+    for step in range(epochs * steps_per_epoch):
+        rates.append(rate)
+        following = step + 1
+        if following <= warmup:
+            alpha = following / warmup
+            rate = base * (0.1 * (1 - alpha) + alpha) if following < warmup else base
+        epoch, last = divmod(following, steps_per_epoch)
+        if last == 0 and following > warmup and epoch > delay:
+            calls += 1
+            if sched == "MultiStepLR":
+                rate *= gamma if calls in milestones else 1
+            else:
+                rate = eta_min + (base - eta_min) * (1 + np.cos(np.pi * calls / longest)) / 2
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps_per_epoch"), [("market1501", 202), ("cuhk03", 76), ("market1501", 50), ("cuhk03", 200)]
+)
+def test_released_schedules_are_those_of_fast_reids_hooks(recipe, steps_per_epoch):
+    """Also where the warm-up ends with an epoch, and where it lasts longer than the cosine's delay."""
+    if recipe == "cuhk03":
+        fields = {"decay_epochs": (40, 90)}
+        epochs, theirs = 120, {"sched": "MultiStepLR", "milestones": (40, 90)}
+    else:
+        fields = {"schedule": "cosine", "decay_epochs": (30,)}
+        epochs, theirs = 60, {"sched": "CosineAnnealingLR", "delay": 30}
+    schedule = optim.learning_rate(
+        ConfigDict(BASE | fields | {"count_after_warmup": True}),
+        steps_per_epoch=steps_per_epoch,
+        total_steps=epochs * steps_per_epoch,
+        batch_size=64,
+    )
+    ours = jax.vmap(schedule)(jnp.arange(epochs * steps_per_epoch))
+    wanted = fastreid_rates(steps_per_epoch=steps_per_epoch, epochs=epochs, warmup=2000, **theirs)
+    np.testing.assert_allclose(ours, wanted, rtol=2e-4)
+    drops = np.flatnonzero(np.diff(wanted[2000:]) < 0) + 2001
+    if (recipe, steps_per_epoch) == ("cuhk03", 76):
+        assert (drops // 76).tolist() == [66, 116]
+    if (recipe, steps_per_epoch) == ("market1501", 202):
+        assert drops[0] == 31 * 202
+        np.testing.assert_allclose(wanted[-1], 1.66e-6, rtol=0.01)
 
 
 def test_cosine_without_a_hold_starts_at_once():
-    fields = {"schedule": "cosine", "decay_epochs": (), "warmup_steps": None, "total_steps": 100, "final_factor": 0.0}
-    rates = [rate_at(step, **fields) for step in (0, 50, 75, 100)]
+    fields = {"schedule": "cosine", "decay_epochs": (), "warmup_steps": None, "final_factor": 0.0}
+    rates = [rate_at(step, steps_per_epoch=5, total_steps=500, **fields) for step in (0, 250, 375, 500)]
     np.testing.assert_allclose(rates, 3.5e-4 * np.array([1, 0.5, (1 + np.cos(0.75 * np.pi)) / 2, 0]), atol=1e-9)
 
 
