@@ -47,10 +47,12 @@ class TrainingRun(abc.ABC):
         self.workdir = workdir
         # A run that goes on has its network from its checkpoint: the weights that it started from may be gone.
         begun = latest_meta(workdir)
+        self.weights: opening.Opened | None = None
         if begun is not None:
-            self.weights, free = describe_run(workdir, begun), (*opening.PARTS,)
-        else:
-            self.weights, free = (open_weights(config.pretrained) if config.pretrained else None), HEAD
+            self.weights = describe_run(workdir, begun)
+        elif config.pretrained:
+            self.weights = open_weights(config.pretrained)
+        free = HEAD if begun is None else opening.PARTS
         self.config = config = as_trained(config, self.weights)
         self.split: Rows = training_images(config)
         self.mesh: Mesh = make_mesh()

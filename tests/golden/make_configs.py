@@ -1,6 +1,6 @@
 """Writes every experiment's config as text, one line a field, so that a changed default shows in the diff.
 
-    python tests/golden/make_configs.py
+python tests/golden/make_configs.py
 """
 
 import importlib

@@ -3,7 +3,6 @@
 import importlib
 import json
 
-import numpy as np
 import pytest
 
 from tests.conftest import ROOT
@@ -104,7 +103,7 @@ def test_fine_tuning_as_shipped_learns_eight_people(cli, eight, tmp_path, recipe
 
 @pytest.mark.slow
 def test_groups_of_one_identity_learn_nothing(cli, eight, tmp_path):
-    """What the settings refuse: batch statistics of one identity make all of them equal. The test above would see it."""
+    """What the settings refuse: batch statistics of one identity make all equal. The test above would see it."""
     file, _ = RECIPES["released"]
     fields = TRAINING | {"data_dir": eight, "train.steps_per_epoch": 60, "optim.warmup_steps": 10}
     command = [*flags(file, **fields), "--config.model.bn_group_size=16", f"--workdir={tmp_path / 'run'}"]
