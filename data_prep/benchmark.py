@@ -25,8 +25,8 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep import pedestrians
-from data_prep.pedestrians import Scene, Studio
+from data_prep.synthetic import pedestrians
+from data_prep.synthetic.pedestrians import Scene, Studio
 from dmosnet_jax.core.errors import ConfigError, DataError, UserError
 
 # Crops of LUPerson have a few kilobytes.

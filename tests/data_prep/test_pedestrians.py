@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import market1501, pedestrians
-from data_prep.figure import Figure, Pose
-from data_prep.pedestrians import Scene, Studio, plan
-from data_prep.wardrobe import draw_person
+from data_prep.builders import market1501
+from data_prep.synthetic import pedestrians
+from data_prep.synthetic.figure import Figure, Pose
+from data_prep.synthetic.pedestrians import Scene, Studio, plan
+from data_prep.synthetic.wardrobe import draw_person
 from dmosnet_jax.core.errors import ConfigError, DataError
 
 SMALL = Scene(train_ids=3, test_ids=4, cameras=3, images=2, distractors=5, junk=2)
