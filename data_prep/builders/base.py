@@ -58,7 +58,8 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES: ClassVar = {"1.0.0": "Original bytes, identity, camera and file name of every image."}
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        "manual_dir is what the data set's authors give out: its folder, or holds its zip alone."
+        "manual_dir is the folder that the authors of the data set give out, "
+        "or a folder that holds their zip file and nothing else."
     )
     DESCRIPTION: ClassVar[str]
     HOMEPAGE: ClassVar[str | None] = None

@@ -158,6 +158,45 @@ def test_damaged_records(raw, capsys):
     assert shard.name in text
 
 
+def test_labels_that_the_index_has_otherwise(raw, capsys):
+    convert.convert("market1501", raw.parent / "data", source=raw)
+    flags = ["--dataset=market1501", f"--data_dir={raw.parent / 'data'}"]
+    [shard] = (raw.parent / "data" / "market1501" / "1.0.0").glob("*-query.tfrecord-00000-of-00001")
+    sidecar = shard.with_name(shard.name + ".index.npz")
+    with np.load(sidecar) as arrays:
+        index = dict(arrays)
+    pids, camids = index["pid"].copy(), index["camid"].copy()
+    index["pid"][2], index["camid"][4] = 7, 9
+    np.savez(sidecar, **index)
+    status, lines, errors = run(capsys, *flags)
+    assert (status, errors) == (1, [])
+    [text] = told(lines, "error")
+    assert text.startswith("2 of 6 records of query have other labels than the index beside their shard")
+    for row, labels in ((2, (7, camids[2])), (4, (pids[4], 9))):
+        at = f"{shard}: record {row} at byte {index['offset'][row]}"
+        assert f"{at}: pid {pids[row]} and camid {camids[row]}, in the index {labels[0]} and {labels[1]}" in text
+    # As it advises.
+    sidecar.unlink()
+    assert run(capsys, *flags)[0] == 0
+
+
+def test_sizes_are_those_of_the_decoded_image(raw, capsys):
+    """A phone's photo is stored lying and shown upright: what training sees is what lint tells."""
+    from PIL import Image
+
+    from dmosnet_jax.data import transforms
+
+    path = sorted((raw / "bounding_box_train").iterdir())[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (90, 40)).save(path, exif=exif)
+    height, width = transforms.decode(path.read_bytes()).shape[:2]
+    status, lines = both_ways(capsys, raw)
+    assert status == 0
+    assert lines[2].split()[6:12] == ["32", "to", str(max(height, 32)), "16", "to", str(max(width, 16))]
+    assert any("wider than high" in text for text in told(lines, "warning")) == (width > height)
+
+
 @pytest.mark.parametrize("options", [{}, {"video": False}, {"form": "lmdb"}, {"form": "lmdb", "keys": "dict"}])
 def test_luperson_has_no_labels(tmp_path, capsys, options):
     labels = raw_copies.write("luperson", tmp_path / "raw", SCENE, **options)

@@ -8,6 +8,7 @@ import pytest
 
 from data_prep.sources import lmdb, luperson
 from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.data import transforms
 from tests.data_prep.luperson_case import run
 
 
@@ -126,3 +127,36 @@ def test_damaged_databases_and_repeated_keys_are_told(raw, tmp_path):
         (source / "keys.pkl").write_bytes(pickle.dumps(keys))
         with pytest.raises(DataError, match=message):
             run(source, tmp_path / "data")
+
+
+def test_a_damaged_page_costs_its_images_and_no_more(raw, tmp_path):
+    database, labels = raw("lmdb")
+    content = (database / "lmdb" / "data.mdb").read_bytes()
+    source = tmp_path / "raw"
+    source.mkdir()
+    lost = 0
+    for page in range(2, len(content) // 4096):
+        (source / "data.mdb").write_bytes(content[: 4096 * page] + bytes(4096) + content[4096 * (page + 1) :])
+        for keys in (None, [label.filename for label in labels]):
+            (source / "keys.pkl").unlink(missing_ok=True)
+            if keys:
+                (source / "keys.pkl").write_bytes(pickle.dumps(keys))
+            try:
+                images = list(luperson.find(source).images())
+                read = luperson.reader("lmdb", str(source / "data.mdb"))
+            except DataError:
+                continue
+            for image in images:
+                try:
+                    transforms.decode(read(image.ref))
+                except DataError:
+                    lost += 1
+    assert lost
+
+
+def test_a_pipe_is_an_unreadable_image(pictures, tmp_path):
+    source = pictures(tmp_path / "raw", 2)
+    os.mkfifo(source / "c0" / "city" / "v0" / "pipe.jpg")
+    with pytest.raises(DataError, match=r"1 of the first \d images are unreadable"):
+        run(source, tmp_path / "data")
+    assert "it is no regular file" in (tmp_path / "data" / ".luperson.incomplete" / "unreadable.txt").read_text()

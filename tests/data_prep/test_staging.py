@@ -32,6 +32,21 @@ def test_what_is_published_stays(tmp_path):
         assert [p.name for p in (tmp_path / "data").iterdir()] == ["set"]
 
 
+def test_a_replacement_that_was_killed_half_way_loses_nothing(tmp_path):
+    """Between its two renames the old data set is aside and the new one not yet there."""
+    (tmp_path / "set" / ".1.0.0.replaced").mkdir(parents=True)
+    (tmp_path / "set" / ".1.0.0.replaced" / "old").write_text("x")
+    with pytest.raises(KeyboardInterrupt), staging.staging(tmp_path, "set"):
+        raise KeyboardInterrupt
+    assert [p.name for p in (tmp_path / "set").iterdir()] == ["1.0.0"]
+    assert (tmp_path / "set" / "1.0.0" / "old").read_text() == "x"
+    # Killed after them, the old one is still to be removed.
+    (tmp_path / "set" / ".1.0.0.replaced").mkdir()
+    with staging.staging(tmp_path, "set"):
+        pass
+    assert [p.name for p in (tmp_path / "set").iterdir()] == ["1.0.0"]
+
+
 def test_failed_publication_keeps_the_old(tmp_path):
     target = tmp_path / "set" / "1.0.0"
     target.mkdir(parents=True)
