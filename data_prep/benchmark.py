@@ -25,17 +25,18 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
+from data_prep import command
 from data_prep.synthetic import pedestrians
 from data_prep.synthetic.pedestrians import Scene, Studio
-from dmosnet_jax.core.errors import ConfigError, DataError, UserError
+from dmosnet_jax.core.errors import ConfigError, DataError
 
 # Crops of LUPerson have a few kilobytes.
 _SCENE = Scene(train_ids=60, test_ids=10, cameras=5, images=2, distractors=0, junk=0, image_size=(192, 80))
 _VIDEO, _CITY = 100, 20
 _SAMPLE = 0.5
 
-_FLAGS = flags.FlagValues()
-flags.DEFINE_string("folder", None, "A folder that does not exist yet, where there is room.", flag_values=_FLAGS)
+_FLAGS = command.own_flags()
+flags.DEFINE_string("folder", None, "A folder that does not exist yet, where there is room.", _FLAGS)
 flags.DEFINE_integer("images", 200_000, "How many crops to write.", flag_values=_FLAGS)
 flags.DEFINE_float("shard_mib", 256, "Size of a shard in MiB.", flag_values=_FLAGS)
 
@@ -70,14 +71,14 @@ def write_crops(folder: pathlib.Path, count: int) -> int:
     return total
 
 
-def measure(command: Sequence[str], until: Callable[[], bool] = lambda: False) -> Measured:
+def measure(words: Sequence[str], until: Callable[[], bool] = lambda: False) -> Measured:
     """Runs a command; kills it as soon as `until` holds.
 
     Raises:
       DataError: it failed.
     """
     begin, before, peak = time.monotonic(), os.times(), 0.0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     killed = False
     while process.poll() is None:
         peak = max(peak, _memory(process.pid))
@@ -87,7 +88,7 @@ def measure(command: Sequence[str], until: Callable[[], bool] = lambda: False) -
             break
         time.sleep(_SAMPLE)
     if process.wait() and not killed:
-        raise DataError(f"{' '.join(command)} failed with exit status {process.returncode}")
+        raise DataError(f"{' '.join(words)} failed with exit status {process.returncode}")
     after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return Measured(time.monotonic() - begin, cpu, peak)
@@ -142,27 +143,25 @@ def _equal(one: pathlib.Path, two: pathlib.Path) -> bool:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv`, program name first; returns the exit status."""
-    try:
-        try:
-            rest = _FLAGS(list(argv))[1:]
-        except flags.Error as error:
-            raise ConfigError(f"{error}; known are --folder, --images and --shard_mib") from error
-        if rest or not _FLAGS.folder or _FLAGS.images < 1:
-            raise ConfigError("give --folder=NEW_FOLDER, and --images=N for another number than 200000")
-        folder = pathlib.Path(_FLAGS.folder).expanduser()
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise DataError(f"cannot make {folder} ({error.strerror}): give a folder that does not exist") from error
-        try:
-            print(run(folder, _FLAGS.images, _FLAGS.shard_mib))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    return command.guarded(_run, argv)
+
+
+def _run(argv: Sequence[str]) -> int:
+    if command.parse(_FLAGS, argv, __doc__):
         return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    if not _FLAGS.folder or _FLAGS.images < 1:
+        raise ConfigError("give --folder=NEW_FOLDER, and --images=N for another number than 200000")
+    folder = pathlib.Path(_FLAGS.folder).expanduser()
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"cannot make {folder} ({error.strerror}): give a folder that does not exist") from error
+    try:
+        print(run(folder, _FLAGS.images, _FLAGS.shard_mib))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    command.start(main)

@@ -35,17 +35,16 @@ from dmosnet_jax.data import records, sources
 if TYPE_CHECKING:
     from data_prep.builders.base import ReidBuilder
 
-# Builders, in modules of the same names; imported when needed, because TensorFlow comes with them.
-DATASETS = {
-    "market1501": "Market1501",
-    "dukemtmc": "Dukemtmc",
-    "cuhk03_detected": "Cuhk03Detected",
-    "cuhk03_labeled": "Cuhk03Labeled",
-    "msmt17": "Msmt17",
-    "luperson": "Luperson",
-    "folder": "Folder",
-    "synthetic": "Synthetic",
-}
+DATASETS = (
+    "market1501",
+    "dukemtmc",
+    "cuhk03_detected",
+    "cuhk03_labeled",
+    "msmt17",
+    "luperson",
+    "folder",
+    "synthetic",
+)
 RENDERED = "synthetic"
 # Too large for one process and one go.
 SHARDED = "luperson"
@@ -234,7 +233,9 @@ def builder_class_of(dataset: str) -> "type[ReidBuilder]":
             text = f"conversion needs more packages ({error}): pip install 'dmosnet_jax[convert]'"
             raise ConfigError(text) from error
         tensorflow_datasets.disable_progress_bar()
-    return getattr(importlib.import_module(f"data_prep.builders.{dataset}"), DATASETS[dataset])
+    # Imported when needed, because TensorFlow comes with it; its class has the name of the data set.
+    module = importlib.import_module(f"data_prep.builders.{dataset}")
+    return getattr(module, "".join(map(str.capitalize, dataset.split("_"))))
 
 
 def _build(builder: "ReidBuilder", root: pathlib.Path) -> None:

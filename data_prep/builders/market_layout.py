@@ -4,11 +4,10 @@ Folders `bounding_box_train`, `query` and `bounding_box_test`; the file's name t
 have the first alone, to train on, or the other two alone, to evaluate on.
 """
 
-import abc
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from data_prep.builders.base import Item, Listing, ReidBuilder
 from data_prep.sources.base import Files, some
@@ -68,13 +67,17 @@ def scan(
     return Listing({split: items for split, items in splits.items() if items}, junk)
 
 
-class MarketLayoutBuilder(ReidBuilder):
+class MarketLayoutBuilder(ReidBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Base of the builders of data sets that have just this layout."""
 
+    # See `scan` of this module: `pattern` and `form`.
+    FILE_NAME: ClassVar[re.Pattern[str]]
+    FORM: ClassVar[str]
+
     @classmethod
-    @abc.abstractmethod
     def scan(cls, names: Sequence[str]) -> Listing:
         """See `scan` of this module."""
+        return scan(names, cls.FILE_NAME, cls.FORM, reserved=cls.RULES.reserved_ids)
 
     @classmethod
     def read_source(cls, source: str | os.PathLike[str], **options: Any) -> tuple[Files, Listing]:

@@ -111,25 +111,12 @@ def _inspect(part: Part, pool: concurrent.futures.Executor, bar: tqdm) -> Conten
 
 def duplicates(contents: dict[str, Contents]) -> list[list[tuple[str, int]]]:
     """Groups of images of equal content, each image as (split, row), in the order of splits and rows."""
-    if not contents:
-        return []
-    digests = np.concatenate([content.digests for content in contents.values()])
-    ends = np.cumsum([len(content.digests) for content in contents.values()])
-    splits = list(contents)
-    order = np.argsort(digests, kind="stable")
-    ordered = digests[order]
-    # Only what has a neighbour of the same content is looked at one by one.
-    same = np.flatnonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0))
-    groups: list[list[tuple[str, int]]] = []
-    last = -2
-    for position in same.tolist():
-        if position != last + 1:
-            groups.append([_place(int(order[position]), ends, splits)])
-        groups[-1].append(_place(int(order[position + 1]), ends, splits))
-        last = position
-    return sorted(groups, key=lambda group: (splits.index(group[0][0]), group[0][1]))
-
-
-def _place(index: int, ends: np.ndarray, splits: Sequence[str]) -> tuple[str, int]:
-    part = int(np.searchsorted(ends, index, side="right"))
-    return splits[part], index - (int(ends[part - 1]) if part else 0)
+    digests = np.concatenate([np.zeros(0, np.uint64), *(content.digests for content in contents.values())])
+    values, counts = np.unique(digests, return_counts=True)
+    repeated = set(values[(counts > 1) & (values != 0)].tolist())
+    groups: dict[int, list[tuple[str, int]]] = {}
+    for split, content in contents.items():
+        for row, digest in enumerate(content.digests.tolist()):
+            if digest in repeated:
+                groups.setdefault(digest, []).append((split, row))
+    return list(groups.values())

@@ -23,13 +23,21 @@ NO_TEST = "there is no query and no gallery: nothing to evaluate on"
 NO_TRAIN = "there is no train: nothing to train on"
 
 
-@pytest.fixture(params=COPIES)
-def copy(request, tmp_path):
+@pytest.fixture(scope="module", params=COPIES)
+def whole(request, tmp_path_factory):
+    """Name of a data set, and a raw copy of all of it."""
+    folder = tmp_path_factory.mktemp("whole") / "raw"
+    raw_copies.write(request.param, folder, SCENE, **COPIES[request.param][3])
+    return request.param, folder
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
     """Name of a data set, its raw copy, and in it the folder of the training set and those of the test set."""
-    below, train, test, options = COPIES[request.param]
-    raw_copies.write(request.param, tmp_path / "raw", SCENE, **options)
-    root = tmp_path / "raw" / below
-    return request.param, tmp_path / "raw", root / train, [root / name for name in test]
+    dataset, folder = whole
+    below, train, test, _ = COPIES[dataset]
+    root = shutil.copytree(folder, tmp_path / "raw") / below
+    return dataset, tmp_path / "raw", root / train, [root / name for name in test]
 
 
 def run(command, capsys, dataset, *arguments):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.builders import market1501
+from data_prep.builders.market1501 import Market1501
 from data_prep.synthetic import pedestrians
 from data_prep.synthetic.figure import Figure, Pose
 from data_prep.synthetic.pedestrians import Scene, Studio, plan
@@ -20,7 +20,7 @@ def test_plan_is_a_fair_data_set():
     scene = Scene()
     shots = plan(scene)
     assert len({shot.path for shot in shots}) == len(shots)
-    listing = market1501.scan([shot.path for shot in shots])
+    listing = Market1501.scan([shot.path for shot in shots])
     train, query, gallery = (listing.splits[name] for name in ("train", "query", "gallery"))
     assert {item.pid for item in train} == set(range(1, 97))
     assert {item.pid for item in query} == set(range(97, 145)) == {item.pid for item in gallery} - {0}
