@@ -24,6 +24,7 @@ from absl import flags
 
 from data_prep import command
 from data_prep.check.rules import identities
+from data_prep.sources.base import reason
 from data_prep.synthetic import pedestrians
 from data_prep.synthetic.pedestrians import Scene
 from data_prep.write.staging import publish, staging, upload
@@ -256,8 +257,7 @@ def _build(builder: "ReidBuilder", root: pathlib.Path) -> None:
             if written != [item.pid for item in items]:
                 raise DataError(f"{root}: what was written for {split} reads back differently: check the disk")
     except (OSError, tf.errors.OpError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"cannot write to {root} ({reason}): free space, or give another data_dir") from error
+        raise DataError(f"cannot write to {root} ({reason(error)}): free space, or give another data_dir") from error
 
 
 def main(argv: Sequence[str]) -> int:

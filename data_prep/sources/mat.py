@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from data_prep.sources.base import reason
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data import records
 
@@ -59,13 +60,13 @@ class MatImages:
             self._file = h5py.File(file, "r")
         # HDF5 reports damage by errors of many kinds.
         except Exception as error:
-            raise DataError(f"source {location} is no whole cuhk-03.mat ({_line(error)}): {_FIX}") from error
+            raise DataError(f"source {location} is no whole cuhk-03.mat ({reason(error)}): {_FIX}") from error
         try:
             self._list(kind)
         except DataError as error:
             raise DataError(f"source {location}: {error}: {_FIX}") from error
         except Exception as error:
-            raise DataError(f"source {location} is no whole cuhk-03.mat ({_line(error)}): {_FIX}") from error
+            raise DataError(f"source {location} is no whole cuhk-03.mat ({reason(error)}): {_FIX}") from error
         self.names = sorted(self._references)
 
     def _list(self, kind: str) -> None:
@@ -113,7 +114,7 @@ class MatImages:
         except DataError:
             raise
         except Exception as error:
-            raise DataError(_line(error)) from error
+            raise DataError(reason(error)) from error
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, "png")
         return buffer.getvalue()
@@ -161,7 +162,7 @@ def read_protocol(data: bytes) -> Protocol:
             pids, camids = (np.asarray(content[name], np.int64) for name in ("labels", "camId"))
             splits = {split: np.asarray(content[name], np.int64) - 1 for split, name in fields.items()}
     except (ValueError, TypeError, OverflowError) as error:
-        raise DataError(f"its arrays are of other kinds ({_line(error)})") from error
+        raise DataError(f"its arrays are of other kinds ({reason(error)})") from error
     if not len(names) == len(pids) == len(camids):
         raise DataError(f"it has {len(names)} names, {len(pids)} labels and {len(camids)} cameras")
     if len(names) and (min(pids.min(), camids.min()) < 0 or max(pids.max(), camids.max()) >= 2**31):
@@ -193,7 +194,7 @@ def _read_matlab5(data: bytes) -> dict[str, Any]:
                 name, value = _array(content)
                 variables[name] = value
     except (zlib.error, ValueError, IndexError, KeyError, StopIteration) as error:
-        raise DataError(f"it is no whole MATLAB 5 file: {_line(error)}") from error
+        raise DataError(f"it is no whole MATLAB 5 file: {reason(error)}") from error
     return variables
 
 
@@ -231,7 +232,3 @@ def _elements(data: bytes) -> Iterator[tuple[int, bytes]]:
         yield kind, data[start : start + size]
         # Elements begin at multiples of eight bytes, except after compressed ones.
         position += 8 + (step if kind == _COMPRESSED else -(-step // 8) * 8)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
