@@ -3,21 +3,18 @@
     python -m data_prep.benchmark --folder=/tmp/bench --images=200000
 
 renders a few hundred pedestrians, writes as many different crops of them as asked for (about 4 kB each, in folders of
-country, city and video), copies them, converts them, kills a conversion with SIGKILL when its first shard is finished,
-and lets it go on. Prints a table of seconds, CPU seconds, images/s and peak memory of all processes together (their
-proportional shares; Linux), and whether both conversions are equal. Everything but the table is removed again.
+country, city and video), copies them, and converts them. Prints a table of seconds, CPU seconds, images/s and peak
+memory of all processes together (their proportional shares; Linux). Everything but the table is removed again.
 """
 
-import filecmp
 import io
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,17 +22,18 @@ from absl import flags
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep import pedestrians
-from data_prep.pedestrians import Scene, Studio
-from dmosnet_jax.core.errors import ConfigError, DataError, UserError
+from data_prep import command
+from data_prep.synthetic import pedestrians
+from data_prep.synthetic.pedestrians import Scene, Studio
+from dmosnet_jax.core.errors import ConfigError, DataError
 
 # Crops of LUPerson have a few kilobytes.
 _SCENE = Scene(train_ids=60, test_ids=10, cameras=5, images=2, distractors=0, junk=0, image_size=(192, 80))
 _VIDEO, _CITY = 100, 20
 _SAMPLE = 0.5
 
-_FLAGS = flags.FlagValues()
-flags.DEFINE_string("folder", None, "A folder that does not exist yet, where there is room.", flag_values=_FLAGS)
+_FLAGS = command.own_flags()
+flags.DEFINE_string("folder", None, "A folder that does not exist yet, where there is room.", _FLAGS)
 flags.DEFINE_integer("images", 200_000, "How many crops to write.", flag_values=_FLAGS)
 flags.DEFINE_float("shard_mib", 256, "Size of a shard in MiB.", flag_values=_FLAGS)
 
@@ -70,24 +68,19 @@ def write_crops(folder: pathlib.Path, count: int) -> int:
     return total
 
 
-def measure(command: Sequence[str], until: Callable[[], bool] = lambda: False) -> Measured:
-    """Runs a command; kills it as soon as `until` holds.
+def measure(words: Sequence[str]) -> Measured:
+    """Runs a command.
 
     Raises:
       DataError: it failed.
     """
     begin, before, peak = time.monotonic(), os.times(), 0.0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    killed = False
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, _memory(process.pid))
-        if until():
-            process.send_signal(signal.SIGKILL)
-            killed = True
-            break
         time.sleep(_SAMPLE)
-    if process.wait() and not killed:
-        raise DataError(f"{' '.join(command)} failed with exit status {process.returncode}")
+    if process.returncode:
+        raise DataError(f"{' '.join(words)} failed with exit status {process.returncode}")
     after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return Measured(time.monotonic() - begin, cpu, peak)
@@ -112,57 +105,38 @@ def run(folder: pathlib.Path, images: int, shard_mib: float) -> str:
     """Does what the module says; returns the table."""
     size = write_crops(folder / "raw", images)
     options = ["--dataset=luperson", f"--source={folder / 'raw'}", f"--shard_mib={shard_mib}"]
-    convert = [sys.executable, "-m", "data_prep.convert", *options]
-    done = folder / "two" / ".luperson.incomplete" / "done"
     rows = {
         "copy (cp -r)": measure(["cp", "-r", str(folder / "raw"), str(folder / "copy")]),
-        "convert": measure([*convert, f"--data_dir={folder / 'one'}"]),
-        "convert, killed": measure(
-            [*convert, f"--data_dir={folder / 'two'}"], until=lambda: done.is_dir() and any(done.iterdir())
-        ),
-        "convert, going on": measure([*convert, f"--data_dir={folder / 'two'}"]),
+        "convert": measure([sys.executable, "-m", "data_prep.convert", *options, f"--data_dir={folder / 'data'}"]),
     }
-    equal = _equal(folder / "one" / "luperson" / "1.0.0", folder / "two" / "luperson" / "1.0.0")
     lines = [f"{images:,} images of {size / images:,.0f} bytes, {os.cpu_count()} CPU cores"]
-    lines.append(f"{'':<18}{'seconds':>9}{'CPU s':>8}{'images/s':>10}{'GB':>7}")
+    lines.append(f"{'':<14}{'seconds':>9}{'CPU s':>8}{'images/s':>10}{'GB':>7}")
     for name, row in rows.items():
-        rate = "" if "," in name else f"{images / row.seconds:,.0f}"
-        # Nobody waited for the workers of a killed process, so their time is not known.
-        cpu = "" if "killed" in name else f"{row.cpu:.1f}"
-        lines.append(f"{name:<18}{row.seconds:>9.1f}{cpu:>8}{rate:>10}{row.memory:>7.2f}")
-    lines.append(f"both conversions are {'equal' if equal else 'DIFFERENT'}")
+        lines.append(f"{name:<14}{row.seconds:>9.1f}{row.cpu:>8.1f}{images / row.seconds:>10,.0f}{row.memory:>7.2f}")
     return "\n".join(lines)
-
-
-def _equal(one: pathlib.Path, two: pathlib.Path) -> bool:
-    names = sorted(path.name for path in one.iterdir())
-    same = names == sorted(path.name for path in two.iterdir())
-    return same and not any(filecmp.cmpfiles(one, two, names, shallow=False)[1:])
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv`, program name first; returns the exit status."""
-    try:
-        try:
-            rest = _FLAGS(list(argv))[1:]
-        except flags.Error as error:
-            raise ConfigError(f"{error}; known are --folder, --images and --shard_mib") from error
-        if rest or not _FLAGS.folder or _FLAGS.images < 1:
-            raise ConfigError("give --folder=NEW_FOLDER, and --images=N for another number than 200000")
-        folder = pathlib.Path(_FLAGS.folder).expanduser()
-        try:
-            folder.mkdir(parents=True)
-        except OSError as error:
-            raise DataError(f"cannot make {folder} ({error.strerror}): give a folder that does not exist") from error
-        try:
-            print(run(folder, _FLAGS.images, _FLAGS.shard_mib))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    return command.guarded(_run, argv)
+
+
+def _run(argv: Sequence[str]) -> int:
+    if command.parse(_FLAGS, argv, __doc__):
         return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    if not _FLAGS.folder or _FLAGS.images < 1:
+        raise ConfigError("give --folder=NEW_FOLDER, and --images=N for another number than 200000")
+    folder = pathlib.Path(_FLAGS.folder).expanduser()
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(f"cannot make {folder} ({error.strerror}): give a folder that does not exist") from error
+    try:
+        print(run(folder, _FLAGS.images, _FLAGS.shard_mib))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    command.start(main)

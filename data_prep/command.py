@@ -1,13 +1,22 @@
-"""What the command lines of this package share: flags of their own, and failures in one line."""
+"""What the command lines of this package share: flags of their own, failures in one line, and signals."""
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags
 
 from dmosnet_jax.core.errors import ConfigError, UserError, refusal
 
 _INTERRUPTED = 130
+
+
+def own_flags() -> flags.FlagValues:
+    """Flags of one command, with help; importing its module must not add flags to the program that imports it."""
+    own = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "Show this help.", own, short_name="h")
+    return own
 
 
 def parse(own: flags.FlagValues, argv: Sequence[str], about: str | None) -> bool:
@@ -39,7 +48,12 @@ def parse(own: flags.FlagValues, argv: Sequence[str], about: str | None) -> bool
     return False
 
 
-def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str], *, interrupted: str) -> int:
+def given(own: flags.FlagValues, names: Sequence[str]) -> dict[str, Any]:
+    """Values of those of some flags that were given."""
+    return {name: own[name].value for name in names if own[name].value is not None}
+
+
+def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str], *, interrupted: str = "interrupted") -> int:
     """The exit status of a command; what is wrong with its input, and an interrupt, end in one line.
 
     Args:
@@ -58,3 +72,10 @@ def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str], *, interru
     except KeyboardInterrupt as error:
         print(str(error) or interrupted, file=sys.stderr)
         return _INTERRUPTED
+
+
+def start(main: Callable[[Sequence[str]], int]) -> None:
+    """Runs a command as the program."""
+    # Schedulers end jobs with SIGTERM; unwinding removes what is half-written.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    sys.exit(main(sys.argv))

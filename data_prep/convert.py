@@ -5,7 +5,7 @@
 
 write `data/market1501/1.0.0/` and `data/synthetic/1.0.0/`. The source is what the authors of the data set give out: its
 folder, or its zip file; the images keep their encoded bytes. `synthetic` is rendered, `folder` is your own data (see
-`data_prep/folder.py`). A conversion that fails or is interrupted leaves nothing behind.
+`data_prep/builders/folder.py`). A conversion that fails or is interrupted leaves nothing behind.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import importlib
 import io
 import os
 import pathlib
-import signal
 import sys
 import tempfile
 import time
@@ -23,50 +22,51 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from data_prep import command, pedestrians
-from data_prep.pedestrians import Scene
-from data_prep.staging import publish, staging, upload
-from data_prep.summary import Summary
+from data_prep import command
+from data_prep.check.rules import identities
+from data_prep.sources.base import reason
+from data_prep.synthetic import pedestrians
+from data_prep.synthetic.pedestrians import Scene
+from data_prep.write.staging import publish, staging, upload
+from data_prep.write.summary import Summary
 from dmosnet_jax.core import places
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import records, sources
 
 if TYPE_CHECKING:
-    from data_prep.builder import ReidBuilder
+    from data_prep.builders.base import ReidBuilder
 
-# Builders are imported when needed, because TensorFlow comes with them.
-DATASETS = {
-    "market1501": "data_prep.market1501:Market1501",
-    "dukemtmc": "data_prep.dukemtmc:Dukemtmc",
-    "cuhk03_detected": "data_prep.cuhk03:Cuhk03Detected",
-    "cuhk03_labeled": "data_prep.cuhk03:Cuhk03Labeled",
-    "msmt17": "data_prep.msmt17:Msmt17",
-    "luperson": "data_prep.luperson:Luperson",
-    "folder": "data_prep.folder:Folder",
-    "synthetic": "data_prep.synthetic:Synthetic",
-}
+DATASETS = (
+    "market1501",
+    "dukemtmc",
+    "cuhk03_detected",
+    "cuhk03_labeled",
+    "msmt17",
+    "luperson",
+    "folder",
+    "synthetic",
+)
 RENDERED = "synthetic"
 # Too large for one process and one go.
 SHARDED = "luperson"
 
-# Their own set: importing this module must not add flags to the program that imports it.
-_FLAGS = flags.FlagValues()
-flags.DEFINE_string("dataset", None, f"Name of the data set: {', '.join(DATASETS)}.", flag_values=_FLAGS)
+_FLAGS = command.own_flags()
+flags.DEFINE_string("dataset", None, f"Name of the data set: {', '.join(DATASETS)}.", _FLAGS)
 flags.DEFINE_string(
     "source",
     None,
     "Folder or zip file of the raw data set; for CUHK03 also cuhk-03.mat, for folder also a CSV file. For synthetic: a "
     "new folder, to keep the rendered images in, or one rendered before.",
-    flag_values=_FLAGS,
+    _FLAGS,
 )
-flags.DEFINE_string("data_dir", None, "Folder for converted data sets, or its URL (gs://, ...).", flag_values=_FLAGS)
-flags.DEFINE_bool("overwrite", False, "Convert again what is there already.", flag_values=_FLAGS)
+flags.DEFINE_string("data_dir", None, "Folder for converted data sets, or its URL (gs://, ...).", _FLAGS)
+flags.DEFINE_bool("overwrite", False, "Convert again what is there already.", _FLAGS)
 flags.DEFINE_enum(
     "camera_policy",
     None,
     ["given", "none"],
     "folder: whether the images have cameras; none lets every image count as its own camera (default given).",
-    flag_values=_FLAGS,
+    _FLAGS,
 )
 flags.DEFINE_float(
     "test_fraction",
@@ -80,24 +80,25 @@ flags.DEFINE_enum(
     ["auto", "numbers", "paths"],
     "luperson: what file names are: CC_CC_VVVV_MMMMMMMM.jpg, as in published lists, or paths. auto takes numbers where "
     "the images have them or are complete (default auto).",
-    flag_values=_FLAGS,
+    _FLAGS,
 )
 flags.DEFINE_float("shard_mib", None, "luperson: size of a shard in MiB (default 256).", flag_values=_FLAGS)
+flags.DEFINE_integer(
+    "workers", None, "luperson: processes that convert (default 0: one for each core).", flag_values=_FLAGS
+)
 flags.DEFINE_string(
     "beam_options",
     None,
-    "luperson: options of Apache Beam in one string, such as '--runner=DataflowRunner --project=P'; by default it runs "
-    "on all cores of this machine.",
-    flag_values=_FLAGS,
+    "luperson: convert by Apache Beam, with its options in one string: '--runner=DataflowRunner --project=P'.",
+    _FLAGS,
 )
-flags.DEFINE_bool("help", False, "Show this help.", short_name="h", flag_values=_FLAGS)
 # Options of `ReidBuilder.read_source`, for the data sets that have them.
-SOURCE_OPTIONS = ("camera_policy", "test_fraction", "names", "shard_mib", "beam_options")
+SOURCE_OPTIONS = ("camera_policy", "test_fraction", "names", "shard_mib", "workers", "beam_options")
 _OPTIONS = {option.name: option for option in dataclasses.fields(Scene)}
 for _name, _option in _OPTIONS.items():
     _text = f"synthetic: {_option.metadata['help']} (default {str(_option.default).strip('()')})."
     if _name == "image_size":
-        flags.DEFINE_list(_name, None, _text, flag_values=_FLAGS)
+        flags.DEFINE_list(_name, None, _text, _FLAGS)
     else:
         flags.DEFINE_integer(_name, None, _text, flag_values=_FLAGS)
 
@@ -118,11 +119,12 @@ def convert(
       dataset: one of `DATASETS`.
       data_dir: folder for converted data sets, or its URL.
       source: folder or zip file of the raw data set; not needed for `synthetic`, see the flag.
-      options: for `folder`: `camera_policy` and `test_fraction`; for `luperson`: `names`, `shard_mib` and
-        `beam_options`; see the flags.
+      options: for `folder`: `camera_policy` and `test_fraction`; for `luperson`: `names`, `shard_mib`,
+        `workers` and `beam_options`; see the flags.
       scene: what to render, for `synthetic`.
       overwrite: replace a data set that is there already.
-      warn: called with each difference from the published data set before anything is written.
+      warn: called with what a user should know of the data set (other numbers than published ones, splits that are
+        not there, labels that contradict each other) before anything is written.
 
     Returns:
       What was done; None when the data set was there already.
@@ -131,15 +133,19 @@ def convert(
       ConfigError: unknown data set, options that do not go together, or TensorFlow is not installed.
       DataError: the source is missing or damaged, or `data_dir` cannot be written.
     """
-    _check(dataset, source, scene)
+    check_dataset(dataset)
+    if dataset != RENDERED and scene is not None:
+        raise ConfigError(f"dataset={dataset} is not rendered: leave out {', '.join(_OPTIONS)}")
+    if dataset != RENDERED and source is None:
+        raise ConfigError(f"dataset={dataset} needs source=PATH: the folder or zip file of the raw data set")
     builder_class = builder_class_of(dataset)
-    check_options(builder_class, options or {})
+    check_options(dataset, options or {})
     place = places.join(places.tidy(data_dir), dataset, str(builder_class.VERSION))
     if not overwrite and _is_there(place):
         return None
     begin = time.monotonic()
     if dataset == SHARDED:
-        from data_prep import luperson
+        from data_prep.builders import luperson
 
         assert source is not None
         return luperson.convert(data_dir, source, options=options or {}, warn=warn)
@@ -149,28 +155,26 @@ def convert(
             assert summary is not None
             upload(str(summary.folder), place)
         return dataclasses.replace(summary, folder=place, seconds=time.monotonic() - begin)
-    root = pathlib.Path(places.tidy(data_dir)).absolute()
-    target = root / dataset / str(builder_class.VERSION)
-    with staging(root, dataset) as stage:
+    with staging(pathlib.Path(places.tidy(data_dir)).absolute(), dataset) as stage:
         if dataset == RENDERED:
             source = _rendered(source, scene, stage)
         builder = builder_class(source=source, options=options, data_dir=str(stage))
-        for text in (*builder.differences(), *builder.listing.notes):
-            warn(text)
-        _build(builder, root)
-        publish(pathlib.Path(builder.data_dir), target, stage)
-    from data_prep.builder import count_ids
+        for finding in builder.findings():
+            warn(finding.text)
+        _build(builder, stage.parent)
+        publish(pathlib.Path(builder.data_dir), pathlib.Path(place).absolute())
+    return _summary(builder, place, time.monotonic() - begin)
 
-    splits, reserved = builder.listing.splits, builder_class.RESERVED_IDS
+
+def _summary(builder: "ReidBuilder", place: str, seconds: float) -> Summary:
+    files, listing = builder.open()
+    parts, rules = listing.parts(files), builder.RULES
     return Summary(
-        folder=target,
-        splits={
-            name: (len(s), count_ids((i.pid for i in s), reserved=reserved), len({i.camid for i in s}))
-            for name, s in splits.items()
-        },
-        junk=builder.listing.junk if reserved else None,
-        distractors=sum(item.pid == 0 for items in splits.values() for item in items),
-        seconds=time.monotonic() - begin,
+        folder=pathlib.Path(place).absolute(),
+        splits={p.split: (len(p), len(identities(p.pids, rules)), len(set(p.camids.tolist()))) for p in parts},
+        junk=listing.junk if rules.reserved_ids else None,
+        distractors=sum(int((part.pids == 0).sum()) for part in parts),
+        seconds=seconds,
     )
 
 
@@ -181,25 +185,25 @@ def _is_there(place: str) -> bool:
         raise DataError(f"{place}: cannot be read ({error.strerror}): check the name and the credentials") from error
 
 
-def check_options(builder_class: "type[ReidBuilder]", options: Mapping[str, Any]) -> None:
+def check_dataset(dataset: str) -> None:
+    """Whether there is a data set of that name.
+
+    Raises:
+      ConfigError: there is not.
+    """
+    if dataset not in DATASETS:
+        raise ConfigError(f"dataset={dataset} is unknown: use one of {', '.join(DATASETS)}")
+
+
+def check_options(dataset: str, options: Mapping[str, Any]) -> None:
     """Whether the data set has such options.
 
     Raises:
       ConfigError: it has not.
     """
-    unknown = [name for name in options if name not in builder_class.OPTIONS]
+    unknown = [name for name in options if name not in builder_class_of(dataset).OPTIONS]
     if unknown:
-        name = next(name for name, path in DATASETS.items() if path.endswith(f":{builder_class.__name__}"))
-        raise ConfigError(f"dataset={name} has no {', '.join(unknown)}: leave it out")
-
-
-def _check(dataset: str, source: object, scene: Scene | None) -> None:
-    if dataset not in DATASETS:
-        raise ConfigError(f"dataset={dataset} is unknown: use one of {', '.join(DATASETS)}")
-    if dataset != RENDERED and scene is not None:
-        raise ConfigError(f"dataset={dataset} is not rendered: leave out {', '.join(_OPTIONS)}")
-    if dataset != RENDERED and source is None:
-        raise ConfigError(f"dataset={dataset} needs source=PATH: the folder or zip file of the raw data set")
+        raise ConfigError(f"dataset={dataset} has no {', '.join(unknown)}: leave it out")
 
 
 def _rendered(source: str | os.PathLike[str] | None, scene: Scene | None, stage: pathlib.Path) -> pathlib.Path:
@@ -230,8 +234,9 @@ def builder_class_of(dataset: str) -> "type[ReidBuilder]":
             text = f"conversion needs more packages ({error}): pip install 'dmosnet_jax[convert]'"
             raise ConfigError(text) from error
         tensorflow_datasets.disable_progress_bar()
-    module, name = DATASETS[dataset].split(":")
-    return getattr(importlib.import_module(module), name)
+    # Imported when needed, because TensorFlow comes with it; its class has the name of the data set.
+    module = importlib.import_module(f"data_prep.builders.{dataset}")
+    return getattr(module, "".join(map(str.capitalize, dataset.split("_"))))
 
 
 def _build(builder: "ReidBuilder", root: pathlib.Path) -> None:
@@ -246,14 +251,13 @@ def _build(builder: "ReidBuilder", root: pathlib.Path) -> None:
                 file_format=records.FILE_FORMAT,
                 download_config=tfds.download.DownloadConfig(register_checksums=False),
             )
-        for split, items in builder.listing.splits.items():
+        for split, items in builder.open()[1].splits.items():
             pids = [sources.load_index(path)["pid"] for path in builder.info.splits[split].filepaths]
             written = [int(pid) for shard in pids for pid in shard]
             if written != [item.pid for item in items]:
                 raise DataError(f"{root}: what was written for {split} reads back differently: check the disk")
     except (OSError, tf.errors.OpError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"cannot write to {root} ({reason}): free space, or give another data_dir") from error
+        raise DataError(f"cannot write to {root} ({reason(error)}): free space, or give another data_dir") from error
 
 
 def main(argv: Sequence[str]) -> int:
@@ -275,7 +279,7 @@ def _run(argv: Sequence[str]) -> int:
         _FLAGS.dataset,
         _FLAGS.data_dir,
         source=_FLAGS.source or None,
-        options={name: _FLAGS[name].value for name in SOURCE_OPTIONS if _FLAGS[name].value is not None},
+        options=command.given(_FLAGS, SOURCE_OPTIONS),
         scene=_scene(),
         overwrite=_FLAGS.overwrite,
         warn=lambda text: print(f"warning: {text}", file=sys.stderr),
@@ -289,7 +293,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def _scene() -> Scene | None:
     """The options for rendering, None where none is given."""
-    given: dict[str, Any] = {name: _FLAGS[name].value for name in _OPTIONS if _FLAGS[name].value is not None}
+    given = command.given(_FLAGS, list(_OPTIONS))
     if "image_size" in given:
         try:
             given["image_size"] = tuple(map(int, given["image_size"]))
@@ -299,6 +303,4 @@ def _scene() -> Scene | None:
 
 
 if __name__ == "__main__":
-    # Schedulers end jobs with SIGTERM; unwinding removes what is half-written.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    sys.exit(main(sys.argv))
+    command.start(main)

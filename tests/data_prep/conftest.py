@@ -6,7 +6,7 @@ import itertools
 import pytest
 from PIL import Image
 
-from data_prep import layouts
+from tests.data_prep import raw_copies
 from tests.data_prep.luperson_case import SCENE
 
 
@@ -19,7 +19,7 @@ def raw(tmp_path_factory):
     def give(form="folder", **options):
         key = "-".join(map(str, [form, *itertools.chain(*sorted(options.items()))]))
         if key not in made:
-            made[key] = folder / key, layouts.write("luperson", folder / key, SCENE, form=form, **options)["train"]
+            made[key] = folder / key, raw_copies.write("luperson", folder / key, SCENE, form=form, **options)["train"]
         return made[key]
 
     return give

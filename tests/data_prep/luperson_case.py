@@ -3,13 +3,13 @@
 import pathlib
 
 from data_prep import convert
-from data_prep.pedestrians import Scene
+from data_prep.synthetic.pedestrians import Scene
 from dmosnet_jax.data.datasets import load_split
 
 ROOT = pathlib.Path(convert.__file__).resolve().parent.parent
 SCENE = Scene(train_ids=6, test_ids=3, cameras=4, images=3, image_size=(64, 32))
-# About five shards; in this process, for the processes of a real conversion take seconds to start.
-SMALL = {"shard_mib": 0.03, "beam_options": "--direct_running_mode=in_memory"}
+# About five shards; in this process, for worker processes take time to start.
+SMALL = {"shard_mib": 0.03, "workers": 1}
 
 
 def run(source, data_dir, **options):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import convert, layouts, lint
-from data_prep.layouts import Label
-from data_prep.pedestrians import Scene
+from data_prep import convert, lint
+from data_prep.synthetic.pedestrians import Scene
 from dmosnet_jax.data.datasets import load_split, split_names
+from tests.data_prep import raw_copies
+from tests.data_prep.raw_copies import Label
 
 SCENE = Scene(train_ids=5, test_ids=6, cameras=3, images=3, distractors=3, junk=2, image_size=(48, 24))
 CASES = {
@@ -38,7 +39,7 @@ def chain(request, tmp_path_factory):
     """Name of the case, data set, raw folder, data_dir, labels, and options of the conversion."""
     dataset, options, given = CASES[request.param]
     root = tmp_path_factory.mktemp("chain")
-    labels = layouts.write(dataset, root / "raw", SCENE, **options)
+    labels = raw_copies.write(dataset, root / "raw", SCENE, **options)
     assert convert.convert(dataset, root / "data", source=root / "raw", options=given) is not None
     return request.param, dataset, root / "raw", root / "data", labels, given
 
@@ -130,7 +131,7 @@ def test_zip_gives_the_same(chain, tmp_path):
 
 
 def test_every_data_set_can_be_written_small():
-    assert set(layouts.known()) == set(convert.DATASETS)
+    assert set(raw_copies.known()) == set(convert.DATASETS)
     assert {dataset for dataset, _, _ in CASES.values()} | {"luperson", "synthetic"} == set(convert.DATASETS)
 
 
@@ -140,7 +141,7 @@ def test_all_can_be_evaluated(cli, tiny_flags, untrained, tmp_path):
     expected = {}
     for case in cases:
         dataset, options, given = CASES[case]
-        expected[dataset] = layouts.write(dataset, tmp_path / case, SCENE, **options)
+        expected[dataset] = raw_copies.write(dataset, tmp_path / case, SCENE, **options)
         convert.convert(dataset, tmp_path / "data", source=tmp_path / case, options=given)
     line = tiny_flags("evaluate", dataset="+".join(expected), data_dir=tmp_path / "data", checkpoint=untrained)
     finished = cli.forked(*line, f"--workdir={tmp_path / 'run'}")

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import convert, lint, pedestrians
-from data_prep.pedestrians import Scene
+from data_prep import convert, lint
+from data_prep.synthetic import pedestrians
+from data_prep.synthetic.pedestrians import Scene
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data.datasets import load_split
 

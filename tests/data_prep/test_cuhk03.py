@@ -3,6 +3,7 @@
 import io
 import shutil
 import struct
+import tracemalloc
 import zipfile
 import zlib
 
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 import scipy.io
 
-from data_prep import cuhk03, cuhk03_mat, layouts
-from data_prep.cuhk03_mat import MatImages, read_protocol
-from data_prep.pedestrians import Scene
+from data_prep.builders import cuhk03
+from data_prep.sources.mat import MatImages, read_protocol
+from data_prep.synthetic.pedestrians import Scene
 from dmosnet_jax.core.errors import DataError
+from tests.data_prep import raw_copies
 
 h5py = pytest.importorskip("h5py")
 SCENE = Scene(train_ids=3, test_ids=3, cameras=2, images=2, image_size=(32, 16))
@@ -23,7 +25,7 @@ PROTOCOL = "cuhk03_new_protocol_config_detected.mat"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "raw"
-    return folder, layouts.write("cuhk03_detected", folder, SCENE)
+    return folder, raw_copies.write("cuhk03_detected", folder, SCENE)
 
 
 @pytest.fixture
@@ -187,11 +189,37 @@ def test_bad_protocols_are_one_line(data, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_protocol_that_would_unpack_to_gigabytes_is_refused_unread(monkeypatch):
+def test_a_protocol_that_would_unpack_to_gigabytes_is_refused():
     packed = zlib.compress(bytes(2**27), 9)
     assert len(packed) < 200_000
     bomb = saved()[:128] + struct.pack("<II", 15, len(packed)) + packed
-    monkeypatch.setattr(scipy.io, "loadmat", lambda *_, **__: pytest.fail("was read"))
     with pytest.raises(DataError, match="unpacks to more than"):
         read_protocol(bomb)
-    assert cuhk03_mat._MAX_PROTOCOL < 2**27
+    # In parts, each of which is small enough.
+    part = zlib.compress(saved()[128:].ljust(2**22, b"\0"), 9)
+    with pytest.raises(DataError, match="unpacks to more than"):
+        read_protocol(saved()[:128] + 3 * (struct.pack("<II", 15, len(part)) + part))
+
+
+def element(kind, content):
+    return struct.pack("<II", kind, len(content)) + content.ljust(-(-len(content) // 8) * 8, b"\0")
+
+
+@pytest.mark.parametrize("kind", [1, 4, 9, 2, 5])
+def test_what_an_array_claims_is_not_believed(kind):
+    """184 bytes of a cell that claims two thousand million entries; text, numbers, structures and sparse arrays too."""
+    claims = element(6, struct.pack("<II", kind, 0)) + element(5, struct.pack("<ii", 1, 2_000_000_000))
+    data = saved()[:128] + element(14, claims + element(1, b"filelist"))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="it has no labels"):
+            read_protocol(data)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_cells_in_cells_are_refused():
+    head = element(6, struct.pack("<II", 1, 0)) + element(5, struct.pack("<ii", 1, 1)) + element(1, b"filelist")
+    with pytest.raises(DataError, match="it holds cells in cells"):
+        read_protocol(saved()[:128] + element(14, head + element(14, head)))

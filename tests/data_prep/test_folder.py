@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data_prep import convert, lint
-from data_prep.folder import Folder
+from data_prep.builders.folder import Folder
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import transforms
 from dmosnet_jax.data.datasets import load_split
@@ -65,6 +65,18 @@ def test_without_splits_identities_are_shared_out(tmp_path, fraction, tested):
     )
     assert sum(map(len, found.values())) == 48
     assert found == read(tmp_path, test_fraction=fraction)
+
+
+def test_every_tested_identity_keeps_a_gallery(tmp_path):
+    touch(tmp_path, *(f"{pid}/{camera}/0.jpg" for pid in range(4) for camera in (1, 2, 3)))
+    found = read(tmp_path, test_fraction=1.0)
+    assert [name for name, _, _ in found["query"]] == [f"{pid}/1/0.jpg" for pid in range(4)]
+    assert len(found["gallery"]) == 8
+    # A camera with one image of a person is for the gallery, so that the queries of the others find it.
+    touch(tmp_path, "0/2/1.jpg", "9/1/only.jpg")
+    found = read(tmp_path, test_fraction=1.0)
+    assert [name for name, _, _ in found["query"] if name[0] == "0"] == ["0/2/0.jpg"]
+    assert "9/1/only.jpg" in [name for name, _, _ in found["gallery"]]
 
 
 def test_without_cameras_only_the_query_itself_is_junk(tmp_path):
@@ -138,7 +150,10 @@ def test_every_format_that_training_reads(tmp_path):
     warnings: list[str] = []
     options = {"test_fraction": 0.0}
     convert.convert("folder", tmp_path / "data", source=tmp_path / "raw", options=options, warn=warnings.append)
-    assert warnings == ["1 images are WebP files, which training reads but tf.data does not"]
+    assert warnings == [
+        "there is no query and no gallery: nothing to evaluate on",
+        "1 images are WebP files, which training reads but tf.data does not",
+    ]
     split = load_split(tmp_path / "data", "folder", "train")
     for row in range(len(split)):
         record = split.record(row)

@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from data_prep import convert, inspection, layouts, lint
-from data_prep.inspection import Contents
-from data_prep.pedestrians import Scene
+from data_prep import convert, lint
+from data_prep.check.images import Contents, duplicates
+from data_prep.synthetic.pedestrians import Scene
+from tests.data_prep import raw_copies
 
 ROOT = pathlib.Path(lint.__file__).resolve().parent.parent
 SCENE = Scene(train_ids=3, test_ids=3, cameras=2, images=3, distractors=2, junk=2, image_size=(32, 16))
@@ -19,7 +20,7 @@ SCENE = Scene(train_ids=3, test_ids=3, cameras=2, images=3, distractors=2, junk=
 @pytest.fixture(scope="module")
 def market(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "raw"
-    layouts.write("market1501", folder, SCENE)
+    raw_copies.write("market1501", folder, SCENE)
     return folder
 
 
@@ -77,7 +78,7 @@ def test_identities_in_both_sets(raw, capsys):
 
 
 def test_the_same_number_may_be_somebody_else(tmp_path, capsys):
-    layouts.write("msmt17", tmp_path / "raw", SCENE)
+    raw_copies.write("msmt17", tmp_path / "raw", SCENE)
     status, lines = both_ways(capsys, tmp_path / "raw", "msmt17")
     assert status == 0
     assert lines[3].split()[:2] == ["val", "3"]
@@ -157,9 +158,48 @@ def test_damaged_records(raw, capsys):
     assert shard.name in text
 
 
+def test_labels_that_the_index_has_otherwise(raw, capsys):
+    convert.convert("market1501", raw.parent / "data", source=raw)
+    flags = ["--dataset=market1501", f"--data_dir={raw.parent / 'data'}"]
+    [shard] = (raw.parent / "data" / "market1501" / "1.0.0").glob("*-query.tfrecord-00000-of-00001")
+    sidecar = shard.with_name(shard.name + ".index.npz")
+    with np.load(sidecar) as arrays:
+        index = dict(arrays)
+    pids, camids = index["pid"].copy(), index["camid"].copy()
+    index["pid"][2], index["camid"][4] = 7, 9
+    np.savez(sidecar, **index)
+    status, lines, errors = run(capsys, *flags)
+    assert (status, errors) == (1, [])
+    [text] = told(lines, "error")
+    assert text.startswith("2 of 6 records of query have other labels than the index beside their shard")
+    for row, labels in ((2, (7, camids[2])), (4, (pids[4], 9))):
+        at = f"{shard}: record {row} at byte {index['offset'][row]}"
+        assert f"{at}: pid {pids[row]} and camid {camids[row]}, in the index {labels[0]} and {labels[1]}" in text
+    # As it advises.
+    sidecar.unlink()
+    assert run(capsys, *flags)[0] == 0
+
+
+def test_sizes_are_those_of_the_decoded_image(raw, capsys):
+    """A phone's photo is stored lying and shown upright: what training sees is what lint tells."""
+    from PIL import Image
+
+    from dmosnet_jax.data import transforms
+
+    path = sorted((raw / "bounding_box_train").iterdir())[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (90, 40)).save(path, exif=exif)
+    height, width = transforms.decode(path.read_bytes()).shape[:2]
+    status, lines = both_ways(capsys, raw)
+    assert status == 0
+    assert lines[2].split()[6:12] == ["32", "to", str(max(height, 32)), "16", "to", str(max(width, 16))]
+    assert any("wider than high" in text for text in told(lines, "warning")) == (width > height)
+
+
 @pytest.mark.parametrize("options", [{}, {"video": False}, {"form": "lmdb"}, {"form": "lmdb", "keys": "dict"}])
 def test_luperson_has_no_labels(tmp_path, capsys, options):
-    labels = layouts.write("luperson", tmp_path / "raw", SCENE, **options)
+    labels = raw_copies.write("luperson", tmp_path / "raw", SCENE, **options)
     status, lines, _ = run(capsys, "--dataset=luperson", f"--source={tmp_path / 'raw'}")
     assert status == 0
     assert lines[2].split()[:3] == ["train", str(len(labels["train"])), "4,180,243"]
@@ -167,7 +207,7 @@ def test_luperson_has_no_labels(tmp_path, capsys, options):
 
 
 def test_own_images_without_queries(tmp_path, capsys):
-    layouts.write("folder", tmp_path / "raw", SCENE, splits=False)
+    raw_copies.write("folder", tmp_path / "raw", SCENE, splits=False)
     flags = ["--dataset=folder", f"--source={tmp_path / 'raw'}"]
     status, lines, _ = run(capsys, *flags, "--test_fraction=0")
     assert status == 0
@@ -175,10 +215,12 @@ def test_own_images_without_queries(tmp_path, capsys):
     status, lines, _ = run(capsys, *flags, "--test_fraction=1")
     assert (status, told(lines, "warning")) == (0, ["there is no train: nothing to train on"])
     shutil.rmtree(tmp_path / "raw")
-    layouts.write("folder", tmp_path / "raw", SCENE)
+    raw_copies.write("folder", tmp_path / "raw", SCENE)
     shutil.rmtree(tmp_path / "raw" / "query")
     status, lines, _ = run(capsys, *flags)
-    assert (status, told(lines, "error")) == (1, ["there is gallery without query"])
+    [error] = told(lines, "error")
+    assert status == 1
+    assert error.startswith("there is gallery without query: an evaluation needs both")
 
 
 def test_a_data_set_of_any_name_can_be_checked_when_converted(tiny_data, capsys):
@@ -232,5 +274,5 @@ def test_groups_are_those_of_a_direct_search(rng):
         for row, value in enumerate(values.tolist()):
             places.setdefault(value, []).append((split, row))
     expected = sorted(group for value, group in places.items() if value != 0 and len(group) > 1)
-    assert inspection.duplicates(contents) == expected
-    assert inspection.duplicates({}) == []
+    assert duplicates(contents) == expected
+    assert duplicates({}) == []

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import convert, lint
+from data_prep import convert, lint, write
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import sources
 from dmosnet_jax.data.datasets import load_split
@@ -158,6 +158,7 @@ def test_more_unreadable_images_end_it_in_one_line(pictures, tmp_path, capsys, f
         ({"shard_mib": 0.0}, "shard_mib=0.0 must be a number greater than 0"),
         ({"shard_mib": float("nan")}, "shard_mib=nan must be a number greater than 0"),
         ({"shard_mib": float("inf")}, "shard_mib=inf must be a number greater than 0"),
+        ({"workers": -1}, "workers=-1 must be 0, for all cores, or a number of processes"),
         ({"beam_options": "FlinkRunner on four"}, "'FlinkRunner' is no option"),
         ({"beam_options": "--direct_num_workers=two"}, "are not options of Beam's"),
         ({"beam_options": "runner=DataflowRunner"}, "'runner=DataflowRunner' is no option"),
@@ -176,28 +177,42 @@ def test_numbers_need_the_level_of_the_video(raw, tmp_path):
         run(raw(video=False)[0], tmp_path / "data", names="numbers")
 
 
-def test_beam_is_needed_and_tensorflow_is_not(raw, tmp_path):
+def test_neither_beam_nor_tensorflow_is_needed(raw, tmp_path):
     source, labels = raw()
     code = """if True:
         import sys
         from data_prep import convert
-        sys.modules.update(dict.fromkeys(sys.argv[3:]))
-        print(convert.convert("luperson", sys.argv[2], source=sys.argv[1], options={"shard_mib": 256.0}))
+        sys.modules["apache_beam"] = None
+        options = {"shard_mib": 0.03, "workers": 2}
+        print(convert.convert("luperson", sys.argv[2], source=sys.argv[1], options=options))
         print("imported:", [name for name in ("tensorflow", "torch") if name in sys.modules])
     """
-    command = [sys.executable, "-c", code, str(source), str(tmp_path)]
-    done = subprocess.run([*command, "apache_beam"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "ConfigError: conversion needs more packages" in done.stderr
-    assert "pip install 'dmosnet_jax[convert]'" in done.stderr
+    command = [sys.executable, "-c", code, str(source), str(tmp_path / "two")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(rows(tmp_path / "two")) == len(labels)
     assert done.stdout.endswith("imported: []\n")
-    assert len(rows(tmp_path)) == len(labels)
+    run(source, tmp_path / "one")
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
 
 
-def test_beams_options_reach_beam(raw, tmp_path):
+def test_beam_is_asked_for_where_it_is_needed(raw, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    monkeypatch.delitem(sys.modules, "data_prep.write.beam", raising=False)
+    monkeypatch.delattr(write, "beam", raising=False)
+    with pytest.raises(ConfigError, match=r"beam_options need more packages .*pip install 'dmosnet_jax\[convert\]'"):
+        run(raw()[0], tmp_path / "data", beam_options="--runner=DataflowRunner")
+
+
+def test_beam_writes_the_same(raw, tmp_path):
     source, _ = raw()
     with pytest.raises(DataError, match=r"shards were not written: .*NoSuchRunner.*; finished shards are kept"):
         run(source, tmp_path / "data", beam_options="--runner=NoSuchRunner")
     run(source, tmp_path / "data", beam_options="--runner=BundleBasedDirectRunner")
-    run(source, tmp_path / "other", beam_options="--direct_running_mode=multi_threading --direct_num_workers=2")
+    run(source, tmp_path / "other")
     assert snapshot(tmp_path / "data") == snapshot(tmp_path / "other")
+
+
+def test_beam_lists_unreadable_images(pictures, tmp_path):
+    source = pictures(tmp_path / "raw", 100, bad={7})
+    with pytest.raises(DataError, match=r"1 of the first \d+ images are unreadable, more than 0.1% of all 100"):
+        run(source, tmp_path / "data", beam_options="--runner=BundleBasedDirectRunner")

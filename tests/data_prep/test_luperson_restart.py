@@ -1,6 +1,7 @@
 """LUPerson: conversions that were stopped or killed, that are there already, or are behind a URL."""
 
 import json
+import os
 import pathlib
 import re
 import signal
@@ -11,10 +12,12 @@ import uuid
 
 import pytest
 
-from data_prep import beam_pipeline, convert, layouts, luperson_source, shards
+from data_prep import convert
+from data_prep.write import pool, shards
 from dmosnet_jax.core import places
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data.datasets import load_split
+from tests.data_prep import raw_copies
 from tests.data_prep.luperson_case import ROOT, SCENE, SMALL, jpegs, rows, run, snapshot
 
 
@@ -23,11 +26,11 @@ def test_a_stopped_conversion_goes_on_without_redoing_shards(raw, tmp_path, monk
     run(source, tmp_path / "whole")
     original, calls = shards._write, []
 
-    def failing(stage, plan, number):
+    def failing(stage, plan, number, progress):
         calls.append(number)
         if len(calls) == 4:
             raise OSError(28, "No space left on device")
-        return original(stage, plan, number)
+        return original(stage, plan, number, progress)
 
     monkeypatch.setattr(shards, "_write", failing)
     with pytest.raises(DataError, match=r"cannot write to .*No space left on device.*finished shards are kept"):
@@ -57,8 +60,7 @@ def test_without_a_terminal_progress_is_told_in_lines(pictures, tmp_path, monkey
     source = pictures(tmp_path / "raw", 600)
     run(source, tmp_path / "one")
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(beam_pipeline, "_REPORT", 0.0)
-    monkeypatch.setattr(beam_pipeline, "_LOCAL_LOOK", 0.01)
+    monkeypatch.setattr(pool, "_REPORT", 0.0)
     run(source, tmp_path / "two")
     lines = capsys.readouterr().err.splitlines()
     form = re.compile(r"converted (\d+) of 600 images, [\d,]+ images/s, \d\d:\d\d left")
@@ -71,10 +73,10 @@ def test_another_source_or_size_begins_anew(pictures, tmp_path, monkeypatch):
     source = pictures(tmp_path / "raw", 300)
     original = shards._write
 
-    def failing(stage, plan, number):
+    def failing(stage, plan, number, progress):
         if number == 2:
             raise OSError(5, "Input/output error")
-        return original(stage, plan, number)
+        return original(stage, plan, number, progress)
 
     with monkeypatch.context() as patch:
         patch.setattr(shards, "_write", failing)
@@ -121,21 +123,10 @@ def test_remote_data_dir_holds_what_a_local_one_does(raw, tmp_path, monkeypatch)
     assert rows(root) == rows(tmp_path / "data")
 
 
-@pytest.mark.parametrize("remote", [False, True])
-def test_a_shard_that_nobody_waits_for_is_left_alone(raw, tmp_path, remote):
-    if remote:
-        pytest.importorskip("fsspec")
-    stage = f"memory://{uuid.uuid4().hex}/stage" if remote else str(tmp_path / "stage")
-    shards.install(stage, *shards.make_plan(luperson_source.find(raw()[0]), "luperson", 2**15))
-    shards.stop(stage)
-    shards.write_shard(stage, 0)
-    assert shards.results(stage) == {}
-
-
 def test_other_data_sets_can_be_remote_too(tmp_path, monkeypatch):
     pytest.importorskip("fsspec")
     monkeypatch.setenv("DMOSNET_CACHE", str(tmp_path / "cache"))
-    layouts.write("market1501", tmp_path / "raw", SCENE)
+    raw_copies.write("market1501", tmp_path / "raw", SCENE)
     root = f"memory://{uuid.uuid4().hex}"
     summary = convert.convert("market1501", root, source=tmp_path / "raw")
     assert str(summary).startswith(f"written to {root}/market1501/1.0.0\n")
@@ -158,13 +149,11 @@ def test_killed_half_way_it_goes_on_to_the_same_files(pictures, tmp_path):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    workers = [int(line) for line in _children(process.pid)]
+    workers = _children(process.pid)
+    assert workers
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    deadline = time.monotonic() + 20
-    while any(_is_worker(worker) for worker in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    _wait_for_the_end_of(workers)
     with pytest.raises(DataError, match="no data set luperson"):
         load_split(data_dir, "luperson", "train")
     total = len(json.loads((stage / "plan.json").read_text())["images"])
@@ -192,14 +181,47 @@ def test_killed_half_way_it_goes_on_to_the_same_files(pictures, tmp_path):
     assert snapshot(data_dir) == snapshot(tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_at_once(pictures, tmp_path):
+    source = pictures(tmp_path / "raw", 12_000)
+    data_dir, stage = tmp_path / "data", tmp_path / "data" / ".luperson.incomplete"
+    options = ["--shard_mib=0.25", "--workers=2", f"--source={source}"]
+    command = [sys.executable, "-m", "data_prep.convert", "--dataset=luperson", f"--data_dir={data_dir}", *options]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (stage / "done").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    workers = _children(process.pid)
+    os.kill(workers[0], signal.SIGKILL)
+    begin = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 30
+    assert (process.returncode, out) == (1, "")
+    [line] = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert line.startswith("error: one of 2 worker processes was killed, perhaps for want of memory")
+    assert "finished shards are kept, the same command goes on" in line
+    _wait_for_the_end_of(workers)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True)
+    assert "were converted before" in done.stdout
+    convert.convert("luperson", tmp_path / "whole", source=source, options=SMALL | {"shard_mib": 0.25})
+    assert snapshot(data_dir) == snapshot(tmp_path / "whole")
+
+
 def _children(pid):
-    return subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False
-    ).stdout.split()
+    """Worker processes; the one that looks after semaphores is none."""
+    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
 
 
-def _is_worker(pid):
+def _wait_for_the_end_of(workers):
+    deadline = time.monotonic() + 20
+    while any(_runs(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _runs(pid):
     try:
-        return b"beam_worker" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False

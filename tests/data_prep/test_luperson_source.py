@@ -6,8 +6,9 @@ import pickle
 import numpy as np
 import pytest
 
-from data_prep import luperson_source
+from data_prep.sources import lmdb, luperson
 from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.data import transforms
 from tests.data_prep.luperson_case import run
 
 
@@ -49,13 +50,13 @@ def test_labels_beside_the_keys_may_be_arrays(tmp_path):
     for protocol in range(6):
         content = {"keys": keys, "vids": np.arange(2), "pids": [np.int64(1), np.int32(2)]}
         path.write_bytes(pickle.dumps(content, protocol=protocol))
-        assert luperson_source.read_keys(path) == keys
+        assert lmdb.read_keys(path) == keys
         path.write_bytes(pickle.dumps([key.encode() for key in keys], protocol=protocol))
-        assert luperson_source.read_keys(path) == keys
+        assert lmdb.read_keys(path) == keys
     for content in ([], {}, {"names": keys}, [1], [np.str_("a")], np.arange(3), "text"):
         path.write_bytes(pickle.dumps(content))
         with pytest.raises(DataError, match=r"keys.pkl: "):
-            luperson_source.read_keys(path)
+            lmdb.read_keys(path)
 
 
 @pytest.mark.parametrize(
@@ -84,23 +85,23 @@ def test_other_sources_are_told_in_one_line(tmp_path, make, message):
 def test_links_that_lead_out_are_refused(pictures, tmp_path, where):
     source, other = pictures(tmp_path / "raw", 4), pictures(tmp_path / "other", 4)
     (source / "c0" / "city" / "v0" / "again.jpg").symlink_to("000000.jpg")
-    assert len(list(luperson_source.find(source).images())) == 5
+    assert len(list(luperson.find(source).images())) == 5
     (source / where).symlink_to(other / "c0" / "city" / "v0" / "000000.jpg" if "." in where else other / "c0")
     with pytest.raises(DataError, match=f"is refused: {where} is a link that leads out of it"):
-        list(luperson_source.find(source).images())
+        list(luperson.find(source).images())
 
 
 def test_a_link_to_nothing_is_an_unreadable_image(pictures, tmp_path):
     source = pictures(tmp_path / "raw", 2)
     (source / "c0" / "city" / "v0" / "gone.jpg").symlink_to("never.jpg")
-    assert [image.size > 0 for image in luperson_source.find(source).images()] == [True, False, True]
+    assert [image.size > 0 for image in luperson.find(source).images()] == [True, False, True]
     with pytest.raises(DataError, match="1 of the first 2 images are unreadable"):
         run(source, tmp_path / "data")
 
 
 def test_dictionary_of_bytes(tmp_path):
     (tmp_path / "keys.pkl").write_bytes(pickle.dumps({b"keys": [b"00_00_0000_00000000"]}, protocol=2))
-    assert luperson_source.read_keys(tmp_path / "keys.pkl") == ["00_00_0000_00000000"]
+    assert lmdb.read_keys(tmp_path / "keys.pkl") == ["00_00_0000_00000000"]
 
 
 def put(folder, *names):
@@ -126,3 +127,36 @@ def test_damaged_databases_and_repeated_keys_are_told(raw, tmp_path):
         (source / "keys.pkl").write_bytes(pickle.dumps(keys))
         with pytest.raises(DataError, match=message):
             run(source, tmp_path / "data")
+
+
+def test_a_damaged_page_costs_its_images_and_no_more(raw, tmp_path):
+    database, labels = raw("lmdb")
+    content = (database / "lmdb" / "data.mdb").read_bytes()
+    source = tmp_path / "raw"
+    source.mkdir()
+    lost = 0
+    for page in range(2, len(content) // 4096):
+        (source / "data.mdb").write_bytes(content[: 4096 * page] + bytes(4096) + content[4096 * (page + 1) :])
+        for keys in (None, [label.filename for label in labels]):
+            (source / "keys.pkl").unlink(missing_ok=True)
+            if keys:
+                (source / "keys.pkl").write_bytes(pickle.dumps(keys))
+            try:
+                images = list(luperson.find(source).images())
+                read = luperson.reader("lmdb", str(source / "data.mdb"))
+            except DataError:
+                continue
+            for image in images:
+                try:
+                    transforms.decode(read(image.ref))
+                except DataError:
+                    lost += 1
+    assert lost
+
+
+def test_a_pipe_is_an_unreadable_image(pictures, tmp_path):
+    source = pictures(tmp_path / "raw", 2)
+    os.mkfifo(source / "c0" / "city" / "v0" / "pipe.jpg")
+    with pytest.raises(DataError, match=r"1 of the first \d images are unreadable"):
+        run(source, tmp_path / "data")
+    assert "it is no regular file" in (tmp_path / "data" / ".luperson.incomplete" / "unreadable.txt").read_text()

@@ -2,9 +2,12 @@ import gzip
 
 import pytest
 
-from data_prep import market1501
-from data_prep.builder import Item, count_ids
+from data_prep.builders.base import Item
+from data_prep.builders.market1501 import Market1501
+from data_prep.check.rules import identities
 from dmosnet_jax.core.errors import DataError
+
+RULES = Market1501.RULES
 
 
 def names(path):
@@ -22,11 +25,11 @@ def test_official_lists_give_the_official_numbers(shared):
         )
         for name in names(shared(f"lists/market1501_{which}.txt.gz"))
     ]
-    listing = market1501.scan(files)
+    listing = Market1501.scan(files)
     counts = {
-        split: (len(items), count_ids((i.pid for i in items), reserved=True)) for split, items in listing.splits.items()
+        split: (len(items), len(identities([i.pid for i in items], RULES))) for split, items in listing.splits.items()
     }
-    assert counts == market1501.Market1501.OFFICIAL
+    assert counts == RULES.official
     assert counts == {"train": (12_936, 751), "query": (3_368, 750), "gallery": (15_913, 750)}
     assert listing.junk == 19_732 - 15_913
     assert sum(item.pid == 0 for item in listing.splits["gallery"]) == 2_798
@@ -34,7 +37,7 @@ def test_official_lists_give_the_official_numbers(shared):
 
 
 def test_names_are_read():
-    listing = market1501.scan(
+    listing = Market1501.scan(
         [
             "bounding_box_test/-1_c1s1_000401_03.jpg",
             "bounding_box_test/0000_c6s3_094992_01.jpg.jpg",
@@ -59,7 +62,7 @@ def test_every_wrong_name_is_listed():
         "query/me.png",
     ]
     with pytest.raises(DataError, match="5 images are not named") as error:
-        market1501.scan([*wrong, "query/0001_c1s1_000451_03.jpg"])
+        Market1501.scan([*wrong, "query/0001_c1s1_000451_03.jpg"])
     assert all(name in str(error.value) for name in wrong)
     assert "0001_c1s1" not in str(error.value)
     assert "\n" not in str(error.value)

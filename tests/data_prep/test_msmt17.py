@@ -1,16 +1,16 @@
 import pytest
 
-from data_prep import layouts
-from data_prep.msmt17 import Msmt17
-from data_prep.pedestrians import Scene
+from data_prep.builders.msmt17 import Msmt17
+from data_prep.synthetic.pedestrians import Scene
 from dmosnet_jax.core.errors import DataError
+from tests.data_prep import raw_copies
 
 SCENE = Scene(train_ids=2, test_ids=2, cameras=2, images=2, image_size=(32, 16))
 
 
 @pytest.fixture
 def raw(tmp_path):
-    layouts.write("msmt17", tmp_path / "raw", SCENE)
+    raw_copies.write("msmt17", tmp_path / "raw", SCENE)
     return tmp_path / "raw"
 
 
@@ -28,7 +28,7 @@ def test_train_is_without_val_and_numbers_start_anew(raw):
     found = {split: {i.pid for i in items} for split, items in listing.splits.items()}
     assert found == {"train": {0, 1}, "val": {0, 1}, "query": {0, 1}, "gallery": {0, 1}}
     assert not {i.filename for i in listing.splits["train"]} & {i.filename for i in listing.splits["val"]}
-    assert not Msmt17.COMMON_IDS
+    assert not Msmt17.RULES.common_ids
     assert listing.notes == ()
 
 

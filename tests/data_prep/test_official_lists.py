@@ -6,11 +6,13 @@ import re
 import numpy as np
 import pytest
 
-from data_prep import boxes, msmt17
-from data_prep.builder import count_ids
-from data_prep.cuhk03 import Cuhk03Detected, Cuhk03Labeled, protocol_file, scan_folders
-from data_prep.cuhk03_mat import read_protocol
-from data_prep.dukemtmc import Dukemtmc
+from data_prep.builders import market_layout, msmt17
+from data_prep.builders.cuhk03 import protocol_file, scan_folders
+from data_prep.builders.cuhk03_detected import Cuhk03Detected
+from data_prep.builders.cuhk03_labeled import Cuhk03Labeled
+from data_prep.builders.dukemtmc import Dukemtmc
+from data_prep.check.rules import identities
+from data_prep.sources.mat import read_protocol
 
 
 def names(path):
@@ -21,7 +23,7 @@ def names(path):
 def test_dukemtmc(shared):
     listing = Dukemtmc.scan([f"bounding_box_train/{name}" for name in names(shared("lists/duke_train.txt.gz"))])
     train = listing.splits["train"]
-    assert (len(train), count_ids((i.pid for i in train), reserved=False)) == Dukemtmc.OFFICIAL["train"]
+    assert (len(train), len(identities([i.pid for i in train], Dukemtmc.RULES))) == Dukemtmc.RULES.official["train"]
     assert (len(train), len({i.pid for i in train})) == (16_522, 702)
     assert {i.camid for i in train} == set(range(1, 9))
 
@@ -31,17 +33,18 @@ def test_dukemtmc(shared):
     [(Cuhk03Detected, (7_365, 1_400, 5_332)), (Cuhk03Labeled, (7_368, 1_400, 5_328))],
 )
 def test_cuhk03_new_protocol(shared, builder, counts):
-    protocol = read_protocol(shared(f"lists/{protocol_file(builder.KIND)}").read_bytes())
+    kind = builder.name.removeprefix("cuhk03_")
+    protocol = read_protocol(shared(f"lists/{protocol_file(kind)}").read_bytes())
     found = {split: (len(rows), len(set(protocol.pids[rows].tolist()))) for split, rows in protocol.splits.items()}
-    assert found == builder.OFFICIAL
+    assert found == builder.RULES.official
     assert tuple(n for n, _ in found.values()) == counts
     assert set(np.unique(protocol.camids)) == {1, 2}
     # The ready-made folders are named by identity, camera and row, so they say the same as the split file.
     rows = protocol.splits["train"]
     said = sorted(f"{protocol.pids[r]:04d}_c{protocol.camids[r]}_{r + 1}.png" for r in rows)
-    real = names(shared(f"lists/cuhk03_np_{builder.KIND}_train.txt.gz"))
+    real = names(shared(f"lists/cuhk03_np_{kind}_train.txt.gz"))
     assert said == sorted(real)
-    listing = scan_folders([f"{builder.KIND}/bounding_box_train/{name}" for name in real], f"{builder.KIND}/")
+    listing = scan_folders([f"{kind}/bounding_box_train/{name}" for name in real], f"{kind}/")
     assert len(listing.splits["train"]) == counts[0]
     assert {i.pid for i in listing.splits["train"]} == set(protocol.pids[rows].tolist())
     # A name tells pair, person, camera and number.
@@ -55,11 +58,12 @@ def test_msmt17_train_and_val(shared):
     files = [f"bounding_box_train/{name}" for name in names(shared("lists/msmt17_train.txt.gz"))]
     files += ["query/0000_c1_0001.jpg", "bounding_box_test/0000_c2_0002.jpg"]
     items = msmt17.scan_renamed(files).splits["trainval"]
-    assert (len(items), count_ids((i.pid for i in items), reserved=False)) == msmt17.Msmt17.OFFICIAL["trainval"]
+    rules = msmt17.Msmt17.RULES
+    assert (len(items), len(identities([i.pid for i in items], rules))) == rules.official["trainval"]
     assert (len(items), len({i.pid for i in items})) == (32_621, 1_041)
     assert 0 in {i.pid for i in items}  # a person like any other
     assert {i.camid for i in items} == set(range(1, 16))
-    official = msmt17.Msmt17.OFFICIAL
+    official = msmt17.Msmt17.RULES.official
     assert official["train"].images + official["val"].images == 32_621
 
 
@@ -99,4 +103,4 @@ def test_msmt17_lists_of_as_many_lines(shared):
 
 
 def test_folders_are_those_of_market1501():
-    assert list(boxes.FOLDERS) == ["bounding_box_train", "query", "bounding_box_test"]
+    assert list(market_layout.FOLDERS) == ["bounding_box_train", "query", "bounding_box_test"]

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import market1501, pedestrians
-from data_prep.figure import Figure, Pose
-from data_prep.pedestrians import Scene, Studio, plan
-from data_prep.wardrobe import draw_person
+from data_prep.builders.market1501 import Market1501
+from data_prep.synthetic import pedestrians
+from data_prep.synthetic.figure import Figure, Pose
+from data_prep.synthetic.pedestrians import Scene, Studio, plan
+from data_prep.synthetic.wardrobe import draw_person
 from dmosnet_jax.core.errors import ConfigError, DataError
 
 SMALL = Scene(train_ids=3, test_ids=4, cameras=3, images=2, distractors=5, junk=2)
@@ -19,7 +20,7 @@ def test_plan_is_a_fair_data_set():
     scene = Scene()
     shots = plan(scene)
     assert len({shot.path for shot in shots}) == len(shots)
-    listing = market1501.scan([shot.path for shot in shots])
+    listing = Market1501.scan([shot.path for shot in shots])
     train, query, gallery = (listing.splits[name] for name in ("train", "query", "gallery"))
     assert {item.pid for item in train} == set(range(1, 97))
     assert {item.pid for item in query} == set(range(97, 145)) == {item.pid for item in gallery} - {0}

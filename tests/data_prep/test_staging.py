@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from data_prep import staging
+from data_prep.write import staging
 from dmosnet_jax.core.errors import DataError
 
 
@@ -27,9 +27,24 @@ def test_what_is_published_stays(tmp_path):
         with staging.staging(tmp_path / "data", "set") as stage:
             (stage / "new").mkdir()
             (stage / "new" / content).write_text("x")
-            staging.publish(stage / "new", target, stage)
+            staging.publish(stage / "new", target)
         assert [p.name for p in target.iterdir()] == [content]
         assert [p.name for p in (tmp_path / "data").iterdir()] == ["set"]
+
+
+def test_a_replacement_that_was_killed_half_way_loses_nothing(tmp_path):
+    """Between its two renames the old data set is aside and the new one not yet there."""
+    (tmp_path / "set" / ".1.0.0.replaced").mkdir(parents=True)
+    (tmp_path / "set" / ".1.0.0.replaced" / "old").write_text("x")
+    with pytest.raises(KeyboardInterrupt), staging.staging(tmp_path, "set"):
+        raise KeyboardInterrupt
+    assert [p.name for p in (tmp_path / "set").iterdir()] == ["1.0.0"]
+    assert (tmp_path / "set" / "1.0.0" / "old").read_text() == "x"
+    # Killed after them, the old one is still to be removed.
+    (tmp_path / "set" / ".1.0.0.replaced").mkdir()
+    with staging.staging(tmp_path, "set"):
+        pass
+    assert [p.name for p in (tmp_path / "set").iterdir()] == ["1.0.0"]
 
 
 def test_failed_publication_keeps_the_old(tmp_path):
@@ -40,18 +55,18 @@ def test_failed_publication_keeps_the_old(tmp_path):
         staging.staging(tmp_path, "set") as stage,
         pytest.raises(DataError, match=r"cannot write .*1\.0\.0 \(No such file"),
     ):
-        staging.publish(stage / "nothing", target, stage)
+        staging.publish(stage / "nothing", target)
     assert [p.name for p in target.iterdir()] == ["old"]
     with staging.staging(tmp_path, "other") as stage:
         (stage / "new").mkdir()
         (tmp_path / "other").write_text("a file where the folder should be")
         with pytest.raises(DataError, match="File exists"):
-            staging.publish(stage / "new", tmp_path / "other" / "1.0.0", stage)
+            staging.publish(stage / "new", tmp_path / "other" / "1.0.0")
 
 
 def test_second_conversion_of_the_same_is_refused_while_the_first_runs(tmp_path):
     code = (
-        "import sys, pathlib, data_prep.staging as s\n"
+        "import sys, pathlib, data_prep.write.staging as s\n"
         "with s.staging(pathlib.Path(sys.argv[1]), 'set') as stage:\n"
         "    (stage / 'left').write_text('x'); print('ready', flush=True); sys.stdin.read()\n"
     )
@@ -59,7 +74,7 @@ def test_second_conversion_of_the_same_is_refused_while_the_first_runs(tmp_path)
         [sys.executable, "-c", code, str(tmp_path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        cwd=pathlib.Path(staging.__file__).parent.parent,
+        cwd=pathlib.Path(staging.__file__).parents[2],
     )
     try:
         assert holder.stdout.readline() == b"ready\n"

@@ -13,12 +13,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 @pytest.mark.slow
 def test_pretraining_finds_the_converted_data_set(cli, tmp_path):
     pytest.importorskip("tensorflow_datasets")
-    from data_prep import convert, layouts
-    from data_prep.pedestrians import Scene
+    from data_prep import convert
+    from data_prep.synthetic.pedestrians import Scene
+    from tests.data_prep import raw_copies
 
     scene = Scene(train_ids=8, test_ids=4, cameras=4, images=2, image_size=(64, 32))
-    labels = layouts.write("luperson", tmp_path / "raw", scene, form="lmdb")["train"]
-    options = {"beam_options": "--direct_running_mode=in_memory", "shard_mib": 0.05}
+    labels = raw_copies.write("luperson", tmp_path / "raw", scene, form="lmdb")["train"]
+    options = {"workers": 1, "shard_mib": 0.05}
     convert.convert("luperson", tmp_path / "data", source=tmp_path / "raw", options=options)
     fields = {
         "data_dir": tmp_path / "data",

@@ -1,0 +1,1 @@
+"""What users downloaded, read as untrusted data: folders and zips, LMDB, `.mat`, and the forms of LUPerson."""

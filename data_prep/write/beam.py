@@ -1,0 +1,75 @@
+"""Writes shards by Apache Beam, for sources that many machines read: one element for each shard."""
+
+import contextlib
+import io
+import logging
+import shlex
+from collections.abc import Iterator, Sequence
+
+from data_prep.write import shards
+from dmosnet_jax.core.errors import ConfigError, DataError
+
+# Beam logs its own affairs on import.
+_before = logging.root.manager.disable
+logging.disable(logging.CRITICAL)
+
+import apache_beam as beam  # noqa: E402
+from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
+
+logging.disable(_before)
+
+
+def parse_options(text: str) -> PipelineOptions:
+    """Beam's options as a user gives them, e.g. `--runner=DataflowRunner --project=p`.
+
+    Raises:
+      ConfigError: Beam does not understand them.
+    """
+    try:
+        words = shlex.split(text)
+        # Beam's parser ends the process where it fails.
+        with contextlib.redirect_stderr(io.StringIO()):
+            options = PipelineOptions(words)
+            options.get_all_options()
+    except (SystemExit, ValueError) as error:
+        raise ConfigError(f"beam_options={text!r} are not options of Beam's: write --name=value") from error
+    wrong = [word for word in words if not word.startswith("-")]
+    # A word may be the value of an option before it.
+    if wrong and ("=" in text or wrong[0] == words[0]):
+        raise ConfigError(f"beam_options={text!r}: {wrong[0]!r} is no option: write --name=value")
+    return options
+
+
+def run(stage: str, todo: Sequence[int], options: PipelineOptions) -> Iterator[tuple[int, shards.Result]]:
+    """Writes shards, which workers on other machines find on the stage.
+
+    Args:
+      stage: see `shards`; a place that all workers reach.
+      todo: numbers of the shards to write.
+      options: of Beam, with the runner.
+
+    Yields:
+      The number of each shard and what came of it, at the end.
+
+    Raises:
+      DataError: the pipeline failed.
+    """
+    try:
+        with beam.Pipeline(options=options) as pipeline:
+            _ = (
+                pipeline
+                | beam.Create(list(todo))
+                # Otherwise one worker would make and take all elements.
+                | beam.Reshuffle()
+                | beam.Map(_write, stage)
+            )
+    # Runners have errors of their own.
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise DataError(f"shards were not written: {lines[-1]}") from error
+    results = shards.results(stage)
+    yield from ((number, results[number]) for number in todo)
+
+
+def _write(number: int, stage: str) -> None:
+    shards.write_shard(stage, number)
