@@ -20,8 +20,6 @@ import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from data_prep import luperson_source
 from data_prep.luperson_source import Image, Source
 from dmosnet_jax.core import places
@@ -295,15 +293,7 @@ class _Shard:
         self._tail = raw[-indices.ENDS :] if len(raw) >= indices.ENDS else (self._tail + raw)[-indices.ENDS :]
 
     def index(self) -> indices.Index:
-        columns = np.array(self._rows, np.int64).reshape(-1, 4).T
-        return {
-            "offset": columns[0].copy(),
-            "length": columns[1].copy(),
-            "pid": columns[2].astype(np.int32),
-            "camid": columns[3].astype(np.int32),
-            "shard_bytes": np.array(self.size, np.int64),
-            "shard_ends": np.array(indices.checksum_of_ends(self._head, self._tail), np.uint32),
-        }
+        return indices.make_index(self._rows, self.size, indices.checksum_of_ends(self._head, self._tail))
 
 
 def _is_whole(stage: str, plan: Plan, number: int, result: Result) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from dmosnet_jax.core import places
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import records
-from dmosnet_jax.data.sources import Path, RecordSource
+from dmosnet_jax.data.sources import INDEX_SUFFIX, Path, RecordSource
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
@@ -45,13 +45,22 @@ class Split:
         """The image's encoded bytes, identity, camera and file name.
 
         Raises:
-          DataError: the record is damaged, or not one of this format; names shard, record and byte offset.
+          DataError: the record is damaged, is not one of this format, or has another identity or camera than the index
+            of its shard; names shard, record and byte offset.
         """
         raw = self.source[index]
         try:
-            return records.parse(raw)
+            record = records.parse(raw)
         except DataError as error:
             raise DataError(f"{self.source.where(index)}: {error}; convert the data set again") from error
+        for label, own, listed in (("pid", record.pid, self.pids), ("camid", record.camid, self.camids)):
+            if own != listed[index]:
+                sidecar = self.source.shard(index) + INDEX_SUFFIX
+                raise DataError(
+                    f"{self.source.where(index)}: its {label} is {own}, in the index {listed[index]}: remove {sidecar} "
+                    "(it is made again), or convert the data set again"
+                )
+        return record
 
     def filenames(self, indices: Iterable[int] | None = None) -> list[str]:
         """File names relative to the raw data set, of some images or of all.

@@ -10,7 +10,8 @@ import hashlib
 import io
 import os
 import tempfile
-from typing import BinaryIO
+from collections.abc import Sequence
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
@@ -23,6 +24,10 @@ from dmosnet_jax.data.framing import FOOTER, HEADER, OVERHEAD, damage, masked
 
 INDEX_SUFFIX = ".index.npz"
 ENDS = 4096
+# Records of each shard whose labels are compared with the index when it is opened; all are when they are read.
+_COMPARED = 8
+_COLUMNS: dict[str, Any] = {"offset": np.int64, "length": np.int64, "pid": np.int32, "camid": np.int32}
+_SCALARS: dict[str, Any] = {"shard_bytes": np.int64, "shard_ends": np.uint32}
 FIX = "copy the file again, or convert the data set again"
 
 Index = dict[str, np.ndarray]
@@ -38,7 +43,8 @@ def load_index(path: Place) -> Index:
 
     Returns:
       `offset` int64 [n] (bytes from the file's start to the record's), `length` int64 [n] (bytes of its data), `pid`
-      and `camid` int32 [n], `shard_bytes` int64 [] and `shard_ends` uint32 [] (checksum of the file's two ends).
+      and `camid` int32 [n], `shard_bytes` int64 [], `shard_ends` uint32 [] (checksum of the file's two ends) and
+      `checksum` uint32 [] (of all the others; indices of earlier conversions lack it).
 
     Raises:
       DataError: the shard is missing, cut short or damaged.
@@ -52,12 +58,11 @@ def load_index(path: Place) -> Index:
     sidecar = path + INDEX_SUFFIX
     local = _cached(path) if remote else sidecar
     stored = _read_index(local)
-    if stored is not None and fits(stored, size, ends):
+    if stored is not None and fits(stored, size, ends) and (remote or _labels_agree(path, stored)):
         return stored
     index = _read_index(sidecar) if remote else None
     if index is None or not fits(index, size, ends):
-        index = _scan(path, size)
-        index |= {"shard_bytes": np.array(size, np.int64), "shard_ends": np.array(ends, np.uint32)}
+        index = make_index(_scan(path, size), size, ends)
     # A folder that cannot be written to: the next process makes the index again.
     with contextlib.suppress(OSError):
         if remote:
@@ -76,6 +81,27 @@ def checksum_of_ends(head: bytes, tail: bytes) -> int:
     return google_crc32c.extend(google_crc32c.value(head), tail)
 
 
+def make_index(rows: Sequence[tuple[int, int, int, int]], size: int, ends: int) -> Index:
+    """The index of a shard; see `load_index`.
+
+    Args:
+      rows: offset, length, identity and camera of every record.
+      size: bytes of the shard.
+      ends: its `checksum_of_ends`.
+    """
+    columns = np.array(rows, np.int64).reshape(-1, 4).T
+    index = {name: column.astype(kind) for (name, kind), column in zip(_COLUMNS.items(), columns, strict=True)}
+    index |= {"shard_bytes": np.array(size, np.int64), "shard_ends": np.array(ends, np.uint32)}
+    return index | {"checksum": np.array(_checksum(index), np.uint32)}
+
+
+def _checksum(index: Index) -> int:
+    value = 0
+    for name in (*_COLUMNS, *_SCALARS):
+        value = google_crc32c.extend(value, index[name].tobytes())
+    return value
+
+
 def to_bytes(index: Index) -> bytes:
     """An index as the content of its file."""
     file = io.BytesIO()
@@ -85,14 +111,16 @@ def to_bytes(index: Index) -> bytes:
 
 def fits(index: Index, size: int, ends: int) -> bool:
     """Whether an index is whole and describes a file of `size` bytes from its first to its last byte."""
-    kinds = {"offset": np.int64, "length": np.int64, "pid": np.int32, "camid": np.int32}
-    scalars = {"shard_bytes": np.int64, "shard_ends": np.uint32}
-    if set(index) != {*kinds, *scalars}:
+    checksum = {"checksum": np.uint32} if "checksum" in index else {}
+    scalars = _SCALARS | checksum
+    if set(index) != {*_COLUMNS, *scalars}:
         return False
     shape = index["offset"].shape
-    if any(index[name].dtype != kind for name, kind in (kinds | scalars).items()):
+    if any(index[name].dtype != kind for name, kind in (_COLUMNS | scalars).items()):
         return False
-    if any(index[name].shape != shape or len(shape) != 1 for name in kinds) or any(index[n].shape for n in scalars):
+    if any(index[name].shape != shape or len(shape) != 1 for name in _COLUMNS) or any(index[n].shape for n in scalars):
+        return False
+    if checksum and index["checksum"] != _checksum(index):
         return False
     bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(index["length"] + OVERHEAD)])
     contiguous = (index["length"] >= 0).all() and np.array_equal(bounds[:-1], index["offset"])
@@ -124,7 +152,25 @@ def _cached(path: str) -> str:
     return os.path.join(folder, hashlib.blake2b(path.encode(), digest_size=16).hexdigest() + INDEX_SUFFIX)
 
 
-def _scan(path: str, size: int) -> Index:
+def _labels_agree(path: str, index: Index) -> bool:
+    """Whether some records of a local shard, evenly spread, have the identities and cameras of its index."""
+    count = len(index["offset"])
+    with open(path, "rb") as file:
+        for row in np.unique(np.linspace(0, count - 1, min(count, _COMPARED)).astype(int)):
+            length = int(index["length"][row])
+            raw = os.pread(file.fileno(), length + OVERHEAD, int(index["offset"][row]))
+            if raw[:8] != length.to_bytes(8, "little"):
+                return False
+            if damage(raw, length) is not None:
+                # Told, with its place, to whoever reads it.
+                continue
+            record = records.parse(raw[HEADER.size : -FOOTER.size])
+            if (record.pid, record.camid) != (index["pid"][row], index["camid"][row]):
+                return False
+    return True
+
+
+def _scan(path: str, size: int) -> list[tuple[int, int, int, int]]:
     """Reads a whole shard, checking every record."""
     rows: list[tuple[int, int, int, int]] = []
     offset = 0
@@ -140,13 +186,7 @@ def _scan(path: str, size: int) -> Index:
                 offset += len(raw)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): {FIX}") from error
-    columns = np.array(rows, np.int64).reshape(-1, 4).T
-    return {
-        "offset": columns[0].copy(),
-        "length": columns[1].copy(),
-        "pid": columns[2].astype(np.int32),
-        "camid": columns[3].astype(np.int32),
-    }
+    return rows
 
 
 def _next(file: BinaryIO, path: str, number: int, offset: int, size: int) -> bytes:

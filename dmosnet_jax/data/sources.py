@@ -90,10 +90,15 @@ class RecordSource:
         """Bytes of each record, int64 [N]."""
         return self._lengths
 
+    def shard(self, index: int) -> str:
+        """Path of the shard that holds a record."""
+        return self.paths[bisect.bisect_right(self._firsts, index % len(self)) - 1]
+
     def where(self, index: int) -> str:
         """The shard, record number and byte offset of a record, for messages."""
-        shard = bisect.bisect_right(self._firsts, index) - 1
-        return f"{self.paths[shard]}: record {index - self._firsts[shard]} at byte {int(self._offsets[index])}"
+        row = index % len(self)
+        shard = bisect.bisect_right(self._firsts, row) - 1
+        return f"{self.paths[shard]}: record {row - self._firsts[shard]} at byte {int(self._offsets[row])}"
 
     def close(self) -> None:
         """Closes the files, when nobody reads; a later read opens them again."""

@@ -1,12 +1,18 @@
+import io
 import os
 import pickle
 import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import datasets
+from dmosnet_jax.data.joint import JointSplit
+from dmosnet_jax.data.pipeline import evaluation_batches
+from dmosnet_jax.data.sources import INDEX_SUFFIX
+from dmosnet_jax.data.subset import Subset
 
 
 @pytest.fixture
@@ -105,3 +111,99 @@ def test_relabel_is_contiguous_and_keeps_groups(rng):
     np.testing.assert_array_equal(np.unique(labels), np.arange(len(values)))
     np.testing.assert_array_equal(values[labels], pids)
     assert datasets.relabel(np.zeros(0, np.int32)).shape == (0,)
+
+
+def shard_of(data_dir, number=0):
+    return data_dir / "market1501" / "1.0.0" / f"market1501-train.tfrecord-{number:05d}-of-00002"
+
+
+def with_labels(sidecar, *, checksum, **columns):
+    """Writes other labels into an index; without a checksum it is as earlier conversions wrote it."""
+    with np.load(sidecar) as stored:
+        arrays = {name: stored[name] for name in stored.files if checksum or name != "checksum"}
+    np.savez(sidecar.open("wb"), **(arrays | columns))
+
+
+def rewritten(shard, write_shard, example, pids):
+    """Writes a shard of records of equal size."""
+    image = io.BytesIO()
+    Image.new("RGB", (4, 8)).save(image, "PNG")
+    # PNG ends before the zeros: without them most of the file would be among the two ends that are compared anyway.
+    content = image.getvalue() + bytes(3000)
+    write_shard(shard, [example(content, pid, 1, f"{row:03d}.png") for row, pid in enumerate(pids)])
+
+
+@pytest.fixture
+def permuted(tmp_path, write_dataset, write_shard, example, rng):
+    """A data set whose shard was written again with permuted identities, beside the index of the one before."""
+    pids = np.arange(1000, 1040)
+    write_dataset(tmp_path, "market1501", "1.0.0", {"query": [[]]})
+    (tmp_path / "market1501" / "1.0.0" / "dataset_info.json").write_text(
+        '{"fileFormat": "tfrecord", "splits": [{"name": "query", "shardLengths": ["40"]}]}'
+    )
+    shard = tmp_path / "market1501" / "1.0.0" / "market1501-query.tfrecord-00000-of-00001"
+    rewritten(shard, write_shard, example, pids)
+    datasets.load_split(tmp_path, "market1501", "query")
+    other = np.concatenate([pids[:2], rng.permutation(pids[2:-2]), pids[-2:]])
+    rewritten(shard, write_shard, example, other)
+    return tmp_path, other
+
+
+def test_a_shard_written_again_does_not_keep_the_labels_of_the_one_before(permuted):
+    data_dir, pids = permuted
+    split = datasets.load_split(data_dir, "market1501", "query")
+    np.testing.assert_array_equal(split.pids, pids)
+    assert [split.record(row).pid for row in range(40)] == pids.tolist()
+
+
+def test_labels_that_are_not_the_records_are_refused_when_read(permuted, monkeypatch):
+    monkeypatch.setattr("dmosnet_jax.data.indices._COMPARED", 1)
+    data_dir, pids = permuted
+    split = datasets.load_split(data_dir, "market1501", "query")
+    row = int(np.flatnonzero(split.pids != pids)[0])
+    for read in (split, Subset(split, np.int32([row])), JointSplit((split, split)), pickle.loads(pickle.dumps(split))):
+        with pytest.raises(DataError) as error:
+            read.record(0 if len(read) == 1 else row)
+        message = str(error.value)
+        assert f"query.tfrecord-00000-of-00001: record {row} at byte {split.source._offsets[row]}: " in message
+        assert f"its pid is {pids[row]}, in the index {split.pids[row]}: remove {split.source.paths[0]}" in message
+        assert "\n" not in message
+    with pytest.raises(DataError, match=f"its pid is {pids[row]}"):
+        list(evaluation_batches(split, image_size=(8, 4), batch_size=8, threads=0))
+    with pytest.raises(DataError, match=rf"record {row} at byte"):
+        split.record(row - 40)
+
+
+@pytest.mark.parametrize("checksum", [True, False])
+@pytest.mark.parametrize("label", ["pid", "camid"])
+def test_an_index_of_one_label_is_not_believed(data_dir, checksum, label):
+    before = datasets.load_split(data_dir, "market1501", "train")
+    for number, count in enumerate((4, 3)):
+        sidecar = shard_of(data_dir, number).with_name(shard_of(data_dir, number).name + INDEX_SUFFIX)
+        with_labels(sidecar, checksum=checksum, **{label: np.full(count, 7, np.int32)})
+    split = datasets.load_split(data_dir, "market1501", "train")
+    np.testing.assert_array_equal(split.pids, before.pids)
+    np.testing.assert_array_equal(split.camids, before.camids)
+
+
+def test_one_wrong_label_is_found_by_the_checksum_and_without_one_by_reading(data_dir, monkeypatch):
+    monkeypatch.setattr("dmosnet_jax.data.indices._COMPARED", 1)
+    pids = datasets.load_split(data_dir, "market1501", "train").pids[:4]
+    sidecar = shard_of(data_dir).with_name(shard_of(data_dir).name + INDEX_SUFFIX)
+    wrong = np.where(np.arange(4) == 2, 5, pids).astype(np.int32)
+    with_labels(sidecar, checksum=True, pid=wrong)
+    np.testing.assert_array_equal(datasets.load_split(data_dir, "market1501", "train").pids[:4], pids)
+    with_labels(sidecar, checksum=False, pid=wrong)
+    split = datasets.load_split(data_dir, "market1501", "train")
+    assert split.record(1).pid == pids[1]
+    with pytest.raises(DataError, match=r"record 2 at byte .*: its pid is 11, in the index 5: remove .*index\.npz"):
+        split.record(2)
+
+
+def test_indices_of_earlier_conversions_are_taken_as_they_are(data_dir):
+    split = datasets.load_split(data_dir, "market1501", "train")
+    sidecar = shard_of(data_dir).with_name(shard_of(data_dir).name + INDEX_SUFFIX)
+    with_labels(sidecar, checksum=False)
+    before = sidecar.stat().st_mtime_ns
+    np.testing.assert_array_equal(datasets.load_split(data_dir, "market1501", "train").pids, split.pids)
+    assert sidecar.stat().st_mtime_ns == before
