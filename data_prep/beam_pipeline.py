@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data_prep import shards
 from data_prep.shards import Plan, Result
-from dmosnet_jax.core import places
+from dmosnet_jax.core import files as places
 from dmosnet_jax.core.errors import ConfigError, DataError
 
 # Beam logs its own affairs, on import already.

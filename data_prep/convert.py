@@ -27,7 +27,7 @@ from data_prep import command, pedestrians
 from data_prep.pedestrians import Scene
 from data_prep.staging import publish, staging, upload
 from data_prep.summary import Summary
-from dmosnet_jax.core import places
+from dmosnet_jax.core import files as places
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import records, sources
 

@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from data_prep.raw import MAX_BYTES, is_ignored, refuse_links_out
-from dmosnet_jax.core import places
-from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.core.inert_pickle import Global, Opaque, interpret, printable
-from dmosnet_jax.core.plain_pickle import MAX_PLAIN_OPCODES, PlainVocabulary
+from dmosnet_jax.core import files as places
+from dmosnet_jax.core.errors import ConfigError, DataError, printable
+from dmosnet_jax.core.safe_pickle import MAX_PLAIN_OPCODES, Global, Opaque, PlainVocabulary, interpret
 
 IMAGES = 4_180_243
 _KEY = re.compile(r"\d{2,}_\d{2,}_\d{4,}_\d{1,18}", re.ASCII)

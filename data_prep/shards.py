@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from data_prep import luperson_source
 from data_prep.luperson_source import Image, Source
-from dmosnet_jax.core import places
+from dmosnet_jax.core import files as places
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data import indices, records, transforms
 from dmosnet_jax.data.framing import frame

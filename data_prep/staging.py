@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from dmosnet_jax.core import places
+from dmosnet_jax.core import files as places
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data import records
 

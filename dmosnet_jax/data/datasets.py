@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from dmosnet_jax.core import places
+from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import records
 from dmosnet_jax.data.sources import INDEX_SUFFIX, Path, RecordSource
@@ -87,10 +87,10 @@ def load_split(data_dir: Path, dataset: str, split: str) -> Split:
       DataError: the data set is not there (the message gives the command that converts it), has no such split, or a
         shard is missing, cut short or damaged.
     """
-    folder = _version_folder(places.tidy(data_dir), dataset)
-    lengths = _shard_lengths(places.join(folder, records.INFO_FILE), split)
+    folder = _version_folder(files.tidy(data_dir), dataset)
+    lengths = _shard_lengths(files.join(folder, records.INFO_FILE), split)
     names = [records.shard_name(dataset, split, shard, len(lengths)) for shard in range(len(lengths))]
-    source = RecordSource([places.join(folder, name) for name in names], lengths)
+    source = RecordSource([files.join(folder, name) for name in names], lengths)
     return Split(name=dataset, split=split, source=source, pids=source.pids, camids=source.camids)
 
 
@@ -101,8 +101,8 @@ def split_names(data_dir: Path, dataset: str) -> list[str]:
       ConfigError: as `load_split`.
       DataError: as `load_split`.
     """
-    folder = _version_folder(places.tidy(data_dir), dataset)
-    return sorted(_all_lengths(places.join(folder, records.INFO_FILE)))
+    folder = _version_folder(files.tidy(data_dir), dataset)
+    return sorted(_all_lengths(files.join(folder, records.INFO_FILE)))
 
 
 def relabel(pids: np.ndarray) -> np.ndarray:
@@ -125,17 +125,17 @@ def conversion_command(dataset: str, data_dir: Path) -> str:
 def _version_folder(data_dir: str, dataset: str) -> str:
     if not _NAME.fullmatch(dataset):
         raise ConfigError(f"dataset={dataset!r} is not a name: use lower-case letters, digits and underscores")
-    root = places.join(data_dir, dataset)
+    root = files.join(data_dir, dataset)
     try:
-        found = [(entry.name, match) for entry in places.entries(root) if (match := _VERSION.fullmatch(entry.name))]
+        found = [(entry.name, match) for entry in files.entries(root) if (match := _VERSION.fullmatch(entry.name))]
         # A folder without its description is a conversion that did not finish.
         versions = [
             (tuple(map(int, match.groups())), folder)
             for name, match in found
-            if places.is_file(places.join(folder := places.join(root, name), records.INFO_FILE))
+            if files.is_file(files.join(folder := files.join(root, name), records.INFO_FILE))
         ]
     except OSError as error:
-        if places.is_remote(root) and not isinstance(error, FileNotFoundError):
+        if files.is_remote(root) and not isinstance(error, FileNotFoundError):
             raise DataError(f"{root}: cannot be read ({error.strerror}): check the name and the credentials") from error
         versions = []
     if not versions:
@@ -155,7 +155,7 @@ def _all_lengths(info: str) -> dict[str, list[int]]:
     """Records per shard of every split."""
     fix = "convert the data set again"
     try:
-        description = json.loads(places.read(info).decode())
+        description = json.loads(files.read(info).decode())
         lengths = {entry["name"]: [int(n) for n in entry["shardLengths"]] for entry in description["splits"]}
         file_format = description["fileFormat"]
     except OSError as error:

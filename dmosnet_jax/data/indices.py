@@ -9,16 +9,16 @@ import contextlib
 import hashlib
 import io
 import os
-import tempfile
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
 
-from dmosnet_jax.core import places
+from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.core.places import Place
+from dmosnet_jax.core.files import Path
+from dmosnet_jax.core.safe_npz import read_arrays
 from dmosnet_jax.data import records
 from dmosnet_jax.data.framing import FOOTER, HEADER, OVERHEAD, damage, masked
 
@@ -33,7 +33,7 @@ FIX = "copy the file again, or convert the data set again"
 Index = dict[str, np.ndarray]
 
 
-def load_index(path: Place) -> Index:
+def load_index(path: Path) -> Index:
     """The index of a shard: from its sidecar, or made from the shard where that is missing or of another file.
 
     A new sidecar is written beside the shard where the folder allows it; that of a remote shard is kept locally.
@@ -50,24 +50,22 @@ def load_index(path: Place) -> Index:
       DataError: the shard is missing, cut short or damaged.
     """
     path = os.fspath(path)
-    remote = places.is_remote(path)
+    remote = files.is_remote(path)
     try:
         size, ends = _remote_ends(path) if remote else _local_ends(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): {FIX}") from error
     sidecar = path + INDEX_SUFFIX
     local = _cached(path) if remote else sidecar
-    stored = _read_index(local)
+    stored = _read_index(local, size)
     if stored is not None and fits(stored, size, ends) and (remote or _labels_agree(path, stored)):
         return stored
-    index = _read_index(sidecar) if remote else None
+    index = _read_index(sidecar, size) if remote else None
     if index is None or not fits(index, size, ends):
         index = make_index(_scan(path, size), size, ends)
     # A folder that cannot be written to: the next process makes the index again.
     with contextlib.suppress(OSError):
-        if remote:
-            os.makedirs(os.path.dirname(local), exist_ok=True)
-        _write_index(local, index)
+        files.write(local, to_bytes(index))
     return index
 
 
@@ -141,8 +139,8 @@ def _local_ends(path: str) -> tuple[int, int]:
 
 
 def _remote_ends(path: str) -> tuple[int, int]:
-    size = places.size(path)
-    parts = [places.read_range(path, start, min(ENDS, size - start)) for start in (0, max(0, size - ENDS))]
+    size = files.size(path)
+    parts = [files.read_range(path, start, min(ENDS, size - start)) for start in (0, max(0, size - ENDS))]
     return size, checksum_of_ends(*parts)
 
 
@@ -175,7 +173,7 @@ def _scan(path: str, size: int) -> list[tuple[int, int, int, int]]:
     rows: list[tuple[int, int, int, int]] = []
     offset = 0
     try:
-        with places.open_stream(path) as file:
+        with files.open_stream(path) as file:
             while offset < size:
                 raw = _next(file, path, len(rows), offset, size)
                 try:
@@ -206,26 +204,10 @@ def _next(file: BinaryIO, path: str, number: int, offset: int, size: int) -> byt
     return raw
 
 
-def _read_index(path: str) -> Index | None:
+def _read_index(path: str, shard_bytes: int) -> Index | None:
     try:
-        if places.is_remote(path):
-            with np.load(io.BytesIO(places.read(path)), allow_pickle=False) as arrays:
-                return dict(arrays)
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except Exception:
-        # Whatever is wrong with it, it is only a cache.
+        # A record with its framing is hardly shorter than its row in the index.
+        return read_arrays(path, max_bytes=2 * shard_bytes + 2**16)
+    except DataError:
+        # It is made again.
         return None
-
-
-def _write_index(path: str, index: Index) -> None:
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path) + ".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(to_bytes(index))
-        # mkstemp makes private files; an index is as public as its shard.
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

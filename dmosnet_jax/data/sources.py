@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dmosnet_jax.core import places
+from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.core.places import Place as Path
+from dmosnet_jax.core.files import Path
 from dmosnet_jax.data.framing import FOOTER, HEADER, OVERHEAD, damage
 from dmosnet_jax.data.indices import FIX, INDEX_SUFFIX, Index, corrupt, load_index
 
@@ -119,8 +119,8 @@ class RecordSource:
     def _read(self, shard: int, size: int, offset: int) -> bytes:
         path = self.paths[shard]
         try:
-            if places.is_remote(path):
-                return places.read_range(path, offset, size)
+            if files.is_remote(path):
+                return files.read_range(path, offset, size)
             file = self._files.get(shard)
             if file is not None:
                 return os.pread(file, size, offset)
@@ -148,7 +148,7 @@ def _close(files: dict[int, int]) -> None:
 
 
 def _load_indices(paths: Sequence[str]) -> list[Index]:
-    if not any(map(places.is_remote, paths)):
+    if not any(map(files.is_remote, paths)):
         return [load_index(path) for path in paths]
     with concurrent.futures.ThreadPoolExecutor(_OPENING) as pool:
         return list(pool.map(load_index, paths))

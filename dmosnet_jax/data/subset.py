@@ -16,8 +16,9 @@ from typing import Protocol
 
 import numpy as np
 
-from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.core.inert_pickle import printable
+from dmosnet_jax.core import files
+from dmosnet_jax.core.errors import DataError, printable
+from dmosnet_jax.core.safe_npz import read_arrays
 from dmosnet_jax.data import records
 from dmosnet_jax.data.datasets import Split
 from dmosnet_jax.data.loading import Images
@@ -243,8 +244,7 @@ class _Kept:
     def read(self) -> Listed | None:
         """None where there is none, or it is of another list or data set."""
         try:
-            with np.load(self._path, allow_pickle=False) as arrays:
-                stored = dict(arrays)
+            stored = read_arrays(self._path)
             if (str(stored["identity"]), str(stored["digest"])) != (self._identity, self._digest):
                 return None
             counts = {name: int(stored[name]) for name in ("listed", "unmatched", "repeated")}
@@ -255,11 +255,6 @@ class _Kept:
 
     def write(self, found: Listed) -> None:
         """Keeps it, where the folder can be written to."""
-        aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         values = dataclasses.asdict(found) | {"identity": self._identity, "digest": self._digest}
-        try:
-            with aside.open("wb") as file:
-                np.savez(file, **values)
-            aside.replace(self._path)
-        except OSError:
-            aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError), files.create(self._path) as file:
+            np.savez(file, **values)

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.mesh import make_mesh
 from dmosnet_jax.core.selection import dataset_names
 from dmosnet_jax.data import rankings
@@ -147,10 +147,10 @@ def _finish(config: Any, chunks: Chunks, scores: np.ndarray) -> dict[str, Any]:
     names = workdir / (NAMES + (".gz" if len(split) >= rankings.GZIP_FROM else ""))
     if not (names.exists() and (workdir / SCORES).exists()):
         listed = chunks.names() or read_names(split)
-        with written_aside(names) as aside:
-            rankings.write_names(aside, (listed[row] for row in order), compress=names.suffix == ".gz")
+        with atomic_write(names) as part:
+            rankings.write_names(part, (listed[row] for row in order), compress=names.suffix == ".gz")
         # Last of the two: where it is, the run is over.
-        with written_aside(workdir / SCORES) as aside, aside.open("wb") as file:
+        with atomic_write(workdir / SCORES) as part, part.open("wb") as file:
             rankings.write_scores(file, scores, split)
     title = f"{split.name} {split.split}: {len(split):,} images by catastrophic forgetting score, best first"
     write_contact_sheet(

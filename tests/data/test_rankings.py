@@ -199,7 +199,7 @@ def test_bombs_are_refused(tmp_path, split, monkeypatch):
     monkeypatch.setattr(rankings, "MAX_BYTES", 1_000_000)
     for name, content in (("a.npz", bomb(2_000_000)), ("a.txt.gz", gzip.compress(bytes(2_000_000)))):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=r"(would unpack|unpacks) to .*more than 1,000,000"):
+        with pytest.raises(DataError, match=r"unpacks to more than 1,000,000 bytes"):
             rankings.read_ranking(tmp_path / name, split)
 
 

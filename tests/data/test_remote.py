@@ -9,7 +9,7 @@ import uuid
 import numpy as np
 import pytest
 
-from dmosnet_jax.core import places
+from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import datasets
 from dmosnet_jax.data.indices import INDEX_SUFFIX
@@ -36,7 +36,7 @@ def remote(local):
     root = f"memory://{uuid.uuid4().hex}/data"
     for path in local.rglob("*"):
         if path.is_file():
-            places.copy(path, f"{root}/{path.relative_to(local).as_posix()}")
+            files.copy(path, f"{root}/{path.relative_to(local).as_posix()}")
     return root
 
 
@@ -81,7 +81,7 @@ def test_a_record_is_one_request_for_its_bytes(local, remote, requests):
 def test_the_index_is_kept_locally_and_used_again(local, remote, cache, requests):
     first = datasets.load_split(remote, "tiny", "train")
     assert len(list(cache.iterdir())) == 3
-    assert not places.is_file(shard(remote, 0) + INDEX_SUFFIX)
+    assert not files.is_file(shard(remote, 0) + INDEX_SUFFIX)
     requests.clear()
     again = datasets.load_split(remote, "tiny", "train")
     assert sum(end - start for _, start, end in requests if start is not None) <= 3 * 2 * 4096
@@ -90,7 +90,7 @@ def test_the_index_is_kept_locally_and_used_again(local, remote, cache, requests
     # The sidecar that a conversion wrote is taken rather than the shard read.
     datasets.load_split(local, "tiny", "train")
     for path in (local / "tiny" / "1.0.0").glob("*" + INDEX_SUFFIX):
-        places.copy(path, f"{remote}/tiny/1.0.0/{path.name}")
+        files.copy(path, f"{remote}/tiny/1.0.0/{path.name}")
     for path in cache.iterdir():
         path.unlink()
     requests.clear()
@@ -98,24 +98,24 @@ def test_the_index_is_kept_locally_and_used_again(local, remote, cache, requests
     assert len([name for name, *_ in requests if name.endswith(INDEX_SUFFIX)]) == 3
     assert len(list(cache.iterdir())) == 3
     # Another data set at the same place.
-    content = places.read(shard(remote, 2))
-    places.write(shard(remote, 2), content[: len(content) // 2])
+    content = files.read(shard(remote, 2))
+    files.write(shard(remote, 2), content[: len(content) // 2])
     with pytest.raises(DataError, match="00002-of-00003: is cut short: record"):
         datasets.load_split(remote, "tiny", "train")
 
 
 def test_damage_is_told_as_for_local_data(remote):
     split = datasets.load_split(remote, "tiny", "train")
-    content = bytearray(places.read(shard(remote, 0)))
+    content = bytearray(files.read(shard(remote, 0)))
     offset = int(split.source._offsets[5])
     content[offset + 30] ^= 16
-    places.write(shard(remote, 0), bytes(content))
+    files.write(shard(remote, 0), bytes(content))
     with pytest.raises(DataError, match=f"{shard(remote, 0)}: record 5 at byte {offset} is corrupt"):
         split.record(5)
-    places.write(shard(remote, 0), bytes(content[: offset + 20]))
+    files.write(shard(remote, 0), bytes(content[: offset + 20]))
     with pytest.raises(DataError, match=f"record 5 at byte {offset} is corrupt .the file ends"):
         split.record(5)
-    places.remove(shard(remote, 0))
+    files.remove(shard(remote, 0))
     with pytest.raises(DataError, match=r"cannot be read at byte .*No such file"):
         split.record(5)
     with pytest.raises(DataError, match=r"00000-of-00003: cannot be read .No such file"):
@@ -130,10 +130,10 @@ def test_missing_remote_data_say_how_to_convert_them(remote):
     with pytest.raises(DataError, match="there is no split 'query'"):
         datasets.load_split(remote, "tiny", "query")
     info = f"{remote}/tiny/1.0.0/dataset_info.json"
-    places.write(info, b"{")
+    files.write(info, b"{")
     with pytest.raises(DataError, match="is damaged, or of another kind"):
         datasets.load_split(remote, "tiny", "train")
-    places.write(info, json.dumps({"fileFormat": "riegeli", "splits": []}).encode())
+    files.write(info, json.dumps({"fileFormat": "riegeli", "splits": []}).encode())
     with pytest.raises(DataError, match="'riegeli' files"):
         datasets.load_split(remote, "tiny", "train")
 

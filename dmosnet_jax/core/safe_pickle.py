@@ -1,27 +1,31 @@
-"""A pickle interpreter that can only build data.
+"""Pickles from anywhere, read as data: an interpreter that can run nothing.
 
 `pickle.Unpickler` imports and calls what a stream names, and allocates what it declares (a memo index of 2**31 is
 gigabytes in its C implementation), so filtering its `find_class` is not enough for files of strangers. Here the
 standard library only splits the stream into opcodes (`pickletools.genops`, which executes nothing), and the opcodes are
 carried out on plain lists and dicts. A name in the stream becomes a `Global`, a call becomes whatever the `Vocabulary`
 makes of it, and nothing is imported or called on the stream's behalf. Memory and time are linear in its length.
-`plain_pickle.read_plain` reads files of names and numbers with it.
 """
 
 import dataclasses
+import io
+import os
+import pathlib
 import pickletools
-import reprlib
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, Protocol
 
-from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.core.errors import DataError, printable
 
 # The largest public re-ID checkpoints (a ResNet50 trainer state with its optimiser) have about 30,000 opcodes.
 MAX_OPCODES = 5_000_000
+# Two for each of LUPerson's 4.18 million names, and as much again.
+MAX_PLAIN_OPCODES = 20_000_000
 # Torch's magic number, the longest integer that a checkpoint needs, has 77 bits; huge ones make hashing slow.
 _MAX_INTEGER_BITS = 256
 _MAX_TUPLE_KEY = 16
+_ENCODE = "_codecs.encode"
 # What `genops` and a stack machine fed with nonsense raise; anything else is a defect of ours.
 _MALFORMED = (ValueError, IndexError, KeyError, TypeError, OverflowError, EOFError, struct.error)
 
@@ -51,15 +55,6 @@ class Vocabulary(Protocol):
 
     def persistent(self, identifier: Any) -> Any:
         """Returns what a persistent identifier stands for."""
-
-
-def printable(text: object, limit: int = 120) -> str:
-    """Text from an untrusted file as one short line of visible ASCII, fit for an error message."""
-    # Containers may be nested deeper than Python recurses, or share parts so often that no memory holds their text.
-    shown = reprlib.repr(text) if isinstance(text, (list, tuple, dict)) else str(text)
-    # Only a slice is escaped: the text may be as long as the file.
-    escaped = shown[:limit].encode("unicode_escape").decode("ascii")
-    return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
 
 
 def interpret(
@@ -102,6 +97,62 @@ def interpret(
     except _MALFORMED as error:
         raise DataError(f"{where}: damaged pickle ({printable(error)}); copy or download the file again") from error
     raise DataError(f"{where}: damaged pickle (no end mark); copy or download the file again")
+
+
+class PlainVocabulary:
+    """Nothing but containers, numbers and text: what a list of names is made of. Every name is refused.
+
+    The one call understood is the spelling of bytes by protocols below 3, `_codecs.encode(text, "latin1")`.
+    """
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def resolve(self, name: str) -> Global:
+        """Refuses every name but that of the spelling of bytes."""
+        if name == _ENCODE:
+            return Global(name)
+        raise DataError(
+            f"{self.where}: refused, nothing was run: the pickle refers to '{printable(name)}', which has no place in "
+            "plain data; save the names as a text file, one a line"
+        )
+
+    def call(self, function: Global, arguments: Sequence[Any]) -> bytes:
+        """Returns the bytes that are spelled as text."""
+        if len(arguments) == 2 and isinstance(arguments[0], str) and arguments[1] in ("latin1", "latin-1"):
+            try:
+                return arguments[0].encode("latin1")
+            except UnicodeEncodeError:
+                pass
+        raise DataError(
+            f"{self.where}: damaged pickle (a call of {function.name} that spells no bytes); copy the file again"
+        )
+
+    def persistent(self, identifier: Any) -> Any:
+        """Refuses references to things outside of the pickle."""
+        raise DataError(f"{self.where}: refused: the pickle refers to '{printable(identifier)}' outside of itself")
+
+
+def read_plain(path: str | os.PathLike[str], *, max_opcodes: int = MAX_PLAIN_OPCODES) -> Any:
+    """Reads a pickle file of plain data, such as a list of names or a dict of lists; nothing in it is ever run.
+
+    Args:
+        path: the file.
+        max_opcodes: a longer pickle is refused; a name takes two.
+
+    Returns:
+        None, bool, int, float, str, bytes, list (also for sets), tuple and dict, nested.
+
+    Raises:
+        DataError: the file can't be read, is no pickle, is damaged, or holds anything else than plain data.
+    """
+    where = os.fspath(path)
+    try:
+        content = pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{where}: can't be read ({error.strerror}): give the path of a pickle file") from error
+    vocabulary = PlainVocabulary(where)
+    return interpret(io.BytesIO(content), vocabulary, where, kind="a file of plain data", max_opcodes=max_opcodes)
 
 
 class _Machine:
