@@ -25,6 +25,19 @@ MAX_PLAIN_OPCODES = 20_000_000
 # Torch's magic number, the longest integer that a checkpoint needs, has 77 bits; huge ones make hashing slow.
 _MAX_INTEGER_BITS = 256
 _MAX_TUPLE_KEY = 16
+_INTEGERS = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"}
+_TEXTS = {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+_VALUES = {*_INTEGERS, *_TEXTS, "FLOAT", "BINFLOAT"}
+_BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+_EMPTY: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_SET": list,
+    "EMPTY_DICT": dict,
+}
 _ENCODE = "_codecs.encode"
 # What `genops` and a stack machine fed with nonsense raise; anything else is a defect of ours.
 _MALFORMED = (ValueError, IndexError, KeyError, TypeError, OverflowError, EOFError, struct.error)
@@ -90,10 +103,8 @@ def interpret(
                 raise DataError(f"{where}: the pickle has more than {limit:,} opcodes; this is not {kind}")
             if opcode.name == "STOP":
                 return machine.pop()
-            handler = _HANDLERS.get(opcode.name)
-            if handler is None:
+            if not machine.carry_out(opcode.name, argument):
                 raise DataError(f"{where}: pickle opcode {opcode.name} at byte {position} has no place in {kind}")
-            handler(machine, argument)
     except _MALFORMED as error:
         raise DataError(f"{where}: damaged pickle ({printable(error)}); copy or download the file again") from error
     raise DataError(f"{where}: damaged pickle (no end mark); copy or download the file again")
@@ -159,52 +170,148 @@ class _Machine:
     """The stack, the marks and the memo of the pickle virtual machine."""
 
     def __init__(self, vocabulary: Vocabulary, where: str):
-        self.vocabulary = vocabulary
-        self.where = where
-        self.stack: list[Any] = []
-        self.below: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
+        self._vocabulary, self._where = vocabulary, where
+        self._stack: list[Any] = []
+        self._below: list[list[Any]] = []
+        self._memo: dict[int, Any] = {}
 
     def pop(self) -> Any:
-        return self.stack.pop()
+        """Takes the topmost value."""
+        return self._stack.pop()
 
-    def pop_to_mark(self) -> list[Any]:
-        items = self.stack
-        self.stack = self.below.pop()
+    def carry_out(self, opcode: str, argument: Any) -> bool:
+        """Carries out an opcode; False where it has no place in data."""
+        if opcode in _INTEGERS and argument.bit_length() > _MAX_INTEGER_BITS:
+            raise self._damaged(f"an integer of {argument.bit_length()} bits")
+        if opcode in _VALUES:
+            self._push(argument)
+        elif opcode in _BYTES:
+            self._push(bytes(argument))
+        elif opcode in _EMPTY:
+            self._push(_EMPTY[opcode]())
+        else:
+            return self._move(opcode, argument) or self._fill(opcode) or self._name(opcode, argument)
+        return True
+
+    def _move(self, opcode: str, argument: Any) -> bool:
+        """Opcodes that move what is there: memo, marks and stack."""
+        match opcode:
+            case "MEMOIZE" | "PUT" | "BINPUT" | "LONG_BINPUT":
+                self._memo[len(self._memo) if argument is None else argument] = self._stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                self._push(self._memo[argument])
+            case "MARK":
+                self._below.append(self._stack)
+                self._stack = []
+            case "POP" if self._stack:
+                self.pop()
+            case "POP" | "POP_MARK":
+                self._pop_to_mark()
+            case "DUP":
+                self._push(self._stack[-1])
+            case "PROTO" | "FRAME":
+                pass
+            case _:
+                return False
+        return True
+
+    def _fill(self, opcode: str) -> bool:
+        """Opcodes that make containers, or put values into them."""
+        match opcode:
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                items = [self.pop() for _ in range(int(opcode[-1]))]
+                self._push(tuple(reversed(items)))
+            case "TUPLE" | "FROZENSET":
+                self._push(tuple(self._pop_to_mark()))
+            case "LIST":
+                self._push(self._pop_to_mark())
+            case "DICT":
+                items = self._pop_to_mark()
+                self._push({})
+                self._set_items(items)
+            case "APPEND":
+                self._extend([self.pop()])
+            case "APPENDS" | "ADDITEMS":
+                self._extend(self._pop_to_mark())
+            case "SETITEM":
+                value, key = self.pop(), self.pop()
+                self._set_items([key, value])
+            case "SETITEMS":
+                self._set_items(self._pop_to_mark())
+            case _:
+                return False
+        return True
+
+    def _name(self, opcode: str, argument: Any) -> bool:
+        """Opcodes that name things, or call what was named."""
+        match opcode:
+            case "GLOBAL":
+                self._push(self._resolve(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                name, module = self.pop(), self.pop()
+                self._push(self._resolve(module, name))
+            case "INST":
+                arguments = self._pop_to_mark()
+                self._call(self._resolve(*argument.split(" ", 1)), arguments)
+            case "OBJ":
+                function, *arguments = self._pop_to_mark()
+                self._call(function, arguments)
+            case "REDUCE" | "NEWOBJ":
+                arguments, function = self.pop(), self.pop()
+                self._call(function, arguments)
+            case "NEWOBJ_EX":
+                _keywords, arguments, function = self.pop(), self.pop(), self.pop()
+                self._call(function, arguments)
+            case "BUILD":
+                # The state would go to __setstate__ or __dict__: neither exists here, and no tensor lives there.
+                self.pop()
+                if not self._stack:
+                    raise self._damaged("sets the state of nothing")
+            case "BINPERSID":
+                self._push(self._vocabulary.persistent(self.pop()))
+            case _:
+                return False
+        return True
+
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def _pop_to_mark(self) -> list[Any]:
+        items = self._stack
+        self._stack = self._below.pop()
         return items
 
-    def fail(self, problem: str) -> DataError:
-        return DataError(f"{self.where}: damaged pickle ({problem}); copy or download the file again")
+    def _damaged(self, problem: str) -> DataError:
+        return DataError(f"{self._where}: damaged pickle ({problem}); copy or download the file again")
 
-    def call(self, function: Any, arguments: Any) -> None:
+    def _call(self, function: Any, arguments: Any) -> None:
         if not isinstance(function, Global):
-            raise self.fail(f"calls a {type(function).__name__}")
+            raise self._damaged(f"calls a {type(function).__name__}")
         if not isinstance(arguments, (list, tuple)):
-            raise self.fail(f"calls {printable(function.name)} without an argument tuple")
-        self.push(self.vocabulary.call(function, arguments))
+            raise self._damaged(f"calls {printable(function.name)} without an argument tuple")
+        self._push(self._vocabulary.call(function, arguments))
 
-    def resolve(self, module: Any, name: Any) -> Global:
+    def _resolve(self, module: Any, name: Any) -> Global:
         if not (isinstance(module, str) and isinstance(name, str)):
-            raise self.fail("names a global by something else than text")
-        return self.vocabulary.resolve(f"{module}.{name}")
+            raise self._damaged("names a global by something else than text")
+        return self._vocabulary.resolve(f"{module}.{name}")
 
-    def set_items(self, target: Any, items: list[Any]) -> None:
+    def _set_items(self, items: list[Any]) -> None:
+        target = self._stack[-1]
         if isinstance(target, Opaque):
             return
         if not isinstance(target, dict) or len(items) % 2:
-            raise self.fail(f"sets items of a {type(target).__name__}")
+            raise self._damaged(f"sets items of a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if _is_key(key):
                 target[key] = value
 
-    def extend(self, target: Any, items: list[Any]) -> None:
+    def _extend(self, items: list[Any]) -> None:
+        target = self._stack[-1]
         if isinstance(target, Opaque):
             return
         if not isinstance(target, list):
-            raise self.fail(f"appends to a {type(target).__name__}")
+            raise self._damaged(f"appends to a {type(target).__name__}")
         target.extend(items)
 
 
@@ -215,157 +322,3 @@ def _is_key(key: Any) -> bool:
             len(key) <= _MAX_TUPLE_KEY and not any(isinstance(item, tuple) for item in key) and all(map(_is_key, key))
         )
     return key is None or isinstance(key, (str, bytes, bool, int, float, Global, Opaque))
-
-
-def _integer(machine: _Machine, value: int) -> None:
-    if value.bit_length() > _MAX_INTEGER_BITS:
-        raise machine.fail(f"an integer of {value.bit_length()} bits")
-    machine.push(value)
-
-
-def _constant(value: Any) -> Callable[[_Machine, Any], None]:
-    return lambda machine, _: machine.push(value)
-
-
-def _empty(factory: Callable[[], Any]) -> Callable[[_Machine, Any], None]:
-    return lambda machine, _: machine.push(factory())
-
-
-def _short_tuple(size: int) -> Callable[[_Machine, Any], None]:
-    def handler(machine: _Machine, _: Any) -> None:
-        items = [machine.pop() for _ in range(size)]
-        machine.push(tuple(reversed(items)))
-
-    return handler
-
-
-def _nothing(machine: _Machine, _: Any) -> None:
-    """Framing and protocol numbers carry no data."""
-
-
-def _mark(machine: _Machine, _: Any) -> None:
-    machine.below.append(machine.stack)
-    machine.stack = []
-
-
-def _pop(machine: _Machine, _: Any) -> None:
-    if machine.stack:
-        machine.pop()
-    else:
-        machine.pop_to_mark()
-
-
-def _pop_mark(machine: _Machine, _: Any) -> None:
-    machine.pop_to_mark()
-
-
-def _dict(machine: _Machine, _: Any) -> None:
-    items = machine.pop_to_mark()
-    result: dict[Any, Any] = {}
-    machine.set_items(result, items)
-    machine.push(result)
-
-
-def _append(machine: _Machine, _: Any) -> None:
-    item = machine.pop()
-    machine.extend(machine.stack[-1], [item])
-
-
-def _appends(machine: _Machine, _: Any) -> None:
-    items = machine.pop_to_mark()
-    machine.extend(machine.stack[-1], items)
-
-
-def _set_item(machine: _Machine, _: Any) -> None:
-    value, key = machine.pop(), machine.pop()
-    machine.set_items(machine.stack[-1], [key, value])
-
-
-def _set_items(machine: _Machine, _: Any) -> None:
-    items = machine.pop_to_mark()
-    machine.set_items(machine.stack[-1], items)
-
-
-def _put(machine: _Machine, index: int | None) -> None:
-    machine.memo[len(machine.memo) if index is None else index] = machine.stack[-1]
-
-
-def _global(machine: _Machine, argument: str) -> None:
-    machine.push(machine.resolve(*argument.split(" ", 1)))
-
-
-def _stack_global(machine: _Machine, _: Any) -> None:
-    name, module = machine.pop(), machine.pop()
-    machine.push(machine.resolve(module, name))
-
-
-def _instance(machine: _Machine, argument: str) -> None:
-    arguments = machine.pop_to_mark()
-    machine.call(machine.resolve(*argument.split(" ", 1)), arguments)
-
-
-def _object(machine: _Machine, _: Any) -> None:
-    function, *arguments = machine.pop_to_mark()
-    machine.call(function, arguments)
-
-
-def _reduce(machine: _Machine, _: Any) -> None:
-    arguments, function = machine.pop(), machine.pop()
-    machine.call(function, arguments)
-
-
-def _new_object_with_keywords(machine: _Machine, _: Any) -> None:
-    _keywords, arguments, function = machine.pop(), machine.pop(), machine.pop()
-    machine.call(function, arguments)
-
-
-def _build(machine: _Machine, _: Any) -> None:
-    # The state would go to __setstate__ or __dict__: neither exists here, and no tensor of a state dict lives there.
-    machine.pop()
-    if not machine.stack:
-        raise machine.fail("sets the state of nothing")
-
-
-_HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
-    **dict.fromkeys(("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4"), _integer),
-    **dict.fromkeys(("FLOAT", "BINFLOAT"), _Machine.push),
-    **dict.fromkeys(("STRING", "BINSTRING", "SHORT_BINSTRING"), _Machine.push),
-    **dict.fromkeys(("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"), _Machine.push),
-    **dict.fromkeys(("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"), lambda m, data: m.push(bytes(data))),
-    "NONE": _constant(None),
-    "NEWTRUE": _constant(True),
-    "NEWFALSE": _constant(False),
-    "EMPTY_TUPLE": _constant(()),
-    "TUPLE1": _short_tuple(1),
-    "TUPLE2": _short_tuple(2),
-    "TUPLE3": _short_tuple(3),
-    "EMPTY_LIST": _empty(list),
-    "EMPTY_SET": _empty(list),
-    "EMPTY_DICT": _empty(dict),
-    "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_to_mark())),
-    "FROZENSET": lambda machine, _: machine.push(tuple(machine.pop_to_mark())),
-    "LIST": lambda machine, _: machine.push(machine.pop_to_mark()),
-    "DICT": _dict,
-    "APPEND": _append,
-    "APPENDS": _appends,
-    "ADDITEMS": _appends,
-    "SETITEM": _set_item,
-    "SETITEMS": _set_items,
-    "MARK": _mark,
-    "POP": _pop,
-    "POP_MARK": _pop_mark,
-    "DUP": lambda machine, _: machine.push(machine.stack[-1]),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda machine, index: machine.push(machine.memo[index])),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _put),
-    "GLOBAL": _global,
-    "STACK_GLOBAL": _stack_global,
-    "INST": _instance,
-    "OBJ": _object,
-    "REDUCE": _reduce,
-    "NEWOBJ": _reduce,
-    "NEWOBJ_EX": _new_object_with_keywords,
-    "BUILD": _build,
-    "BINPERSID": lambda machine, _: machine.push(machine.vocabulary.persistent(machine.pop())),
-    "PROTO": _nothing,
-    "FRAME": _nothing,
-}
