@@ -29,7 +29,8 @@ from data_prep.staging import publish, staging, upload
 from data_prep.summary import Summary
 from dmosnet_jax.core import files as places
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.data import records, sources
+from dmosnet_jax.data import records
+from dmosnet_jax.data import shards as sources
 
 if TYPE_CHECKING:
     from data_prep.builder import ReidBuilder

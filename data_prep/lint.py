@@ -22,7 +22,8 @@ from data_prep import command, convert
 from data_prep.checks import Finding, Rules, check, count_ids
 from data_prep.inspection import Contents, Part, inspect
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.data import datasets, records
+from dmosnet_jax.data import records
+from dmosnet_jax.data import splits as datasets
 
 _INTERRUPTED = 130
 _LUPERSON = "luperson"

@@ -24,9 +24,10 @@ from data_prep import luperson_source
 from data_prep.luperson_source import Image, Source
 from dmosnet_jax.core import files as places
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.data import indices, records, transforms
-from dmosnet_jax.data.framing import frame
+from dmosnet_jax.data import records, transforms
+from dmosnet_jax.data import shards as indices
 from dmosnet_jax.data.records import Record
+from dmosnet_jax.data.shards import frame
 
 # Share of the images that may be unreadable.
 MAX_UNREADABLE = 1e-3

@@ -19,7 +19,7 @@ import numpy as np
 from dmosnet_jax.core.errors import DataError, printable
 from dmosnet_jax.core.safe_npz import MAX_BYTES, read_arrays
 from dmosnet_jax.core.safe_pickle import read_plain
-from dmosnet_jax.data.datasets import Split
+from dmosnet_jax.data.splits import Split
 
 # A gzipped text file beyond so many names.
 GZIP_FROM = 100_000

@@ -11,82 +11,19 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import DataError, printable
 from dmosnet_jax.core.safe_npz import read_arrays
-from dmosnet_jax.data import records
-from dmosnet_jax.data.datasets import Split
-from dmosnet_jax.data.loading import Images
 from dmosnet_jax.data.rankings import identity, read_ranking
+from dmosnet_jax.data.splits import Split, Subset
 
 # Reading every name means reading every record: from so many images on, what was found is kept beside the list.
 KEEP_FROM = 100_000
 _SUFFIX = re.compile(r"(?<=[^/])\.(?:jpe?g|png|bmp|webp)$", re.IGNORECASE)
-
-
-class Rows(Images, Protocol):
-    """What training, evaluation and scoring need of a split: `datasets.Split`, or a view of one or several."""
-
-    @property
-    def split(self) -> str:
-        """`train`, `query` or `gallery`."""
-
-    def __len__(self) -> int: ...
-
-    def filenames(self, indices: Iterable[int] | None = None) -> list[str]:
-        """File names relative to the raw data set, of some images or of all."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Subset:
-    """Some rows of a split, seen as a split; pickles for worker processes.
-
-    Attributes:
-      base: the split.
-      rows: its rows, int [n], in the order of the subset.
-      pids: identities, int32 [n].
-      camids: cameras, int32 [n].
-    """
-
-    base: Rows
-    rows: np.ndarray
-    pids: np.ndarray = dataclasses.field(init=False)
-    camids: np.ndarray = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pids", self.base.pids[self.rows])
-        object.__setattr__(self, "camids", self.base.camids[self.rows])
-
-    @property
-    def name(self) -> str:
-        """Of the data set."""
-        return self.base.name
-
-    @property
-    def split(self) -> str:
-        """Of the data set."""
-        return self.base.split
-
-    @property
-    def source(self) -> range:
-        """As long as the subset."""
-        return range(len(self.rows))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def record(self, index: int, /) -> records.Record:
-        """See `datasets.Split.record`."""
-        return self.base.record(int(self.rows[index]))
-
-    def filenames(self, indices: Iterable[int] | None = None) -> list[str]:
-        """See `datasets.Split.filenames`."""
-        return self.base.filenames(self.rows[row] for row in (range(len(self)) if indices is None else indices))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.mesh import make_mesh
 from dmosnet_jax.core.selection import dataset_names
 from dmosnet_jax.data import rankings
-from dmosnet_jax.data.datasets import Split, load_split
 from dmosnet_jax.data.records import TRAIN, Record
-from dmosnet_jax.data.subset import Subset, share_count
+from dmosnet_jax.data.splits import Split, Subset, load_split
+from dmosnet_jax.data.subset import share_count
 from dmosnet_jax.evaluation.contact_sheet import POSITIONS, write_contact_sheet
 from dmosnet_jax.evaluation.forgetting import ForgettingScorer, Proxy
 from dmosnet_jax.export.opening import Opened, open_weights
@@ -126,7 +126,7 @@ class _Naming:
         self._names: dict[int, str] = {}
 
     def record(self, index: int, /) -> Record:
-        """See `datasets.Split.record`."""
+        """See `splits.Split.record`."""
         found = self.images.record(index)
         self._names[index] = found.filename
         return found

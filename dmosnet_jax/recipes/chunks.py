@@ -12,8 +12,7 @@ from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.safe_npz import read_arrays
 from dmosnet_jax.data import rankings
-from dmosnet_jax.data.datasets import Split
-from dmosnet_jax.data.subset import Subset
+from dmosnet_jax.data.splits import Split, Subset
 from dmosnet_jax.train.metrics import write_json
 
 SCORES, RUN, FOLDER = "scores.npz", "run.json", "chunks"

@@ -16,7 +16,7 @@ import numpy as np
 
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.data.loading import ImageCache
-from dmosnet_jax.data.subset import Rows, Subset
+from dmosnet_jax.data.splits import Rows, Subset
 from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.recipes.splits import say
 

@@ -17,7 +17,7 @@ from dmosnet_jax.core.mesh import check_batch, make_mesh
 from dmosnet_jax.core.selection import dataset_names, joined
 from dmosnet_jax.data.autoaugment import AutoAugment
 from dmosnet_jax.data.pipeline import TrainStream
-from dmosnet_jax.data.subset import Rows
+from dmosnet_jax.data.splits import Rows
 from dmosnet_jax.export.opening import open_weights
 from dmosnet_jax.models import Model
 from dmosnet_jax.recipes import scoring, targets

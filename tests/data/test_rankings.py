@@ -11,7 +11,7 @@ import pytest
 
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data import rankings
-from dmosnet_jax.data.datasets import load_split
+from dmosnet_jax.data.splits import load_split
 
 NAMES = [f"bounding_box_train/{i:04d}_c1s1_{i:06d}_00.jpg" for i in range(7)]
 

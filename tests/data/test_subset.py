@@ -9,8 +9,8 @@ import pytest
 
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data import rankings, subset
-from dmosnet_jax.data.datasets import load_split
 from dmosnet_jax.data.pipeline import evaluation_batches
+from dmosnet_jax.data.splits import load_split
 
 FOLDERS = [f"CN/Beijing/{video:04d}/{image:08d}.jpg" for video in (1, 12) for image in (3, 1, 2, 4)]
 

@@ -12,7 +12,7 @@ from PIL import Image
 from data_prep import convert, layouts, lint
 from data_prep.layouts import Label
 from data_prep.pedestrians import Scene
-from dmosnet_jax.data.datasets import load_split, split_names
+from dmosnet_jax.data.splits import load_split, split_names
 
 SCENE = Scene(train_ids=5, test_ids=6, cameras=3, images=3, distractors=3, junk=2, image_size=(48, 24))
 CASES = {

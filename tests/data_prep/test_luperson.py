@@ -13,8 +13,8 @@ from PIL import Image
 
 from data_prep import convert, lint
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.data import sources
-from dmosnet_jax.data.datasets import load_split
+from dmosnet_jax.data import shards as sources
+from dmosnet_jax.data.splits import load_split
 from tests.data_prep.luperson_case import ROOT, SMALL, jpegs, rows, run, snapshot
 
 

@@ -14,7 +14,7 @@ import pytest
 from data_prep import beam_pipeline, convert, layouts, luperson_source, shards
 from dmosnet_jax.core import files as places
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.data.datasets import load_split
+from dmosnet_jax.data.splits import load_split
 from tests.data_prep.luperson_case import ROOT, SCENE, SMALL, jpegs, rows, run, snapshot
 
 

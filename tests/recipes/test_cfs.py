@@ -14,7 +14,7 @@ from dmosnet_jax import models
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.mesh import make_mesh
 from dmosnet_jax.data import rankings
-from dmosnet_jax.data.datasets import load_split
+from dmosnet_jax.data.splits import load_split
 from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.export.opening import open_weights
 from dmosnet_jax.recipes import cfs, chunks

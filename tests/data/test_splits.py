@@ -8,11 +8,10 @@ import pytest
 from PIL import Image
 
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.data import datasets
-from dmosnet_jax.data.joint import JointSplit
+from dmosnet_jax.data import splits
 from dmosnet_jax.data.pipeline import evaluation_batches
-from dmosnet_jax.data.sources import INDEX_SUFFIX
-from dmosnet_jax.data.subset import Subset
+from dmosnet_jax.data.shards import INDEX_SUFFIX
+from dmosnet_jax.data.splits import JointSplit, Subset
 
 
 @pytest.fixture
@@ -25,7 +24,7 @@ def data_dir(tmp_path, write_dataset, example):
 
 
 def test_split_gives_its_images_in_order(data_dir):
-    split = datasets.load_split(data_dir, "market1501", "train")
+    split = splits.load_split(data_dir, "market1501", "train")
     assert (split.name, split.split, len(split)) == ("market1501", "train", 7)
     np.testing.assert_array_equal(split.pids, [10, 10, 11, 11, 12, 12, 13])
     np.testing.assert_array_equal(split.camids, [1, 2, 3, 1, 2, 3, 1])
@@ -43,7 +42,7 @@ def test_highest_finished_version_is_taken(data_dir, write_dataset, example):
     write_dataset(data_dir, "market1501", "1.9.0", {"train": [[example()] * 2]})
     (data_dir / "market1501" / "2.0.0").mkdir()  # has no description
     shutil.copytree(data_dir / "market1501" / "1.9.0", data_dir / "market1501" / "incomplete.AB_3.0.0")
-    assert len(datasets.load_split(data_dir, "market1501", "train")) == 1
+    assert len(splits.load_split(data_dir, "market1501", "train")) == 1
 
 
 @pytest.mark.parametrize("folder", ["", "nowhere/deep"])
@@ -51,29 +50,29 @@ def test_missing_data_set_says_how_to_convert_it(tmp_path, folder):
     where = tmp_path / folder
     command = f"python -m data_prep.convert --dataset=duke --source=PATH --data_dir={where}"
     with pytest.raises(DataError, match="no data set duke in") as error:
-        datasets.load_split(where, "duke", "train")
+        splits.load_split(where, "duke", "train")
     assert command in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_missing_split_and_wrong_names(data_dir):
     with pytest.raises(DataError, match="no split 'gallery', there are query, train"):
-        datasets.load_split(data_dir, "market1501", "gallery")
+        splits.load_split(data_dir, "market1501", "gallery")
     for name in ("", "../market1501", "Market1501", "a/b"):
         with pytest.raises(ConfigError, match="is not a name"):
-            datasets.load_split(data_dir, name, "train")
+            splits.load_split(data_dir, name, "train")
 
 
 def test_shard_missing_or_cut_at_a_record(data_dir):
     folder = data_dir / "market1501" / "1.0.0"
     shard = folder / "market1501-train.tfrecord-00001-of-00002"
-    source = datasets.load_split(data_dir, "market1501", "train").source
+    source = splits.load_split(data_dir, "market1501", "train").source
     os.truncate(shard, int(source._offsets[6]))
     with pytest.raises(DataError, match="00001-of-00002: holds 2 records instead of 3"):
-        datasets.load_split(data_dir, "market1501", "train")
+        splits.load_split(data_dir, "market1501", "train")
     shard.unlink()
     with pytest.raises(DataError, match="00001-of-00002: cannot be read"):
-        datasets.load_split(data_dir, "market1501", "train")
+        splits.load_split(data_dir, "market1501", "train")
 
 
 def test_damaged_description_is_named(data_dir):
@@ -82,17 +81,17 @@ def test_damaged_description_is_named(data_dir):
     for bad in ("", "[]", "{}", good[:40], good.replace('"shardLengths"', '"x"'), good.replace('["4"', '["four"')):
         info.write_text(bad)
         with pytest.raises(DataError, match=r"dataset_info\.json: is damaged"):
-            datasets.load_split(data_dir, "market1501", "train")
+            splits.load_split(data_dir, "market1501", "train")
     info.write_text(good.replace("tfrecord", "riegeli"))
     with pytest.raises(DataError, match="'riegeli' files instead of 'tfrecord'"):
-        datasets.load_split(data_dir, "market1501", "train")
+        splits.load_split(data_dir, "market1501", "train")
     info.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="is damaged"):
-        datasets.load_split(data_dir, "market1501", "train")
+        splits.load_split(data_dir, "market1501", "train")
 
 
 def test_record_error_names_its_place(data_dir):
-    split = datasets.load_split(data_dir, "market1501", "train")
+    split = splits.load_split(data_dir, "market1501", "train")
     shard = data_dir / "market1501" / "1.0.0" / "market1501-train.tfrecord-00001-of-00002"
     offset = int(split.source._offsets[5])
     content = bytearray(shard.read_bytes())
@@ -105,12 +104,12 @@ def test_record_error_names_its_place(data_dir):
 
 def test_relabel_is_contiguous_and_keeps_groups(rng):
     pids = rng.choice([-1, 0, 2, 5, 1501, 7], size=50).astype(np.int32)
-    labels = datasets.relabel(pids)
+    labels = splits.relabel(pids)
     assert labels.dtype == np.int32
     values = np.unique(pids)
     np.testing.assert_array_equal(np.unique(labels), np.arange(len(values)))
     np.testing.assert_array_equal(values[labels], pids)
-    assert datasets.relabel(np.zeros(0, np.int32)).shape == (0,)
+    assert splits.relabel(np.zeros(0, np.int32)).shape == (0,)
 
 
 def shard_of(data_dir, number=0):
@@ -143,7 +142,7 @@ def permuted(tmp_path, write_dataset, write_shard, example, rng):
     )
     shard = tmp_path / "market1501" / "1.0.0" / "market1501-query.tfrecord-00000-of-00001"
     rewritten(shard, write_shard, example, pids)
-    datasets.load_split(tmp_path, "market1501", "query")
+    splits.load_split(tmp_path, "market1501", "query")
     other = np.concatenate([pids[:2], rng.permutation(pids[2:-2]), pids[-2:]])
     rewritten(shard, write_shard, example, other)
     return tmp_path, other
@@ -151,15 +150,15 @@ def permuted(tmp_path, write_dataset, write_shard, example, rng):
 
 def test_a_shard_written_again_does_not_keep_the_labels_of_the_one_before(permuted):
     data_dir, pids = permuted
-    split = datasets.load_split(data_dir, "market1501", "query")
+    split = splits.load_split(data_dir, "market1501", "query")
     np.testing.assert_array_equal(split.pids, pids)
     assert [split.record(row).pid for row in range(40)] == pids.tolist()
 
 
 def test_labels_that_are_not_the_records_are_refused_when_read(permuted, monkeypatch):
-    monkeypatch.setattr("dmosnet_jax.data.indices._COMPARED", 1)
+    monkeypatch.setattr("dmosnet_jax.data.shards._COMPARED", 1)
     data_dir, pids = permuted
-    split = datasets.load_split(data_dir, "market1501", "query")
+    split = splits.load_split(data_dir, "market1501", "query")
     row = int(np.flatnonzero(split.pids != pids)[0])
     for read in (split, Subset(split, np.int32([row])), JointSplit((split, split)), pickle.loads(pickle.dumps(split))):
         with pytest.raises(DataError) as error:
@@ -177,33 +176,33 @@ def test_labels_that_are_not_the_records_are_refused_when_read(permuted, monkeyp
 @pytest.mark.parametrize("checksum", [True, False])
 @pytest.mark.parametrize("label", ["pid", "camid"])
 def test_an_index_of_one_label_is_not_believed(data_dir, checksum, label):
-    before = datasets.load_split(data_dir, "market1501", "train")
+    before = splits.load_split(data_dir, "market1501", "train")
     for number, count in enumerate((4, 3)):
         sidecar = shard_of(data_dir, number).with_name(shard_of(data_dir, number).name + INDEX_SUFFIX)
         with_labels(sidecar, checksum=checksum, **{label: np.full(count, 7, np.int32)})
-    split = datasets.load_split(data_dir, "market1501", "train")
+    split = splits.load_split(data_dir, "market1501", "train")
     np.testing.assert_array_equal(split.pids, before.pids)
     np.testing.assert_array_equal(split.camids, before.camids)
 
 
 def test_one_wrong_label_is_found_by_the_checksum_and_without_one_by_reading(data_dir, monkeypatch):
-    monkeypatch.setattr("dmosnet_jax.data.indices._COMPARED", 1)
-    pids = datasets.load_split(data_dir, "market1501", "train").pids[:4]
+    monkeypatch.setattr("dmosnet_jax.data.shards._COMPARED", 1)
+    pids = splits.load_split(data_dir, "market1501", "train").pids[:4]
     sidecar = shard_of(data_dir).with_name(shard_of(data_dir).name + INDEX_SUFFIX)
     wrong = np.where(np.arange(4) == 2, 5, pids).astype(np.int32)
     with_labels(sidecar, checksum=True, pid=wrong)
-    np.testing.assert_array_equal(datasets.load_split(data_dir, "market1501", "train").pids[:4], pids)
+    np.testing.assert_array_equal(splits.load_split(data_dir, "market1501", "train").pids[:4], pids)
     with_labels(sidecar, checksum=False, pid=wrong)
-    split = datasets.load_split(data_dir, "market1501", "train")
+    split = splits.load_split(data_dir, "market1501", "train")
     assert split.record(1).pid == pids[1]
     with pytest.raises(DataError, match=r"record 2 at byte .*: its pid is 11, in the index 5: remove .*index\.npz"):
         split.record(2)
 
 
 def test_indices_of_earlier_conversions_are_taken_as_they_are(data_dir):
-    split = datasets.load_split(data_dir, "market1501", "train")
+    split = splits.load_split(data_dir, "market1501", "train")
     sidecar = shard_of(data_dir).with_name(shard_of(data_dir).name + INDEX_SUFFIX)
     with_labels(sidecar, checksum=False)
     before = sidecar.stat().st_mtime_ns
-    np.testing.assert_array_equal(datasets.load_split(data_dir, "market1501", "train").pids, split.pids)
+    np.testing.assert_array_equal(splits.load_split(data_dir, "market1501", "train").pids, split.pids)
     assert sidecar.stat().st_mtime_ns == before
