@@ -222,17 +222,19 @@ def builder_class_of(dataset: str) -> "type[ReidBuilder]":
     # TensorFlow reports its own affairs on standard error, on import already.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    # Importing it takes seconds and half a gigabyte, and a large data set is written without it.
-    if dataset != SHARDED:
-        try:
-            import tensorflow  # noqa: F401
-            import tensorflow_datasets
-        except ImportError as error:
-            text = f"conversion needs more packages ({error}): pip install 'dmosnet_jax[convert]'"
-            raise ConfigError(text) from error
-        tensorflow_datasets.disable_progress_bar()
     module, name = DATASETS[dataset].split(":")
-    return getattr(importlib.import_module(module), name)
+    try:
+        # Importing it takes seconds and half a gigabyte, and a large data set is written without it.
+        if dataset != SHARDED:
+            import tensorflow  # noqa: F401
+        import tensorflow_datasets
+
+        builder_class = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        text = f"conversion needs more packages ({error}): pip install 'dmosnet_jax[convert]'"
+        raise ConfigError(text) from error
+    tensorflow_datasets.disable_progress_bar()
+    return builder_class
 
 
 def _build(builder: "ReidBuilder", root: pathlib.Path) -> None:

@@ -251,6 +251,13 @@ def test_missing_tensorflow_says_how_to_install(raw, tmp_path, monkeypatch):
         convert.convert("market1501", tmp_path / "data", source=raw)
 
 
+@pytest.mark.parametrize("dataset", ["market1501", "luperson"])
+def test_missing_tensorflow_datasets_says_how_to_install(raw, tmp_path, monkeypatch, dataset):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ConfigError, match=r"pip install 'dmosnet_jax\[convert\]'"):
+        convert.convert(dataset, tmp_path / "data", source=raw)
+
+
 def test_write_failure_is_one_line_and_leaves_nothing(raw, tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
