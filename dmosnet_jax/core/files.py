@@ -216,8 +216,11 @@ def atomic_write(path: Path) -> Iterator[pathlib.Path]:
     folders are made.
 
     Raises:
+      ConfigError: the path is a URL.
       DataError: it can't be written there.
     """
+    if is_remote(path):
+        raise ConfigError(f"{path}: results can be written to local folders only; give a local path, and copy it then")
     try:
         with _replacing(path) as part:
             yield part

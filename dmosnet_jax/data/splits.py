@@ -55,6 +55,7 @@ class Rows(abc.ABC):
         return len(self.pids)
 
     def __getitem__(self, index: int) -> records.Record:
+        """The record of a row, for Grain and other readers of sequences; batching needs arrays, so `map` it first."""
         return self.record(index)
 
     def filenames(self, indices: Iterable[int] | None = None) -> list[str]:

@@ -27,7 +27,7 @@ _SUFFIX = re.compile(r"(?<=[^/])\.(?:jpe?g|png|bmp|webp)$", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
-class Listed:
+class Matches:
     """Where the names of a list are in a data set.
 
     Attributes:
@@ -84,25 +84,25 @@ def choose(
 
 def ranked_rows(
     split: Split, path: str | os.PathLike[str], *, names: Callable[[], Sequence[str]] | None = None
-) -> Listed:
+) -> Matches:
     """Rows of a split in the order of a score file or a list of names; see `choose`.
 
     Raises:
       DataError: as `choose`.
     """
-    kept = _Kept(path, split) if len(split) >= KEEP_FROM else None
+    kept = _StoredMatches(path, split) if len(split) >= KEEP_FROM else None
     if kept is not None and (found := kept.read()) is not None:
         return found
     ranking = read_ranking(path, split)
     if isinstance(ranking, np.ndarray):
-        return Listed(ranking, listed=len(ranking))
+        return Matches(ranking, listed=len(ranking))
     found = _match(ranking, split.filenames() if names is None else names(), f"{split.name} {split.split}", path)
     if kept is not None:
         kept.write(found)
     return found
 
 
-def _match(listed: Sequence[str], names: Sequence[str], what: str, path: str | os.PathLike[str]) -> Listed:
+def _match(listed: Sequence[str], names: Sequence[str], what: str, path: str | os.PathLike[str]) -> Matches:
     """Finds the listed names among a data set's by the most telling form of a name that finds the most.
 
     Lists name an image by other roots, without the suffix, or with `_` between the parts of its path, as LMDB keys have
@@ -128,7 +128,7 @@ def _match(listed: Sequence[str], names: Sequence[str], what: str, path: str | o
     present = rows[rows >= 0]
     # The first mention counts.
     first = np.sort(np.unique(present, return_index=True)[1])
-    return Listed(present[first], len(listed), len(listed) - count, len(present) - len(first), how)
+    return Matches(present[first], len(listed), len(listed) - count, len(present) - len(first), how)
 
 
 Form = Callable[[str], str]
@@ -167,7 +167,7 @@ class _Last:
         return self.between.join(_stem(name).rsplit("/", self.parts)[-self.parts :])
 
 
-class _Kept:
+class _StoredMatches:
     """What was found for a list in a data set, in a file beside the list."""
 
     def __init__(self, path: str | os.PathLike[str], split: Split):
@@ -178,19 +178,19 @@ class _Kept:
             self._digest = hashlib.file_digest(file, "sha256").hexdigest()
         self._path = place.with_name(f"{place.name}.rows-{self._identity[:16]}.npz")
 
-    def read(self) -> Listed | None:
+    def read(self) -> Matches | None:
         """None where there is none, or it is of another list or data set."""
         try:
             stored = read_arrays(self._path)
             if (str(stored["identity"]), str(stored["digest"])) != (self._identity, self._digest):
                 return None
             counts = {name: int(stored[name]) for name in ("listed", "unmatched", "repeated")}
-            return Listed(stored["rows"].astype(np.int64), **counts, how=str(stored["how"]))
+            return Matches(stored["rows"].astype(np.int64), **counts, how=str(stored["how"]))
         except Exception:
             # Whatever is wrong with it, it is only a cache.
             return None
 
-    def write(self, found: Listed) -> None:
+    def write(self, found: Matches) -> None:
         """Keeps it, where the folder can be written to."""
         values = dataclasses.asdict(found) | {"identity": self._identity, "digest": self._digest}
         with contextlib.suppress(OSError), files.create(self._path) as file:

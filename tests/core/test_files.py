@@ -136,6 +136,16 @@ def test_what_can_not_be_written_is_one_line(tmp_path):
         part.write_bytes(b"1")
 
 
+def test_results_at_a_url_are_refused_and_no_folder_of_its_name_is_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(ConfigError, match="gs://bucket/a: results can be written to local folders only"),
+        files.atomic_write("gs://bucket/a"),
+    ):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
 def test_only_what_was_being_written_is_removed(tmp_path):
     for name in ("a", "a.0123.part", "b.part.txt"):
         (tmp_path / name).write_bytes(b"")
