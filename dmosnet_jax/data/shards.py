@@ -215,6 +215,11 @@ def _scan(path: str, size: int) -> Iterator[tuple[int, int, int, int]]:
             offset, number = end, number + 1
 
 
+def where_index_is(path: str) -> str:
+    """The file, or the two files, that hold the index of a shard, for messages."""
+    return path + INDEX_SUFFIX + (f" and {_cached(path)}" if files.is_remote(path) else "")
+
+
 def _cached(path: str) -> str:
     """Where the index of a remote shard is kept on this machine."""
     folder = os.environ.get("DMOSNET_CACHE") or os.path.expanduser("~/.cache/dmosnet_jax/indices")

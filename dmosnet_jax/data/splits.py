@@ -19,7 +19,7 @@ from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.files import Path
 from dmosnet_jax.core.selection import joined
 from dmosnet_jax.data import records
-from dmosnet_jax.data.shards import INDEX_SUFFIX, RecordSource
+from dmosnet_jax.data.shards import RecordSource, where_index_is
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
@@ -95,8 +95,8 @@ class Split(Rows):
         for label, own, listed in (("pid", record.pid, self.pids), ("camid", record.camid, self.camids)):
             if own != listed[index]:
                 raise DataError(
-                    f"{where}: its {label} is {own}, in the index {listed[index]}: remove {path}{INDEX_SUFFIX} (it is "
-                    "made again), or convert the data set again"
+                    f"{where}: its {label} is {own}, in the index {listed[index]}: remove {where_index_is(path)} (it "
+                    "is made again), or convert the data set again"
                 )
         return record
 

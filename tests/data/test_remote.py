@@ -12,7 +12,7 @@ import pytest
 from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import splits
-from dmosnet_jax.data.shards import INDEX_SUFFIX
+from dmosnet_jax.data.shards import INDEX_SUFFIX, load_index, to_bytes
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -120,6 +120,20 @@ def test_damage_is_told_as_for_local_data(remote):
         split.record(5)
     with pytest.raises(DataError, match=r"00000-of-00003: cannot be read .No such file"):
         splits.load_split(remote, "tiny", "train")
+
+
+def test_labels_that_are_not_the_records_are_refused_and_both_indices_named(local, remote, cache):
+    index = load_index(shard(local, 0))
+    wrong = index | {"pid": np.full(20, 7, np.int32)}
+    del wrong["checksum"]
+    files.write(shard(remote, 0) + INDEX_SUFFIX, to_bytes(wrong))
+    split = splits.load_split(remote, "tiny", "train")
+    with pytest.raises(DataError, match=r"record 3 at byte .*: its pid is 1, in the index 7: remove mem") as error:
+        split.record(3)
+    named = str(error.value).partition(": remove ")[2].partition(" (it is made again)")[0].split(" and ")
+    for place in named:
+        files.remove(place)
+    assert splits.load_split(remote, "tiny", "train").record(3).pid == 1
 
 
 def test_missing_remote_data_say_how_to_convert_them(remote):
