@@ -28,9 +28,12 @@ _NO_CPU_WHEEL = "platform_machine != 'x86_64' or sys_platform != 'linux'"
 CONVERT = [
     f"tensorflow-cpu>=2.20; {_CPU_WHEEL}",
     f"tensorflow>=2.20; {_NO_CPU_WHEEL}",
+    "tensorflow-datasets>=4.9.9",
+    "importlib_resources>=6.4",  # tensorflow-datasets needs it and does not declare it
     "apache-beam>=2.65",
     "h5py>=3.11",
     "lmdb>=1.5",
+    "scipy>=1.14",
 ]
 # Data behind URLs; for other storages than Google's, their fsspec package (s3fs, adlfs, ...).
 REMOTE = ["fsspec>=2024.6", "gcsfs>=2024.6"]

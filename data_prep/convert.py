@@ -29,9 +29,9 @@ from data_prep.synthetic import pedestrians
 from data_prep.synthetic.pedestrians import Scene
 from data_prep.write.staging import publish, staging, upload
 from data_prep.write.summary import Summary
-from dmosnet_jax.core import places
+from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.data import records, sources
+from dmosnet_jax.data import records, shards
 
 if TYPE_CHECKING:
     from data_prep.builders.base import ReidBuilder
@@ -140,7 +140,7 @@ def convert(
         raise ConfigError(f"dataset={dataset} needs source=PATH: the folder or zip file of the raw data set")
     builder_class = builder_class_of(dataset)
     check_options(dataset, options or {})
-    place = places.join(places.tidy(data_dir), dataset, str(builder_class.VERSION))
+    place = files.join(files.tidy(data_dir), dataset, str(builder_class.VERSION))
     if not overwrite and _is_there(place):
         return None
     begin = time.monotonic()
@@ -149,13 +149,13 @@ def convert(
 
         assert source is not None
         return luperson.convert(data_dir, source, options=options or {}, warn=warn)
-    if places.is_remote(data_dir):
+    if files.is_remote(data_dir):
         with tempfile.TemporaryDirectory() as folder:
             summary = convert(dataset, folder, source=source, options=options, scene=scene, warn=warn)
             assert summary is not None
             upload(str(summary.folder), place)
         return dataclasses.replace(summary, folder=place, seconds=time.monotonic() - begin)
-    with staging(pathlib.Path(places.tidy(data_dir)).absolute(), dataset) as stage:
+    with staging(pathlib.Path(files.tidy(data_dir)).absolute(), dataset) as stage:
         if dataset == RENDERED:
             source = _rendered(source, scene, stage)
         builder = builder_class(source=source, options=options, data_dir=str(stage))
@@ -167,8 +167,8 @@ def convert(
 
 
 def _summary(builder: "ReidBuilder", place: str, seconds: float) -> Summary:
-    files, listing = builder.open()
-    parts, rules = listing.parts(files), builder.RULES
+    opened, listing = builder.open()
+    parts, rules = listing.parts(opened), builder.RULES
     return Summary(
         folder=pathlib.Path(place).absolute(),
         splits={p.split: (len(p), len(identities(p.pids, rules)), len(set(p.camids.tolist()))) for p in parts},
@@ -180,7 +180,7 @@ def _summary(builder: "ReidBuilder", place: str, seconds: float) -> Summary:
 
 def _is_there(place: str) -> bool:
     try:
-        return places.is_file(places.join(place, records.INFO_FILE))
+        return files.is_file(files.join(place, records.INFO_FILE))
     except OSError as error:
         raise DataError(f"{place}: cannot be read ({error.strerror}): check the name and the credentials") from error
 
@@ -225,17 +225,18 @@ def builder_class_of(dataset: str) -> "type[ReidBuilder]":
     # TensorFlow reports its own affairs on standard error, on import already.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    # Importing it takes seconds and half a gigabyte, and a large data set is written without it.
-    if dataset != SHARDED:
-        try:
+    try:
+        # Importing it takes seconds and half a gigabyte, and a large data set is written without it.
+        if dataset != SHARDED:
             import tensorflow  # noqa: F401
-            import tensorflow_datasets
-        except ImportError as error:
-            text = f"conversion needs more packages ({error}): pip install 'dmosnet_jax[convert]'"
-            raise ConfigError(text) from error
-        tensorflow_datasets.disable_progress_bar()
-    # Imported when needed, because TensorFlow comes with it; its class has the name of the data set.
-    module = importlib.import_module(f"data_prep.builders.{dataset}")
+        import tensorflow_datasets
+
+        # Its class has the name of the data set.
+        module = importlib.import_module(f"data_prep.builders.{dataset}")
+    except ImportError as error:
+        text = f"conversion needs more packages ({error}): pip install 'dmosnet_jax[convert]'"
+        raise ConfigError(text) from error
+    tensorflow_datasets.disable_progress_bar()
     return getattr(module, "".join(map(str.capitalize, dataset.split("_"))))
 
 
@@ -252,7 +253,7 @@ def _build(builder: "ReidBuilder", root: pathlib.Path) -> None:
                 download_config=tfds.download.DownloadConfig(register_checksums=False),
             )
         for split, items in builder.open()[1].splits.items():
-            pids = [sources.load_index(path)["pid"] for path in builder.info.splits[split].filepaths]
+            pids = [shards.load_index(path)["pid"] for path in builder.info.splits[split].filepaths]
             written = [int(pid) for shard in pids for pid in shard]
             if written != [item.pid for item in items]:
                 raise DataError(f"{root}: what was written for {split} reads back differently: check the disk")

@@ -22,8 +22,8 @@ from data_prep import command, convert
 from data_prep.check.images import Contents, OtherLabelsError, Part, inspect
 from data_prep.check.rules import Finding, Rules, check, identities
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.data import datasets, records
-from dmosnet_jax.data.datasets import Split
+from dmosnet_jax.data import records, splits
+from dmosnet_jax.data.splits import Split
 
 # Options of `folder` that decide what there is to check.
 _OPTIONS = ("camera_policy", "test_fraction")
@@ -145,10 +145,15 @@ def lint_converted(dataset: str, data_dir: str | os.PathLike[str], *, images: bo
       ConfigError: the name cannot be one of a data set.
       DataError: it is not there, or damaged.
     """
-    names = sorted(datasets.split_names(data_dir, dataset), key=_position)
-    parts = [_converted(datasets.load_split(data_dir, dataset, name)) for name in names]
+    names = sorted(splits.split_names(data_dir, dataset), key=_position)
+    parts = [_converted(splits.load_split(data_dir, dataset, name)) for name in names]
     rules = convert.builder_class_of(dataset).RULES if dataset in convert.DATASETS else Rules()
     return _report(f"{dataset} in {data_dir}, converted", parts, rules, images)
+
+
+def _place(split: Split, row: int) -> str:
+    path, number, offset = split.source.place(row)
+    return f"{path}: record {number} at byte {offset}"
 
 
 def _converted(split: Split) -> Part:
@@ -156,15 +161,14 @@ def _converted(split: Split) -> Part:
         try:
             return records.parse(split.source[row])
         except DataError as error:
-            raise DataError(f"{split.source.where(row)}: {error}") from error
+            raise DataError(f"{_place(split, row)}: {error}") from error
 
     def read(row: int) -> bytes:
         found = record(row)
         index = int(split.pids[row]), int(split.camids[row])
         if (found.pid, found.camid) != index:
             raise OtherLabelsError(
-                f"{split.source.where(row)}: pid {found.pid} and camid {found.camid}, in the index {index[0]} and "
-                f"{index[1]}"
+                f"{_place(split, row)}: pid {found.pid} and camid {found.camid}, in the index {index[0]} and {index[1]}"
             )
         return found.image
 

@@ -31,7 +31,7 @@ from data_prep.write import pool, shards
 from data_prep.write.shards import Plan, Result
 from data_prep.write.staging import publish, staging, upload
 from data_prep.write.summary import Summary
-from dmosnet_jax.core import places
+from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import records
 
@@ -115,7 +115,7 @@ def convert(
         plan, parts = shards.make_plan(found, "luperson", size, settings["names"], lambda n: bar.update(n - bar.n))
     for text in _remarks(plan, settings["names"]):
         warn(text)
-    root = places.tidy(data_dir)
+    root = files.tidy(data_dir)
     with _stage(root) as stage:
         try:
             results = shards.install(stage, plan, parts)
@@ -169,10 +169,10 @@ def _remarks(plan: Plan, names: str) -> Iterator[str]:
 @contextlib.contextmanager
 def _stage(root: str) -> Iterator[str]:
     """Where a conversion goes on; removed when it has succeeded."""
-    if places.is_remote(root):
-        stage = places.join(root, ".luperson.incomplete")
+    if files.is_remote(root):
+        stage = files.join(root, ".luperson.incomplete")
         yield stage
-        places.remove(stage)
+        files.remove(stage)
         return
     with staging(pathlib.Path(root).absolute(), "luperson", keep=True) as folder:
         yield str(folder)
@@ -185,7 +185,7 @@ class _TooManyError(DataError):
 def _check_unreadable(stage: str, plan: Plan, results: dict[int, Result]) -> None:
     if sum(len(result.skipped) for result in results.values()) <= plan.allowed:
         return
-    listed = places.join(stage, UNREADABLE_FILE)
+    listed = files.join(stage, UNREADABLE_FILE)
     skipped = _write_unreadable(listed, results)
     done = sum(result.images + len(result.skipped) for result in results.values())
     raise _TooManyError(
@@ -196,24 +196,24 @@ def _check_unreadable(stage: str, plan: Plan, results: dict[int, Result]) -> Non
 
 def _write_unreadable(path: str, results: dict[int, Result]) -> int:
     rows = [entry for _, result in sorted(results.items()) for entry in result.skipped]
-    places.write(path, "".join(f"{entry.ref}\t{entry.reason}\n" for entry in rows).encode(errors="surrogateescape"))
+    files.write(path, "".join(f"{entry.ref}\t{entry.reason}\n" for entry in rows).encode(errors="surrogateescape"))
     return len(rows)
 
 
 def _finish(root: str, stage: str, plan: Plan, results: dict[int, Result]) -> str:
     """Describes the data set and moves it to its place, which is returned."""
-    folder = places.join(stage, shards.DATASET)
+    folder = files.join(stage, shards.DATASET)
     ordered = [results[number] for number in range(len(plan.images))]
     skipped = sum(len(result.skipped) for result in ordered)
     if not any(result.images for result in ordered):
         raise DataError(f"source {plan.root} has no readable image: copy LUPerson again")
     try:
         if skipped:
-            _write_unreadable(places.join(folder, UNREADABLE_FILE), results)
+            _write_unreadable(files.join(folder, UNREADABLE_FILE), results)
         for name, content in _description(plan, ordered).items():
-            places.write(places.join(folder, name), content)
-        target = places.join(root, "luperson", str(Luperson.VERSION))
-        if places.is_remote(root):
+            files.write(files.join(folder, name), content)
+        target = files.join(root, "luperson", str(Luperson.VERSION))
+        if files.is_remote(root):
             upload(folder, target)
         else:
             publish(pathlib.Path(folder), pathlib.Path(target).absolute())
@@ -230,7 +230,7 @@ def _summary(folder: str, plan: Plan, results: dict[int, Result], kept: int, sec
         rate = (images - kept) / max(seconds, 1e-9)
         notes.append(f"{kept:,} of them were converted before, {rate:,.0f} images/s without these")
     if skipped:
-        notes.append(f"{skipped:,} unreadable images left out, listed in {places.join(folder, UNREADABLE_FILE)}")
+        notes.append(f"{skipped:,} unreadable images left out, listed in {files.join(folder, UNREADABLE_FILE)}")
     return Summary(folder, {records.TRAIN: (images, 0, plan.videos)}, None, 0, seconds, tuple(notes))
 
 

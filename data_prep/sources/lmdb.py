@@ -5,10 +5,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from dmosnet_jax.core import places
-from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.core.inert_pickle import Global, Opaque, interpret, printable
-from dmosnet_jax.core.plain_pickle import MAX_PLAIN_OPCODES, PlainVocabulary
+from dmosnet_jax.core import files
+from dmosnet_jax.core.errors import ConfigError, DataError, printable
+from dmosnet_jax.core.safe_pickle import MAX_PLAIN_OPCODES, Global, Opaque, PlainVocabulary, interpret
 
 KEYS_FILE = "keys.pkl"
 
@@ -113,7 +112,7 @@ def read_keys(path: str | os.PathLike[str]) -> list[str]:
     """
     where = os.fspath(path)
     try:
-        content = places.read(where)
+        content = files.read(where)
     except OSError as error:
         raise DataError(f"{where}: cannot be read ({error.strerror})") from error
     vocabulary = _KeysVocabulary(where)

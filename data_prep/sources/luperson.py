@@ -20,9 +20,8 @@ from typing import NamedTuple, Protocol
 from data_prep.sources.base import is_ignored, reason
 from data_prep.sources.folder import read_file, refuse_link_out
 from data_prep.sources.lmdb import KEYS_FILE, Database, listed_keys
-from dmosnet_jax.core import places
-from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.core.inert_pickle import printable
+from dmosnet_jax.core import files
+from dmosnet_jax.core.errors import ConfigError, DataError, printable
 
 IMAGES = 4_180_243
 _KEY = re.compile(r"\d{2,}_\d{2,}_\d{4,}_\d{1,18}", re.ASCII)
@@ -76,23 +75,23 @@ def find(source: str | os.PathLike[str]) -> Source:
       ConfigError: an LMDB behind a URL.
       DataError: it is not there, or of no known form.
     """
-    location = places.tidy(source)
+    location = files.tidy(source)
     if os.path.basename(location) == _DATA_FILE or location.endswith((".mdb", ".lmdb")):
-        if places.is_remote(location):
+        if files.is_remote(location):
             raise ConfigError(f"source {location}: an LMDB is read in place: copy it to this machine")
         if os.path.isfile(location):
             return _Lmdb(location, location)
     top = _entries(location, location)
     names = {entry.name for entry in top}
     if _DATA_FILE in names:
-        return _Lmdb(location, places.join(location, _DATA_FILE))
+        return _Lmdb(location, files.join(location, _DATA_FILE))
     for entry in top:
-        inner = places.join(location, entry.name, _DATA_FILE)
-        if entry.is_folder and not places.is_remote(location) and os.path.isfile(inner):
+        inner = files.join(location, entry.name, _DATA_FILE)
+        if entry.is_folder and not files.is_remote(location) and os.path.isfile(inner):
             return _Lmdb(location, inner)
     if any(not entry.is_folder and _is_numbered(entry.name) for entry in top):
         return _Flat(location, location)
-    inner = places.join(location, "images")
+    inner = files.join(location, "images")
     if "images" in names and any(_is_numbered(entry.name) for entry in _entries(inner, location)):
         return _Flat(location, inner)
     return _Tree(location)
@@ -107,9 +106,9 @@ def reader(kind: str, root: str) -> Callable[[str], bytes]:
 
 
 def _read_file(root: str, ref: str) -> bytes:
-    path = places.join(root, ref)
+    path = files.join(root, ref)
     try:
-        return places.read(path) if places.is_remote(path) else read_file(path)
+        return files.read(path) if files.is_remote(path) else read_file(path)
     except OSError as error:
         raise DataError(reason(error)) from error
 
@@ -119,14 +118,14 @@ def _is_numbered(name: str) -> bool:
     return bool(_JPEG.fullmatch(suffix) and _KEY.fullmatch(stem))
 
 
-def _is_jpeg(entry: places.Entry) -> bool:
+def _is_jpeg(entry: files.Entry) -> bool:
     return not entry.is_folder and bool(_JPEG.fullmatch(os.path.splitext(entry.name)[1]))
 
 
-def _entries(folder: str, location: str) -> list[places.Entry]:
+def _entries(folder: str, location: str) -> list[files.Entry]:
     """Entries of a folder without those that systems leave behind."""
     try:
-        found = [entry for entry in places.entries(folder) if not is_ignored(entry.name)]
+        found = [entry for entry in files.entries(folder) if not is_ignored(entry.name)]
     except NotADirectoryError as error:
         raise DataError(f"source {location} is neither a folder nor an LMDB: give {_LAYOUT}") from error
     except FileNotFoundError as error:
@@ -150,7 +149,7 @@ class _Tree:
         countries = self._folders("")
         for i, country in enumerate(countries):
             for j, city in enumerate(self._folders(country)):
-                inside = _entries(places.join(self.root, country, city), self.location)
+                inside = _entries(files.join(self.root, country, city), self.location)
                 folders = [entry.name for entry in inside if entry.is_folder]
                 single = [entry for entry in inside if _is_jpeg(entry)]
                 if folders and single:
@@ -163,14 +162,14 @@ class _Tree:
                 for k, name in enumerate(folders):
                     video += 1
                     below = f"{country}/{city}/{name}"
-                    files = filter(_is_jpeg, _entries(places.join(self.root, *below.split("/")), self.location))
-                    for m, entry in enumerate(files):
+                    crops = filter(_is_jpeg, _entries(files.join(self.root, *below.split("/")), self.location))
+                    for m, entry in enumerate(crops):
                         number = f"{i:02d}_{j:02d}_{k:04d}_{m:08d}.jpg"
                         yield Image(f"{below}/{entry.name}", number, video, entry.size)
 
     def _folders(self, place: str) -> list[str]:
         """Folders below a place where no image may be."""
-        inside = _entries(places.join(self.root, place) if place else self.root, self.location)
+        inside = _entries(files.join(self.root, place) if place else self.root, self.location)
         stray = next((entry.name for entry in inside if _is_jpeg(entry)), None)
         if stray is not None:
             where = f"{place}/{stray}" if place else stray

@@ -18,16 +18,15 @@ import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from data_prep.sources import luperson
 from data_prep.sources.base import reason
 from data_prep.sources.luperson import Image, Source
-from dmosnet_jax.core import places
+from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.data import indices, records, transforms
-from dmosnet_jax.data.framing import frame
+from dmosnet_jax.data import records, transforms
+from dmosnet_jax.data import shards as reading
 from dmosnet_jax.data.records import Record
+from dmosnet_jax.data.shards import frame
 
 # Share of the images that may be unreadable.
 MAX_UNREADABLE = 1e-3
@@ -183,28 +182,28 @@ def install(stage: str, plan: Plan, parts: list[bytes]) -> dict[int, Result]:
     before = read_plan(stage)
     if before is None or before.fingerprint != plan.fingerprint:
         for name in (_PLAN, _DONE, _PLANS, DATASET):
-            places.remove(places.join(stage, name))
+            files.remove(files.join(stage, name))
         for number, part in enumerate(parts):
-            places.write(places.join(stage, _PLANS, f"{number:05d}"), part)
+            files.write(files.join(stage, _PLANS, f"{number:05d}"), part)
     # The source may have moved.
-    places.write(places.join(stage, _PLAN), json.dumps(dataclasses.asdict(plan)).encode())
-    for entry in _listed(places.join(stage, DATASET)):
+    files.write(files.join(stage, _PLAN), json.dumps(dataclasses.asdict(plan)).encode())
+    for entry in _listed(files.join(stage, DATASET)):
         # Left by a process that was killed.
-        if entry.endswith(places.PART):
-            places.remove(places.join(stage, DATASET, entry))
+        if entry.endswith(files.PART):
+            files.remove(files.join(stage, DATASET, entry))
     finished = {}
     for number, result in results(stage).items():
         if _is_whole(stage, plan, number, result):
             finished[number] = result
         else:
-            places.remove(places.join(stage, _DONE, f"{number:05d}"))
+            files.remove(files.join(stage, _DONE, f"{number:05d}"))
     return finished
 
 
 def read_plan(stage: str) -> Plan | None:
     """The plan on a stage, None where there is none."""
     try:
-        return Plan(**json.loads(places.read(places.join(stage, _PLAN))))
+        return Plan(**json.loads(files.read(files.join(stage, _PLAN))))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -212,10 +211,10 @@ def read_plan(stage: str) -> Plan | None:
 def results(stage: str) -> dict[int, Result]:
     """What came of the shards that are finished, by their numbers."""
     found = {}
-    for name in _listed(places.join(stage, _DONE)):
+    for name in _listed(files.join(stage, _DONE)):
         if name.isdigit():
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                value = json.loads(places.read(places.join(stage, _DONE, name)))
+                value = json.loads(files.read(files.join(stage, _DONE, name)))
                 value["skipped"] = [Skipped(*entry) for entry in value["skipped"]]
                 found[int(name)] = Result(**value)
     return found
@@ -240,8 +239,8 @@ def write_shard(stage: str, number: int, progress: Callable[[int], None] = lambd
         raise DataError(f"{stage} has no plan any more: run the same command again")
     try:
         result = _write(stage, plan, number, progress)
-        path = places.join(stage, _DONE, f"{number:05d}")
-        places.write(path, json.dumps(dataclasses.asdict(result)).encode())
+        path = files.join(stage, _DONE, f"{number:05d}")
+        files.write(path, json.dumps(dataclasses.asdict(result)).encode())
     except OSError as error:
         raise DataError(f"cannot write to {stage} ({reason(error)}): free space, or give another data_dir") from error
     return result
@@ -250,9 +249,9 @@ def write_shard(stage: str, number: int, progress: Callable[[int], None] = lambd
 def _write(stage: str, plan: Plan, number: int, progress: Callable[[int], None]) -> Result:
     images = [Image(*entry) for entry in json.loads(zlib.decompress(_part(stage, number)))]
     read = luperson.reader(plan.kind, plan.root)
-    path = places.join(stage, DATASET, plan.shard_name(number))
+    path = files.join(stage, DATASET, plan.shard_name(number))
     skipped: list[Skipped] = []
-    with places.create(path) as file:
+    with files.create(path) as file:
         shard = _Shard(file.write)
         for row, image in enumerate(images, 1):
             name = image.ref if plan.names == "paths" or image.number is None else image.number
@@ -269,12 +268,12 @@ def _write(stage: str, plan: Plan, number: int, progress: Callable[[int], None])
                 shard.add(Record(data, -1, image.video, name))
             if row % _REPORT == 0 or row == len(images):
                 progress(row - (row - 1) // _REPORT * _REPORT)
-    places.write(path + indices.INDEX_SUFFIX, indices.to_bytes(shard.index()))
+    files.write(path + reading.INDEX_SUFFIX, reading.to_bytes(shard.index()))
     return Result(shard.count, skipped, shard.size)
 
 
 def _part(stage: str, number: int) -> bytes:
-    return places.read(places.join(stage, _PLANS, f"{number:05d}"))
+    return files.read(files.join(stage, _PLANS, f"{number:05d}"))
 
 
 class _Shard:
@@ -296,35 +295,27 @@ class _Shard:
         self._write(raw)
         self._rows.append((self.size, len(data), record.pid, record.camid))
         self.size += len(raw)
-        if len(self._head) < indices.ENDS:
-            self._head = (self._head + raw)[: indices.ENDS]
-        self._tail = raw[-indices.ENDS :] if len(raw) >= indices.ENDS else (self._tail + raw)[-indices.ENDS :]
+        if len(self._head) < reading.ENDS:
+            self._head = (self._head + raw)[: reading.ENDS]
+        self._tail = raw[-reading.ENDS :] if len(raw) >= reading.ENDS else (self._tail + raw)[-reading.ENDS :]
 
-    def index(self) -> indices.Index:
-        columns = np.array(self._rows, np.int64).reshape(-1, 4).T
-        return {
-            "offset": columns[0].copy(),
-            "length": columns[1].copy(),
-            "pid": columns[2].astype(np.int32),
-            "camid": columns[3].astype(np.int32),
-            "shard_bytes": np.array(self.size, np.int64),
-            "shard_ends": np.array(indices.checksum_of_ends(self._head, self._tail), np.uint32),
-        }
+    def index(self) -> reading.Index:
+        return reading.make_index(self._rows, self.size, reading.checksum_of_ends(self._head, self._tail))
 
 
 def _is_whole(stage: str, plan: Plan, number: int, result: Result) -> bool:
     """Whether a finished shard is there, with its index, as long as it was."""
-    path = places.join(stage, DATASET, plan.shard_name(number))
+    path = files.join(stage, DATASET, plan.shard_name(number))
     try:
         if len(result.skipped) > plan.allowed:
             return False
-        return places.size(path) == result.shard_bytes and places.is_file(path + indices.INDEX_SUFFIX)
+        return files.size(path) == result.shard_bytes and files.is_file(path + reading.INDEX_SUFFIX)
     except OSError:
         return False
 
 
 def _listed(folder: str) -> list[str]:
     try:
-        return [entry.name for entry in places.entries(folder)]
+        return [entry.name for entry in files.entries(folder)]
     except FileNotFoundError:
         return []

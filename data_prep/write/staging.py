@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from dmosnet_jax.core import places
+from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data import records
 
@@ -129,11 +129,11 @@ def upload(folder: str, target: str) -> None:
       DataError: it cannot be copied.
     """
     try:
-        places.remove(places.join(target, records.INFO_FILE))
-        places.remove(target)
-        names = [entry.name for entry in places.entries(folder)]
+        files.remove(files.join(target, records.INFO_FILE))
+        files.remove(target)
+        names = [entry.name for entry in files.entries(folder)]
         bar = tqdm(sorted(names, key=lambda name: name == records.INFO_FILE), desc="copying", disable=None, leave=False)
         for name in bar:
-            places.copy(places.join(folder, name), places.join(target, name))
+            files.copy(files.join(folder, name), files.join(target, name))
     except OSError as error:
         raise DataError(f"cannot write to {target} ({error.strerror}): check the name and the credentials") from error

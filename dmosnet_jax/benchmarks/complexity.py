@@ -18,8 +18,8 @@ import numpy as np
 
 from dmosnet_jax.benchmarks import tables
 from dmosnet_jax.benchmarks.counting import count
-from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.core.errors import ConfigError, UserError
+from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.models import Model, build, names
 
 PICTURES = (".svg", ".png", ".pdf")
@@ -137,8 +137,8 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     for axes in (everything, full):
         axes.set(xlabel="parameters (millions)", ylabel="multiply-adds (billions)")
         axes.grid(visible=True, which="both", alpha=0.2)
-    with written_aside(path) as aside:
-        figure.savefig(aside, format=path.rpartition(".")[2])
+    with atomic_write(path) as part:
+        figure.savefig(part, format=path.rpartition(".")[2])
 
 
 def _place(row: dict[str, Any]) -> tuple[float, float]:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dmosnet_jax.core.aside import written_aside
+from dmosnet_jax.core.files import atomic_write
 
 Row = Mapping[str, Any]
 
@@ -52,7 +52,7 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
     Raises:
         DataError: the file can't be written.
     """
-    with written_aside(path) as aside, open(aside, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

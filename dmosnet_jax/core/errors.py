@@ -5,6 +5,7 @@ ours and keeps its traceback.
 """
 
 import errno
+import reprlib
 
 # What a system may refuse to any program; other codes, as a file that is not there, mean that we did not look.
 _REFUSALS = {
@@ -43,3 +44,12 @@ def refusal(error: OSError) -> DataError | None:
     if error.errno not in _REFUSALS or error.filename is None:
         return None
     return DataError(f"{error.filename}: {error.strerror}: give another place, or make room there")
+
+
+def printable(text: object, limit: int = 120) -> str:
+    """Text from an untrusted file as one short line of visible ASCII, fit for an error message."""
+    # Containers may be nested deeper than Python recurses, or share parts so often that no memory holds their text.
+    shown = reprlib.repr(text) if isinstance(text, (list, tuple, dict)) else str(text)
+    # Only a slice is escaped: the text may be as long as the file.
+    escaped = shown[:limit].encode("unicode_escape").decode("ascii")
+    return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."

@@ -21,7 +21,7 @@ HostBatch = dict[str, np.ndarray]
 
 
 class Images(Protocol):
-    """What is needed of a `dmosnet_jax.data.datasets.Split`; must pickle for worker processes."""
+    """What is needed of a `dmosnet_jax.data.splits.Split`; must pickle for worker processes."""
 
     @property
     def name(self) -> str:

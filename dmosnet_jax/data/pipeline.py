@@ -52,7 +52,7 @@ class TrainStream:
         """Prepares the stream; nothing is read before the first batch is asked for.
 
         Args:
-          split: a `dmosnet_jax.data.datasets.Split`: `source`, `pids`, `camids`, `record(i)`.
+          split: a `dmosnet_jax.data.splits.Split`: `source`, `pids`, `camids`, `record(i)`.
           plan: rows of the global batches, see `Plan`.
           image_size: (H, W) in pixels.
           interpolation: filter that resizes, a key of `transforms.FILTERS`.

@@ -10,22 +10,19 @@ import hashlib
 import io
 import os
 import pathlib
-import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import IO, Any
 
 import numpy as np
 
-from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.core.inert_pickle import printable
-from dmosnet_jax.core.plain_pickle import read_plain
-from dmosnet_jax.data.datasets import Split
+from dmosnet_jax.core.errors import DataError, printable
+from dmosnet_jax.core.safe_npz import MAX_BYTES, read_arrays
+from dmosnet_jax.core.safe_pickle import read_plain
+from dmosnet_jax.data.splits import Split
 
 # A gzipped text file beyond so many names.
 GZIP_FROM = 100_000
-# Bytes that a compressed file may grow to; LUPerson's 4.18 million names have about 200 MB.
-MAX_BYTES = 2**32
 _GZIP, _ZIP, _NPY, _PICKLE = b"\x1f\x8b", b"PK\x03\x04", b"\x93NUMPY", b"\x80"
 # How lists and dicts begin in protocols 0 and 1, which have no mark of their own.
 _OLD_PICKLES = (b"(lp0\n", b"(lp1\n", b"(dp0\n", b"(dp1\n", b"]q\x00", b"}q\x00")
@@ -100,31 +97,8 @@ def read_ranking(path: str | os.PathLike[str], split: Split) -> np.ndarray | lis
     if start.startswith(_PICKLE) or (suffixes and suffixes[-1].lower() in _PICKLE_SUFFIXES):
         return _names(read_plain(path), where)
     if start.startswith((_ZIP, _NPY)):
-        return _from_arrays(_load_arrays(where), where, split)
+        return _from_arrays(read_arrays(where, max_bytes=MAX_BYTES, fix=_FIX), where, split)
     return _from_text(_unzipped(where) if start.startswith(_GZIP) else pathlib.Path(where).read_bytes(), where)
-
-
-def _load_arrays(where: str) -> dict[str, np.ndarray]:
-    try:
-        if zipfile.is_zipfile(where):
-            with zipfile.ZipFile(where) as archive:
-                size = sum(entry.file_size for entry in archive.infolist())
-            if size > MAX_BYTES:
-                raise DataError(f"{where}: would unpack to {size:,} bytes, more than {MAX_BYTES:,}: {_FIX}")
-        loaded = np.load(where, allow_pickle=False)
-        return {"names": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
-    # RuntimeError: encrypted, or compressed in a way that is not known.
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        MemoryError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise DataError(f"{where}: damaged, or of another kind ({printable(error)}): {_FIX}") from error
 
 
 def _from_arrays(arrays: dict[str, np.ndarray], where: str, split: Split) -> np.ndarray | list[str]:
@@ -159,7 +133,7 @@ def read_scores(path: str | os.PathLike[str], split: Split) -> np.ndarray:
         DataError: it is damaged, or of another data set.
     """
     where = os.fspath(path)
-    arrays = _load_arrays(where)
+    arrays = read_arrays(where, max_bytes=MAX_BYTES, fix=_FIX)
     if not {"scores", "identity"} <= arrays.keys():
         raise DataError(f"{where}: is not a score file: {_FIX}")
     return _own_scores(arrays, where, split)

@@ -1,14 +1,15 @@
 """The record of one image: a serialised `tf.train.Example`, written by `data_prep` and read here without TensorFlow.
 
-The names below are the schema; both sides import them. The parser knows just the part of the protobuf wire format that
-an Example uses (https://protobuf.dev/programming-guides/encoding): it is faster to import than a protobuf runtime, and
-it treats every byte as untrusted.
+The names below are the schema; both sides import them.
 """
 
 import dataclasses
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.core.protobuf import message_class
 
 IMAGE = "image"  # the encoded file, byte for byte as in the raw data set
 PID = "pid"  # identity; -1 where unlabelled, 0 for a distractor in the gallery
@@ -24,10 +25,34 @@ VAL, TRAINVAL = "val", "trainval"
 FILE_FORMAT = "tfrecord"
 INFO_FILE = "dataset_info.json"
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _INT32 = range(-(2**31), 2**31)
 
-Buffer = bytes | memoryview
+# What is used of tensorflow/core/example/example.proto and feature.proto.
+_Example = message_class(
+    """
+    name: "example.proto" syntax: "proto3"
+    message_type { name: "BytesList" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
+    message_type { name: "Int64List" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
+    message_type {
+      name: "Feature" oneof_decl { name: "kind" }
+      field { name: "bytes_list" number: 1 type: TYPE_MESSAGE type_name: "BytesList" oneof_index: 0 }
+      field { name: "int64_list" number: 3 type: TYPE_MESSAGE type_name: "Int64List" oneof_index: 0 }
+    }
+    message_type {
+      name: "Features"
+      field {
+        name: "feature" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: "Features.FeatureEntry"
+      }
+      nested_type {
+        name: "FeatureEntry" options { map_entry: true }
+        field { name: "key" number: 1 type: TYPE_STRING }
+        field { name: "value" number: 2 type: TYPE_MESSAGE type_name: "Feature" }
+      }
+    }
+    message_type { name: "Example" field { name: "features" number: 1 type: TYPE_MESSAGE type_name: "Features" } }
+    """,
+    "Example",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,144 +89,44 @@ def parse(record: bytes) -> Record:
     Raises:
       DataError: the bytes are not such an Example. The caller knows the shard and names it.
     """
-    values: dict[str, Any] = {}
     try:
-        for features in _fields(memoryview(record), 1):
-            for entry in _fields(features, 1):
-                name = bytes(_last(entry, 1)).decode()
-                if name in FEATURES:
-                    feature = _last(entry, 2)
-                    values[name] = _integer(feature, name) if name in (PID, CAMID) else _string(feature, name)
-        missing = [name for name in FEATURES if name not in values]
+        feature = _Example.FromString(record).features.feature
+        missing = [name for name in FEATURES if name not in feature]
         if missing:
             raise ValueError(f"it has no {', '.join(missing)}")
         return Record(
-            image=bytes(values[IMAGE]),
-            pid=values[PID],
-            camid=values[CAMID],
-            filename=bytes(values[FILENAME]).decode(),
+            image=_only(feature[IMAGE].bytes_list.value, IMAGE, "strings"),
+            pid=_int32(feature[PID], PID),
+            camid=_int32(feature[CAMID], CAMID),
+            filename=_only(feature[FILENAME].bytes_list.value, FILENAME, "strings").decode(),
         )
-    except (ValueError, IndexError) as error:
+    except (DecodeError, ValueError) as error:
         raise DataError(f"not a record of this format: {error}") from error
 
 
 def serialise(record: Record) -> bytes:
-    """A record as `parse` reads it; the bytes are those that protobuf's deterministic serialisation gives.
+    """A record as `parse` reads it; equal records give equal bytes.
 
     Args:
       record: the record; its file name must be valid text.
     """
-    values = {
-        IMAGE: delimited(1, delimited(1, record.image)),
-        PID: delimited(3, delimited(1, varint(record.pid % 2**64))),
-        CAMID: delimited(3, delimited(1, varint(record.camid % 2**64))),
-        FILENAME: delimited(1, delimited(1, record.filename.encode())),
-    }
-    entries = (delimited(1, name.encode()) + delimited(2, values[name]) for name in sorted(values))
-    return delimited(1, b"".join(delimited(1, entry) for entry in entries))
+    example = _Example()
+    feature = example.features.feature
+    feature[IMAGE].bytes_list.value.append(record.image)
+    feature[PID].int64_list.value.append(record.pid)
+    feature[CAMID].int64_list.value.append(record.camid)
+    feature[FILENAME].bytes_list.value.append(record.filename.encode())
+    return example.SerializeToString(deterministic=True)
 
 
-def delimited(number: int, data: bytes) -> bytes:
-    """A length-delimited field of a message."""
-    return b"".join((bytes([number << 3 | _BYTES]), varint(len(data)), data))
-
-
-def varint(value: int) -> bytes:
-    """A varint."""
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _string(feature: Buffer, name: str) -> Buffer:
-    """The only value of a feature's `bytes_list`."""
-    values = [value for strings in _fields(feature, 1) for value in _fields(strings, 1)]
-    if len(values) != 1:
-        raise ValueError(f"{name} has {len(values)} strings instead of 1")
-    return values[0]
-
-
-def _integer(feature: Buffer, name: str) -> int:
-    """The only value of a feature's `int64_list`, which may be packed or not."""
-    values: list[int] = []
-    for integers in _fields(feature, 3):
-        position = 0
-        while position < len(integers):
-            tag, position = _varint(integers, position)
-            if tag == 1 << 3 | _BYTES:
-                size, position = _varint(integers, position)
-                end = _within(position + size, integers)
-                while position < end:
-                    value, position = _varint(integers, position)
-                    values.append(value)
-            elif tag == 1 << 3 | _VARINT:
-                value, position = _varint(integers, position)
-                values.append(value)
-            else:
-                raise ValueError(f"unexpected field {tag} in the integers of {name}")
-    if len(values) != 1:
-        raise ValueError(f"{name} has {len(values)} integers instead of 1")
-    value = values[0] - 2**64 if values[0] >= 2**63 else values[0]
+def _int32(feature: Any, name: str) -> int:
+    value = _only(feature.int64_list.value, name, "integers")
     if value not in _INT32:
         raise ValueError(f"{name}={value} is outside int32")
     return value
 
 
-def _last(message: Buffer, number: int) -> Buffer:
-    """The value of a field that occurs once; as protobuf has it, the last one counts and an absent one is empty."""
-    value: Buffer = b""
-    for value in _fields(message, number):  # noqa: B007
-        pass
-    return value
-
-
-def _fields(message: Buffer, number: int) -> list[Buffer]:
-    """The values of a length-delimited field of a message; other fields are skipped."""
-    values = []
-    position = 0
-    wanted = number << 3 | _BYTES
-    while position < len(message):
-        tag, position = _varint(message, position)
-        kind = tag & 7
-        if kind == _BYTES:
-            size, position = _varint(message, position)
-            end = _within(position + size, message)
-            if tag == wanted:
-                values.append(message[position:end])
-            position = end
-        elif kind == _VARINT:
-            _, position = _varint(message, position)
-        elif kind in (_FIXED64, _FIXED32):
-            position = _within(position + (8 if kind == _FIXED64 else 4), message)
-        else:
-            raise ValueError(f"unknown wire type {kind}")
-    return values
-
-
-def _varint(data: Buffer, position: int) -> tuple[int, int]:
-    """An unsigned 64-bit integer and the position behind it."""
-    byte = data[position]
-    if byte < 0x80:
-        return byte, position + 1
-    value, shift = byte & 0x7F, 7
-    while True:
-        position += 1
-        byte = data[position]
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            break
-        shift += 7
-        if shift > 63:
-            raise ValueError("an integer is longer than 64 bits")
-    if value >= 2**64:
-        raise ValueError("an integer is longer than 64 bits")
-    return value, position + 1
-
-
-def _within(end: int, message: Buffer) -> int:
-    if end > len(message):
-        raise ValueError(f"a field ends at byte {end} of a message of {len(message)} bytes")
-    return end
+def _only(values: Any, name: str, kind: str) -> Any:
+    if len(values) != 1:
+        raise ValueError(f"{name} has {len(values)} {kind} instead of 1")
+    return values[0]

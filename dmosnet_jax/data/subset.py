@@ -11,85 +11,23 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.core.inert_pickle import printable
-from dmosnet_jax.data import records
-from dmosnet_jax.data.datasets import Split
-from dmosnet_jax.data.loading import Images
+from dmosnet_jax.core import files
+from dmosnet_jax.core.errors import DataError, printable
+from dmosnet_jax.core.safe_npz import read_arrays
 from dmosnet_jax.data.rankings import identity, read_ranking
+from dmosnet_jax.data.splits import Split, Subset
 
 # Reading every name means reading every record: from so many images on, what was found is kept beside the list.
 KEEP_FROM = 100_000
 _SUFFIX = re.compile(r"(?<=[^/])\.(?:jpe?g|png|bmp|webp)$", re.IGNORECASE)
 
 
-class Rows(Images, Protocol):
-    """What training, evaluation and scoring need of a split: `datasets.Split`, or a view of one or several."""
-
-    @property
-    def split(self) -> str:
-        """`train`, `query` or `gallery`."""
-
-    def __len__(self) -> int: ...
-
-    def filenames(self, indices: Iterable[int] | None = None) -> list[str]:
-        """File names relative to the raw data set, of some images or of all."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Subset:
-    """Some rows of a split, seen as a split; pickles for worker processes.
-
-    Attributes:
-      base: the split.
-      rows: its rows, int [n], in the order of the subset.
-      pids: identities, int32 [n].
-      camids: cameras, int32 [n].
-    """
-
-    base: Rows
-    rows: np.ndarray
-    pids: np.ndarray = dataclasses.field(init=False)
-    camids: np.ndarray = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pids", self.base.pids[self.rows])
-        object.__setattr__(self, "camids", self.base.camids[self.rows])
-
-    @property
-    def name(self) -> str:
-        """Of the data set."""
-        return self.base.name
-
-    @property
-    def split(self) -> str:
-        """Of the data set."""
-        return self.base.split
-
-    @property
-    def source(self) -> range:
-        """As long as the subset."""
-        return range(len(self.rows))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def record(self, index: int, /) -> records.Record:
-        """See `datasets.Split.record`."""
-        return self.base.record(int(self.rows[index]))
-
-    def filenames(self, indices: Iterable[int] | None = None) -> list[str]:
-        """See `datasets.Split.filenames`."""
-        return self.base.filenames(self.rows[row] for row in (range(len(self)) if indices is None else indices))
-
-
-@dataclasses.dataclass(frozen=True)
-class Listed:
+class Matches:
     """Where the names of a list are in a data set.
 
     Attributes:
@@ -146,25 +84,25 @@ def choose(
 
 def ranked_rows(
     split: Split, path: str | os.PathLike[str], *, names: Callable[[], Sequence[str]] | None = None
-) -> Listed:
+) -> Matches:
     """Rows of a split in the order of a score file or a list of names; see `choose`.
 
     Raises:
       DataError: as `choose`.
     """
-    kept = _Kept(path, split) if len(split) >= KEEP_FROM else None
+    kept = _StoredMatches(path, split) if len(split) >= KEEP_FROM else None
     if kept is not None and (found := kept.read()) is not None:
         return found
     ranking = read_ranking(path, split)
     if isinstance(ranking, np.ndarray):
-        return Listed(ranking, listed=len(ranking))
+        return Matches(ranking, listed=len(ranking))
     found = _match(ranking, split.filenames() if names is None else names(), f"{split.name} {split.split}", path)
     if kept is not None:
         kept.write(found)
     return found
 
 
-def _match(listed: Sequence[str], names: Sequence[str], what: str, path: str | os.PathLike[str]) -> Listed:
+def _match(listed: Sequence[str], names: Sequence[str], what: str, path: str | os.PathLike[str]) -> Matches:
     """Finds the listed names among a data set's by the most telling form of a name that finds the most.
 
     Lists name an image by other roots, without the suffix, or with `_` between the parts of its path, as LMDB keys have
@@ -190,7 +128,7 @@ def _match(listed: Sequence[str], names: Sequence[str], what: str, path: str | o
     present = rows[rows >= 0]
     # The first mention counts.
     first = np.sort(np.unique(present, return_index=True)[1])
-    return Listed(present[first], len(listed), len(listed) - count, len(present) - len(first), how)
+    return Matches(present[first], len(listed), len(listed) - count, len(present) - len(first), how)
 
 
 Form = Callable[[str], str]
@@ -229,7 +167,7 @@ class _Last:
         return self.between.join(_stem(name).rsplit("/", self.parts)[-self.parts :])
 
 
-class _Kept:
+class _StoredMatches:
     """What was found for a list in a data set, in a file beside the list."""
 
     def __init__(self, path: str | os.PathLike[str], split: Split):
@@ -240,26 +178,20 @@ class _Kept:
             self._digest = hashlib.file_digest(file, "sha256").hexdigest()
         self._path = place.with_name(f"{place.name}.rows-{self._identity[:16]}.npz")
 
-    def read(self) -> Listed | None:
+    def read(self) -> Matches | None:
         """None where there is none, or it is of another list or data set."""
         try:
-            with np.load(self._path, allow_pickle=False) as arrays:
-                stored = dict(arrays)
+            stored = read_arrays(self._path)
             if (str(stored["identity"]), str(stored["digest"])) != (self._identity, self._digest):
                 return None
             counts = {name: int(stored[name]) for name in ("listed", "unmatched", "repeated")}
-            return Listed(stored["rows"].astype(np.int64), **counts, how=str(stored["how"]))
+            return Matches(stored["rows"].astype(np.int64), **counts, how=str(stored["how"]))
         except Exception:
             # Whatever is wrong with it, it is only a cache.
             return None
 
-    def write(self, found: Listed) -> None:
+    def write(self, found: Matches) -> None:
         """Keeps it, where the folder can be written to."""
-        aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         values = dataclasses.asdict(found) | {"identity": self._identity, "digest": self._digest}
-        try:
-            with aside.open("wb") as file:
-                np.savez(file, **values)
-            aside.replace(self._path)
-        except OSError:
-            aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError), files.create(self._path) as file:
+            np.savez(file, **values)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.data import transforms
 
 POSITIONS = (0, 25, 50, 75, 100)
@@ -75,8 +75,8 @@ def write_contact_sheet(
             left = _MARGIN + _LABEL + column * (_CELL[0] + _GAP)
             _paste(sheet, _thumbnail(image(row), row), left, top)
             pen.text((left + _CELL[0] // 2, top + _CELL[1] + 2), f"{scores[row]:.4f}", _SOFT, text, anchor="ma")
-    with written_aside(pathlib.Path(path)) as aside:
-        sheet.save(aside, "PNG", optimize=True)
+    with atomic_write(pathlib.Path(path)) as part:
+        sheet.save(part, "PNG", optimize=True)
 
 
 def _thumbnail(data: bytes, row: int) -> Image.Image:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.data import transforms
 from dmosnet_jax.evaluation.report_charts import Chart, Line, charts_from_metrics, describe, draw_svg
 
@@ -157,8 +157,8 @@ def write_report(
         sections.append(_rank_lists(rank_lists))
     sections.append(_tables(results, config, library_versions() if versions is None else versions))
     page = _page(title, "\n".join(sections))
-    with written_aside(target) as aside:
-        aside.write_text(page, encoding="utf-8")
+    with atomic_write(target) as part:
+        part.write_text(page, encoding="utf-8")
     return target
 
 

@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.trees import differences
 from dmosnet_jax.data.transforms import DEFAULT_FILTER, FILTERS
 from dmosnet_jax.models import Model, build
@@ -112,20 +112,12 @@ def save(path: str | os.PathLike[str], params: Mapping[str, Any], stats: Mapping
     _check(model, params, stats, str(path))
     if place.exists():
         raise DataError(f"{path}: exists already; give another path, or remove it first")
-    aside = place.with_name(f".{place.name}.{os.getpid()}")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-        _write_arrays(aside / _ARRAYS, {"params": dict(params), "stats": dict(stats)})
-        text = json.dumps({"format": _FORMAT, **dataclasses.asdict(card)}, indent=2, ensure_ascii=False)
-        (aside / CARD).write_text(text + "\n", encoding="utf-8")
-        integrity.seal(aside, [_ARRAYS])
-        aside.rename(place)
-    except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
-        raise DataError(f"{path}: can't be written ({reason}); give a path in a writable folder") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    text = json.dumps({"format": _FORMAT, **dataclasses.asdict(card)}, indent=2, ensure_ascii=False)
+    with atomic_write(place) as part:
+        part.mkdir()
+        _write_arrays(part / _ARRAYS, {"params": dict(params), "stats": dict(stats)})
+        (part / CARD).write_text(text + "\n", encoding="utf-8")
+        integrity.seal(part, [_ARRAYS])
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:

@@ -9,8 +9,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 
-from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.core.inert_pickle import printable
+from dmosnet_jax.core.errors import DataError, printable
 
 # Wrappers (DataParallel, torch.compile) that put one more level before every name.
 _WRAPPERS = ("module.", "_orig_mod.")

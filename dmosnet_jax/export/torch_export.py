@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.trees import named_leaves
 from dmosnet_jax.export.layouts import EXPORTS, KERNEL_AXES, LEAVES, Rule
 from dmosnet_jax.export.torch_write import write_pth
@@ -138,7 +138,7 @@ def save(path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarray]) -> 
     if suffix not in SUFFIXES:
         raise ConfigError(f"{path}: the suffix must be one of {', '.join(SUFFIXES)}")
     if suffix == ".safetensors":
-        with written_aside(path) as aside:
-            safetensors.numpy.save_file(dict(state_dict), aside, metadata={"format": "pt"})
+        with atomic_write(path) as part:
+            safetensors.numpy.save_file(dict(state_dict), part, metadata={"format": "pt"})
     else:
         write_pth(path, state_dict)

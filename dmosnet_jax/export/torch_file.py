@@ -15,9 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors
 
-from dmosnet_jax.core import inert_pickle
-from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.core.inert_pickle import printable
+from dmosnet_jax.core import safe_pickle
+from dmosnet_jax.core.errors import DataError, printable
 from dmosnet_jax.export.torch_pickle import StorageRef, TensorRef, TorchVocabulary, decode, item_size, view
 
 # Chooses the named tensors that are wanted from what the pickle holds.
@@ -134,7 +133,7 @@ def _read_zip(file: BinaryIO, where: str, choose: Choose) -> dict[str, np.ndarra
             prefix = names[0].removesuffix("data.pkl")
             order = archive.read(prefix + "byteorder") if prefix + "byteorder" in archive.namelist() else b"little"
             vocabulary = TorchVocabulary(where)
-            root = inert_pickle.interpret(io.BytesIO(archive.read(names[0])), vocabulary, where)
+            root = safe_pickle.interpret(io.BytesIO(archive.read(names[0])), vocabulary, where)
             contents: dict[str, bytes] = {}
 
             def storage(ref: StorageRef) -> memoryview:
@@ -170,16 +169,16 @@ def _read_legacy(file: BinaryIO, where: str, choose: Choose) -> dict[str, np.nda
     data = file.read()
     stream = io.BytesIO(data)
     vocabulary = TorchVocabulary(where)
-    if inert_pickle.interpret(stream, vocabulary, where) != _LEGACY_MAGIC:
+    if safe_pickle.interpret(stream, vocabulary, where) != _LEGACY_MAGIC:
         raise DataError(
             f"{where}: a pickle that torch.save did not write; save the weights with torch.save or safetensors"
         )
-    protocol = inert_pickle.interpret(stream, vocabulary, where)
-    system = inert_pickle.interpret(stream, vocabulary, where)
+    protocol = safe_pickle.interpret(stream, vocabulary, where)
+    system = safe_pickle.interpret(stream, vocabulary, where)
     if protocol != _LEGACY_PROTOCOL or not isinstance(system, dict):
         raise DataError(f"{where}: unknown PyTorch file version; save the checkpoint again with a current torch")
-    root = inert_pickle.interpret(stream, vocabulary, where)
-    keys = inert_pickle.interpret(stream, vocabulary, where)
+    root = safe_pickle.interpret(stream, vocabulary, where)
+    keys = safe_pickle.interpret(stream, vocabulary, where)
     order = "<" if system.get("little_endian", True) else ">"
     contents = _legacy_storages(memoryview(data), stream.tell(), keys, vocabulary, order)
 

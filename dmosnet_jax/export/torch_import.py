@@ -4,7 +4,7 @@
     model = models.build(**torch_import.describe(state_dict))
     params, stats = torch_import.convert(state_dict, model)
 
-`load` never executes what is in the file (see `inert_pickle`); `convert` checks names and shapes in both directions and
+`load` never executes what is in the file (see `safe_pickle`); `convert` checks names and shapes in both directions and
 reports all differences at once.
 """
 
@@ -16,8 +16,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.core.inert_pickle import printable
+from dmosnet_jax.core.errors import DataError, printable
 from dmosnet_jax.export import layouts
 from dmosnet_jax.export.identify import describe, infer_neck, infer_num_classes, infer_pool, layout
 from dmosnet_jax.export.torch_file import read_tensors

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.core.inert_pickle import Global, Opaque, printable
+from dmosnet_jax.core.errors import DataError, printable
+from dmosnet_jax.core.safe_pickle import Global, Opaque
 
 _MAX_DIMENSIONS = 16
 # Elements; keeps every product of checked sizes within NumPy's 63 bits.

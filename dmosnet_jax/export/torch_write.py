@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from dmosnet_jax.core.aside import written_aside
+from dmosnet_jax.core.files import atomic_write
 
 # Element types by NumPy code.
 _STORAGES = {"<f4": "FloatStorage", "<f8": "DoubleStorage", "<f2": "HalfStorage", "<i8": "LongStorage"}
@@ -30,7 +30,7 @@ def write_pth(path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarray]
         KeyError: another element type.
     """
     arrays = {name: np.ascontiguousarray(value).reshape(np.shape(value)) for name, value in state_dict.items()}
-    with written_aside(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_write(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
         _put(archive, "data.pkl", b"".join(_pickle(arrays)))
         _put(archive, "byteorder", b"little")
         for key, array in enumerate(arrays.values()):

@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.mesh import make_mesh
 from dmosnet_jax.core.selection import dataset_names
 from dmosnet_jax.data import rankings
-from dmosnet_jax.data.datasets import Split, load_split
 from dmosnet_jax.data.records import TRAIN, Record
-from dmosnet_jax.data.subset import Subset, share_count
+from dmosnet_jax.data.splits import Split, Subset, load_split
+from dmosnet_jax.data.subset import share_count
 from dmosnet_jax.evaluation.contact_sheet import POSITIONS, write_contact_sheet
 from dmosnet_jax.evaluation.forgetting import ForgettingScorer, Proxy
 from dmosnet_jax.export.opening import Opened, open_weights
@@ -133,7 +133,7 @@ class _Naming:
         self._names: dict[int, str] = {}
 
     def record(self, index: int, /) -> Record:
-        """See `datasets.Split.record`."""
+        """See `splits.Split.record`."""
         found = self.images.record(index)
         self._names[index] = found.filename
         return found
@@ -154,10 +154,10 @@ def _finish(config: Any, chunks: Chunks, scores: np.ndarray) -> dict[str, Any]:
     names = workdir / (NAMES + (".gz" if len(split) >= rankings.GZIP_FROM else ""))
     if not (names.exists() and (workdir / SCORES).exists()):
         listed = chunks.names() or read_names(split)
-        with written_aside(names) as aside:
-            rankings.write_names(aside, (listed[row] for row in order), compress=names.suffix == ".gz")
+        with atomic_write(names) as part:
+            rankings.write_names(part, (listed[row] for row in order), compress=names.suffix == ".gz")
         # Last of the two: where it is, the run is over.
-        with written_aside(workdir / SCORES) as aside, aside.open("wb") as file:
+        with atomic_write(workdir / SCORES) as part, part.open("wb") as file:
             rankings.write_scores(file, scores, split)
     title = f"{split.name} {split.split}: {len(split):,} images by catastrophic forgetting score, best first"
     write_contact_sheet(

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.core.files import atomic_write
+from dmosnet_jax.core.safe_npz import read_arrays
 from dmosnet_jax.data import rankings
-from dmosnet_jax.data.datasets import Split
-from dmosnet_jax.data.subset import Subset
+from dmosnet_jax.data.splits import Split, Subset
 from dmosnet_jax.train.metrics import write_json
 
 SCORES, RUN, FOLDER = "scores.npz", "run.json", "chunks"
@@ -74,15 +74,15 @@ class Chunks:
     def write(self, number: int, scores: np.ndarray, names: list[str]) -> None:
         """Keeps a chunk."""
         text = np.frombuffer("\n".join(name.replace("\n", " ") for name in names).encode(), np.uint8)
-        with written_aside(self._path(number)) as aside, aside.open("wb") as file:
+        with atomic_write(self._path(number)) as part, part.open("wb") as file:
             np.savez(file, scores=scores, names=text)
 
     def read(self, number: int) -> tuple[np.ndarray, list[str]] | None:
         """Scores and names of a chunk; None where it is not there, or damaged."""
         first, last = self.bounds[number]
         try:
-            with np.load(self._path(number), allow_pickle=False) as arrays:
-                scores, names = arrays["scores"], arrays["names"].tobytes().decode().split("\n")
+            arrays = read_arrays(self._path(number))
+            scores, names = arrays["scores"], arrays["names"].tobytes().decode().split("\n")
         except Exception:
             # Scored again, whatever is wrong with it.
             return None

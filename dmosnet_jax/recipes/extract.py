@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmosnet_jax.core.aside import written_aside
 from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.mesh import make_mesh
 from dmosnet_jax.data.records import Record
 from dmosnet_jax.export.opening import open_weights
@@ -99,7 +99,7 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     features = scoring.make_extractor(config, model, make_mesh())(params, stats, images)
     arrays = {"features": features, "files": np.asarray(images.files)}
     if jax.process_index() == 0:
-        with written_aside(config.output) as aside, aside.open("wb") as file:
+        with atomic_write(config.output) as part, part.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
         print(f"{len(features)} features of {features.shape[1]} values written: {config.output}")
     return arrays

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmosnet_jax.core.aside import written_aside
+from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.data.loading import ImageCache
-from dmosnet_jax.data.subset import Rows, Subset
+from dmosnet_jax.data.splits import Rows, Subset
 from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.recipes.splits import say
 
@@ -121,7 +121,7 @@ class _Parts:
     def save(self, start: int, piece: np.ndarray) -> None:
         """Keeps a part."""
         if jax.process_index() == 0:
-            with written_aside(self._path(start)) as aside, aside.open("wb") as file:
+            with atomic_write(self._path(start)) as part, part.open("wb") as file:
                 np.save(file, piece, allow_pickle=False)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from dmosnet_jax.core.aside import written_aside
+from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.evaluation.report_charts import Chart, Line, draw_svg
 from dmosnet_jax.memory import clustering, quality
 from dmosnet_jax.memory.clustering import Clustering, TooFewClusteredError
@@ -97,10 +97,10 @@ def draw(error: TooFewClusteredError, path: pathlib.Path) -> None:
     tried = Line(f"eps = {error.eps:g}", [0.0, 100.0], [error.eps, error.eps])
     chart = Chart("k-distance curve", "share of the images (%)", "Jaccard distance", [reach, tried])
     svg = draw_svg(chart, "k-distances")
-    with written_aside(path) as aside:
+    with atomic_write(path) as part:
         # On a page of its own there is no text colour to take, nor a background.
         style = '<svg style="color:#333;background:white" '
-        aside.write_text(svg.replace("<svg ", style, 1), encoding="utf-8")
+        part.write_text(svg.replace("<svg ", style, 1), encoding="utf-8")
 
 
 def report(

@@ -11,7 +11,7 @@ import numpy as np
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.mesh import make_mesh
 from dmosnet_jax.core.settings import validate
-from dmosnet_jax.data.datasets import split_names
+from dmosnet_jax.data.splits import split_names
 from dmosnet_jax.evaluation import ranking
 from dmosnet_jax.recipes import scoring, spcl, supervised
 from dmosnet_jax.recipes.splits import say

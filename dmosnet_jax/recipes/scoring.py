@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dmosnet_jax.data.datasets import Split, load_split
 from dmosnet_jax.data.loading import ImageCache, Images
+from dmosnet_jax.data.splits import Split, load_split
 from dmosnet_jax.evaluation import ranking, report
 from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.evaluation.report_charts import charts_from_metrics

@@ -8,10 +8,8 @@ import jax
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.selection import dataset_names
 from dmosnet_jax.data import subset
-from dmosnet_jax.data.datasets import Split, load_split, split_names
-from dmosnet_jax.data.joint import JointSplit
 from dmosnet_jax.data.records import GALLERY, QUERY, TRAIN, TRAINVAL, VAL
-from dmosnet_jax.data.subset import Rows, Subset
+from dmosnet_jax.data.splits import JointSplit, Rows, Split, Subset, load_split, split_names
 from dmosnet_jax.train.metrics import progress_bar
 
 # Names read between two movements of the progress bar.

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.data.datasets import relabel
 from dmosnet_jax.data.samplers import identity_epoch
+from dmosnet_jax.data.splits import relabel
 from dmosnet_jax.recipes.training import TrainingRun
 from dmosnet_jax.train.state import TrainState
 from dmosnet_jax.train.steps import Step, supervised_step

@@ -18,7 +18,7 @@ from dmosnet_jax.core.selection import dataset_names, joined
 from dmosnet_jax.core.settings import REFUSED, TOLD, changes
 from dmosnet_jax.data.autoaugment import AutoAugment
 from dmosnet_jax.data.pipeline import TrainStream
-from dmosnet_jax.data.subset import Rows
+from dmosnet_jax.data.splits import Rows
 from dmosnet_jax.export import opening
 from dmosnet_jax.export.opening import describe_run, open_weights
 from dmosnet_jax.models import Model

@@ -1,20 +1,41 @@
-"""TensorBoard event files of scalars, written without TensorBoard's or TensorFlow's code.
+"""TensorBoard event files of scalars: a TFRecord of `Event` messages (tensorflow/core/util/event.proto).
 
-A file is a TFRecord of `Event` messages (tensorflow/core/util/event.proto). Scalars need three of their fields, so they
-are encoded by hand: the usual writers import PyTorch or TensorFlow wherever they are installed.
+The usual writers import PyTorch or TensorFlow wherever they are installed.
 """
 
 import os
 import pathlib
 import socket
-import struct
 import time
 from collections.abc import Mapping
+from typing import Any
 
-from dmosnet_jax.data.framing import frame
-from dmosnet_jax.data.records import delimited, varint
+from dmosnet_jax.core.protobuf import message_class
+from dmosnet_jax.data.shards import frame
 
-_SESSION_START = b"\x3a\x02\x08\x01"  # session_log { status: START }
+_Event = message_class(
+    """
+    name: "event.proto" syntax: "proto3"
+    message_type {
+      name: "Value"
+      field { name: "tag" number: 1 type: TYPE_STRING } field { name: "simple_value" number: 2 type: TYPE_FLOAT }
+    }
+    message_type {
+      name: "Summary" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: "Value" }
+    }
+    message_type { name: "SessionLog" field { name: "status" number: 1 type: TYPE_INT32 } }
+    message_type {
+      name: "Event"
+      field { name: "wall_time" number: 1 type: TYPE_DOUBLE }
+      field { name: "step" number: 2 type: TYPE_INT64 }
+      field { name: "file_version" number: 3 type: TYPE_STRING }
+      field { name: "summary" number: 5 type: TYPE_MESSAGE type_name: "Summary" }
+      field { name: "session_log" number: 7 type: TYPE_MESSAGE type_name: "SessionLog" }
+    }
+    """,
+    "Event",
+)
+_SESSION_START = 1
 
 
 class EventFile:
@@ -24,18 +45,18 @@ class EventFile:
         """Starts a file; TensorBoard then forgets what earlier files say of steps from `purge_step` on."""
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         self._file = (folder / name).open("xb", buffering=0)
-        self._write(0, delimited(3, b"brain.Event:2"))
+        self._write(file_version="brain.Event:2")
         if purge_step is not None:
-            self._write(purge_step, _SESSION_START)
+            self._write(step=purge_step, session_log={"status": _SESSION_START})
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Records the values of a step."""
-        entries = (delimited(1, name.encode()) + b"\x15" + struct.pack("<f", value) for name, value in values.items())
-        self._write(step, delimited(5, b"".join(delimited(1, entry) for entry in entries)))
+        entries = [{"tag": name, "simple_value": value} for name, value in values.items()]
+        self._write(step=step, summary={"value": entries})
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
-    def _write(self, step: int, content: bytes) -> None:
-        self._file.write(frame(b"\x09" + struct.pack("<d", time.time()) + b"\x10" + varint(step) + content))
+    def _write(self, **content: Any) -> None:
+        self._file.write(frame(_Event(wall_time=time.time(), **content).SerializeToString()))

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import tqdm
 
+from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.train.events import EventFile
 
 FILE = "metrics.jsonl"
@@ -44,15 +46,14 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON beside the target and renames it, so that a reader never sees half a file."""
-    _replace(path, json.dumps(value, indent=2, allow_nan=True) + "\n")
+    """Writes a JSON file, whole or not at all.
 
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    # Always the same name: what a killed process left is written over by the next one.
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    Raises:
+        DataError: it can't be written.
+    """
+    text = json.dumps(value, indent=2, allow_nan=True) + "\n"
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 class MetricsWriter:
@@ -65,9 +66,11 @@ class MetricsWriter:
             return
         path = pathlib.Path(workdir) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
+        files.remove_unfinished(path.parent)
         if path.exists():
             kept = [row for row in read_rows(path) if row["step"] <= first_step] if first_step else []
-            _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
+            with atomic_write(path) as part:
+                part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._events = EventFile(path.parent, purge_step=first_step + 1 if first_step else None)
 

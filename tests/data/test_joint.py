@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.data.datasets import load_split
-from dmosnet_jax.data.joint import JointSplit
-from dmosnet_jax.data.subset import Subset
+from dmosnet_jax.data.splits import JointSplit, Subset, load_split
 
 
 @pytest.fixture

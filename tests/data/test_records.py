@@ -49,8 +49,8 @@ def test_missing_feature_is_named(example, name):
         records.parse(example(drop=[name]))
 
 
-def test_wrong_kind_or_number_of_values_is_named():
-    example = tf_example_pb2.Example()
+def test_wrong_kind_or_number_of_values_is_named(example):
+    example = tf_example_pb2.Example.FromString(example(drop=["pid"]))
     example.features.feature["pid"].int64_list.value.extend([1, 2])
     with pytest.raises(DataError, match="pid has 2 integers"):
         records.parse(example.SerializeToString())

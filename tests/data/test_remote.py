@@ -9,10 +9,10 @@ import uuid
 import numpy as np
 import pytest
 
-from dmosnet_jax.core import places
+from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.data import datasets
-from dmosnet_jax.data.indices import INDEX_SUFFIX
+from dmosnet_jax.data import splits
+from dmosnet_jax.data.shards import INDEX_SUFFIX, load_index, to_bytes
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -36,7 +36,7 @@ def remote(local):
     root = f"memory://{uuid.uuid4().hex}/data"
     for path in local.rglob("*"):
         if path.is_file():
-            places.copy(path, f"{root}/{path.relative_to(local).as_posix()}")
+            files.copy(path, f"{root}/{path.relative_to(local).as_posix()}")
     return root
 
 
@@ -59,18 +59,18 @@ def shard(root, number):
 
 
 def test_a_remote_split_is_the_local_one(local, remote):
-    here, there = (datasets.load_split(root, "tiny", "train") for root in (local, remote + "/"))
+    here, there = (splits.load_split(root, "tiny", "train") for root in (local, remote + "/"))
     assert len(here) == len(there) == 30
     assert [there.record(i) for i in range(30)] == [here.record(i) for i in range(30)]
     np.testing.assert_array_equal(there.pids, here.pids)
     np.testing.assert_array_equal(there.camids, here.camids)
-    assert datasets.split_names(remote, "tiny") == ["train"]
+    assert splits.split_names(remote, "tiny") == ["train"]
     copy = pickle.loads(pickle.dumps(there))
     assert copy.record(29) == here.record(29)
 
 
 def test_a_record_is_one_request_for_its_bytes(local, remote, requests):
-    here, there = (datasets.load_split(root, "tiny", "train") for root in (local, remote))
+    here, there = (splits.load_split(root, "tiny", "train") for root in (local, remote))
     requests.clear()
     assert there.record(21) == here.record(21)
     ((name, start, end),) = requests
@@ -79,67 +79,81 @@ def test_a_record_is_one_request_for_its_bytes(local, remote, requests):
 
 
 def test_the_index_is_kept_locally_and_used_again(local, remote, cache, requests):
-    first = datasets.load_split(remote, "tiny", "train")
+    first = splits.load_split(remote, "tiny", "train")
     assert len(list(cache.iterdir())) == 3
-    assert not places.is_file(shard(remote, 0) + INDEX_SUFFIX)
+    assert not files.is_file(shard(remote, 0) + INDEX_SUFFIX)
     requests.clear()
-    again = datasets.load_split(remote, "tiny", "train")
+    again = splits.load_split(remote, "tiny", "train")
     assert sum(end - start for _, start, end in requests if start is not None) <= 3 * 2 * 4096
     assert not [name for name, *_ in requests if name.endswith(INDEX_SUFFIX)]
     assert again.record(3) == first.record(3)
     # The sidecar that a conversion wrote is taken rather than the shard read.
-    datasets.load_split(local, "tiny", "train")
+    splits.load_split(local, "tiny", "train")
     for path in (local / "tiny" / "1.0.0").glob("*" + INDEX_SUFFIX):
-        places.copy(path, f"{remote}/tiny/1.0.0/{path.name}")
+        files.copy(path, f"{remote}/tiny/1.0.0/{path.name}")
     for path in cache.iterdir():
         path.unlink()
     requests.clear()
-    datasets.load_split(remote, "tiny", "train")
+    splits.load_split(remote, "tiny", "train")
     assert len([name for name, *_ in requests if name.endswith(INDEX_SUFFIX)]) == 3
     assert len(list(cache.iterdir())) == 3
     # Another data set at the same place.
-    content = places.read(shard(remote, 2))
-    places.write(shard(remote, 2), content[: len(content) // 2])
+    content = files.read(shard(remote, 2))
+    files.write(shard(remote, 2), content[: len(content) // 2])
     with pytest.raises(DataError, match="00002-of-00003: is cut short: record"):
-        datasets.load_split(remote, "tiny", "train")
+        splits.load_split(remote, "tiny", "train")
 
 
 def test_damage_is_told_as_for_local_data(remote):
-    split = datasets.load_split(remote, "tiny", "train")
-    content = bytearray(places.read(shard(remote, 0)))
+    split = splits.load_split(remote, "tiny", "train")
+    content = bytearray(files.read(shard(remote, 0)))
     offset = int(split.source._offsets[5])
     content[offset + 30] ^= 16
-    places.write(shard(remote, 0), bytes(content))
+    files.write(shard(remote, 0), bytes(content))
     with pytest.raises(DataError, match=f"{shard(remote, 0)}: record 5 at byte {offset} is corrupt"):
         split.record(5)
-    places.write(shard(remote, 0), bytes(content[: offset + 20]))
+    files.write(shard(remote, 0), bytes(content[: offset + 20]))
     with pytest.raises(DataError, match=f"record 5 at byte {offset} is corrupt .the file ends"):
         split.record(5)
-    places.remove(shard(remote, 0))
+    files.remove(shard(remote, 0))
     with pytest.raises(DataError, match=r"cannot be read at byte .*No such file"):
         split.record(5)
     with pytest.raises(DataError, match=r"00000-of-00003: cannot be read .No such file"):
-        datasets.load_split(remote, "tiny", "train")
+        splits.load_split(remote, "tiny", "train")
+
+
+def test_labels_that_are_not_the_records_are_refused_and_both_indices_named(local, remote, cache):
+    index = load_index(shard(local, 0))
+    wrong = index | {"pid": np.full(20, 7, np.int32)}
+    del wrong["checksum"]
+    files.write(shard(remote, 0) + INDEX_SUFFIX, to_bytes(wrong))
+    split = splits.load_split(remote, "tiny", "train")
+    with pytest.raises(DataError, match=r"record 3 at byte .*: its pid is 1, in the index 7: remove mem") as error:
+        split.record(3)
+    named = str(error.value).partition(": remove ")[2].partition(" (it is made again)")[0].split(" and ")
+    for place in named:
+        files.remove(place)
+    assert splits.load_split(remote, "tiny", "train").record(3).pid == 1
 
 
 def test_missing_remote_data_say_how_to_convert_them(remote):
     command = f"python -m data_prep.convert --dataset=duke --source=PATH --data_dir={remote}"
     with pytest.raises(DataError, match="no data set duke in") as error:
-        datasets.load_split(remote, "duke", "train")
+        splits.load_split(remote, "duke", "train")
     assert command in str(error.value)
     with pytest.raises(DataError, match="there is no split 'query'"):
-        datasets.load_split(remote, "tiny", "query")
+        splits.load_split(remote, "tiny", "query")
     info = f"{remote}/tiny/1.0.0/dataset_info.json"
-    places.write(info, b"{")
+    files.write(info, b"{")
     with pytest.raises(DataError, match="is damaged, or of another kind"):
-        datasets.load_split(remote, "tiny", "train")
-    places.write(info, json.dumps({"fileFormat": "riegeli", "splits": []}).encode())
+        splits.load_split(remote, "tiny", "train")
+    files.write(info, json.dumps({"fileFormat": "riegeli", "splits": []}).encode())
     with pytest.raises(DataError, match="'riegeli' files"):
-        datasets.load_split(remote, "tiny", "train")
+        splits.load_split(remote, "tiny", "train")
 
 
 def test_a_storage_that_fails_is_one_line(remote, monkeypatch):
-    split = datasets.load_split(remote, "tiny", "train")
+    split = splits.load_split(remote, "tiny", "train")
 
     def broken(*_, **__):
         raise RuntimeError("the network\nis away")
@@ -149,18 +163,18 @@ def test_a_storage_that_fails_is_one_line(remote, monkeypatch):
     with pytest.raises(DataError, match=r"cannot be read at byte 0 .the network is away"):
         split.record(0)
     with pytest.raises(DataError, match=r"cannot be read .the network is away.: check the name and the credentials"):
-        datasets.load_split(remote, "tiny", "train")
+        splits.load_split(remote, "tiny", "train")
 
 
 def test_local_data_need_no_fsspec_and_remote_ones_say_so(local, remote, monkeypatch):
     code = """if True:
         import sys
         sys.modules["fsspec"] = None
-        from dmosnet_jax.data.datasets import load_split
+        from dmosnet_jax.data.splits import load_split
         print(len(load_split(sys.argv[1], "tiny", "train")))
     """
     done = subprocess.run([sys.executable, "-c", code, str(local)], capture_output=True, check=True, text=True)
     assert done.stdout == "30\n"
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(ConfigError, match=r"dmosnet_jax\[remote\]"):
-        datasets.load_split("gs://bucket/data", "tiny", "train")
+        splits.load_split("gs://bucket/data", "tiny", "train")

@@ -9,8 +9,8 @@ import pytest
 
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data import rankings, subset
-from dmosnet_jax.data.datasets import load_split
 from dmosnet_jax.data.pipeline import evaluation_batches
+from dmosnet_jax.data.splits import load_split
 
 FOLDERS = [f"CN/Beijing/{video:04d}/{image:08d}.jpg" for video in (1, 12) for image in (3, 1, 2, 4)]
 
@@ -188,7 +188,7 @@ def test_names_of_large_sets_are_read_once(tmp_path, split_of, monkeypatch):
     assert subset.ranked_rows(other, path).rows.tolist() == [4]
     assert len(reads) == 3
     # Where nothing can be kept, nothing is.
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".part")]
     small = split_of(FOLDERS[:4], "small")
     path.write_text(FOLDERS[0])
     subset.ranked_rows(small, path)

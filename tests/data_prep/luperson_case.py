@@ -4,7 +4,7 @@ import pathlib
 
 from data_prep import convert
 from data_prep.synthetic.pedestrians import Scene
-from dmosnet_jax.data.datasets import load_split
+from dmosnet_jax.data.splits import load_split
 
 ROOT = pathlib.Path(convert.__file__).resolve().parent.parent
 SCENE = Scene(train_ids=6, test_ids=3, cameras=4, images=3, image_size=(64, 32))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_prep import convert, lint
 from data_prep.synthetic.pedestrians import Scene
-from dmosnet_jax.data.datasets import load_split, split_names
+from dmosnet_jax.data.splits import load_split, split_names
 from tests.data_prep import raw_copies
 from tests.data_prep.raw_copies import Label
 

@@ -16,7 +16,7 @@ from data_prep import convert, lint
 from data_prep.synthetic import pedestrians
 from data_prep.synthetic.pedestrians import Scene
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.data.datasets import load_split
+from dmosnet_jax.data.splits import load_split
 
 ROOT = pathlib.Path(convert.__file__).resolve().parent.parent
 SCENE = Scene(train_ids=4, test_ids=3, cameras=3, images=3, distractors=4, junk=3, image_size=(64, 32))
@@ -252,6 +252,13 @@ def test_missing_tensorflow_says_how_to_install(raw, tmp_path, monkeypatch):
         convert.convert("market1501", tmp_path / "data", source=raw)
 
 
+@pytest.mark.parametrize("dataset", ["market1501", "luperson"])
+def test_missing_tensorflow_datasets_says_how_to_install(raw, tmp_path, monkeypatch, dataset):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ConfigError, match=r"pip install 'dmosnet_jax\[convert\]'"):
+        convert.convert(dataset, tmp_path / "data", source=raw)
+
+
 def test_write_failure_is_one_line_and_leaves_nothing(raw, tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
@@ -297,13 +304,13 @@ def test_command_is_quiet_and_repeats_bit_for_bit(raw, tmp_path):
     assert snapshot(tmp_path / "data") == snapshot(tmp_path / "again")
 
 
-def test_reading_needs_neither_tensorflow_nor_protobuf(raw, tmp_path):
+def test_reading_needs_no_tensorflow(raw, tmp_path):
     convert.convert("market1501", tmp_path / "data", source=raw)
     code = """if True:
         import sys
-        for name in ("tensorflow", "tensorflow_datasets", "google.protobuf", "apache_beam", "torch", "jax"):
+        for name in ("tensorflow", "tensorflow_datasets", "apache_beam", "torch", "jax"):
             sys.modules[name] = None
-        from dmosnet_jax.data.datasets import load_split
+        from dmosnet_jax.data.splits import load_split
         split = load_split(sys.argv[1], "market1501", "gallery")
         print(len(split), split.record(0).filename)
     """

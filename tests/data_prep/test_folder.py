@@ -11,7 +11,7 @@ from data_prep import convert, lint
 from data_prep.builders.folder import Folder
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import transforms
-from dmosnet_jax.data.datasets import load_split
+from dmosnet_jax.data.splits import load_split
 from dmosnet_jax.evaluation import ranking
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from data_prep import convert, lint, write
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.data import sources
-from dmosnet_jax.data.datasets import load_split
+from dmosnet_jax.data import shards
+from dmosnet_jax.data.splits import load_split
 from tests.data_prep.luperson_case import ROOT, SMALL, jpegs, rows, run, snapshot
 
 
@@ -104,9 +104,9 @@ def test_shards_indices_and_description_are_those_of_the_other_data_sets(raw, tm
         with Image.open(io.BytesIO(record.image)) as image:
             assert np.abs(np.asarray(image, int) - example["image"]).mean() < 2  # two JPEG decoders
     for path in paths:
-        index = sources.load_index(path)
-        path.with_name(path.name + sources.INDEX_SUFFIX).unlink()
-        for name, value in sources.load_index(path).items():
+        index = shards.load_index(path)
+        path.with_name(path.name + shards.INDEX_SUFFIX).unlink()
+        for name, value in shards.load_index(path).items():
             np.testing.assert_array_equal(index[name], value, strict=True)
 
 

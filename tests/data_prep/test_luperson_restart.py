@@ -14,9 +14,9 @@ import pytest
 
 from data_prep import convert
 from data_prep.write import pool, shards
-from dmosnet_jax.core import places
+from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.data.datasets import load_split
+from dmosnet_jax.data.splits import load_split
 from tests.data_prep import raw_copies
 from tests.data_prep.luperson_case import ROOT, SCENE, SMALL, jpegs, rows, run, snapshot
 
@@ -112,13 +112,13 @@ def test_remote_data_dir_holds_what_a_local_one_does(raw, tmp_path, monkeypatch)
     summary, _ = run(source, root)
     assert summary.folder == f"{root}/luperson/1.0.0"
     local = {str(path): content for path, content in snapshot(tmp_path / "data" / "luperson" / "1.0.0").items()}
-    assert {e.name: places.read(places.join(summary.folder, e.name)) for e in places.entries(summary.folder)} == local
-    assert [e.name for e in places.entries(root)] == ["luperson"]
+    assert {e.name: files.read(files.join(summary.folder, e.name)) for e in files.entries(summary.folder)} == local
+    assert [e.name for e in files.entries(root)] == ["luperson"]
     assert rows(root) == rows(tmp_path / "data")
     assert run(source, root) == (None, [])
     # A source behind a URL too.
     for path in jpegs(source):
-        places.copy(path, f"{root}/raw/{path.relative_to(source).as_posix()}")
+        files.copy(path, f"{root}/raw/{path.relative_to(source).as_posix()}")
     convert.convert("luperson", root, source=f"{root}/raw", options=SMALL, overwrite=True)
     assert rows(root) == rows(tmp_path / "data")
 

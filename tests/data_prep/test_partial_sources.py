@@ -8,7 +8,7 @@ import pytest
 
 from data_prep import convert, lint
 from data_prep.synthetic.pedestrians import Scene
-from dmosnet_jax.data.datasets import split_names
+from dmosnet_jax.data.splits import split_names
 from tests.data_prep import raw_copies
 
 SCENE = Scene(train_ids=4, test_ids=4, cameras=3, images=3, distractors=2, junk=2, image_size=(48, 24))

@@ -9,7 +9,7 @@ import pytest
 from data_prep import convert
 from data_prep.synthetic.pedestrians import Scene
 from dmosnet_jax.data import records
-from dmosnet_jax.data.datasets import load_split
+from dmosnet_jax.data.splits import load_split
 from tests.data_prep import raw_copies
 
 ROOT = pathlib.Path(convert.__file__).resolve().parent.parent

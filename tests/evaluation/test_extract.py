@@ -9,8 +9,8 @@ import pytest
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.mesh import make_mesh
 from dmosnet_jax.data import augment
-from dmosnet_jax.data.datasets import load_split
 from dmosnet_jax.data.loading import ImageCache
+from dmosnet_jax.data.splits import load_split
 from dmosnet_jax.data.transforms import load
 from dmosnet_jax.evaluation.extract import Extractor
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save as save_safetensors
 
-from dmosnet_jax.core import inert_pickle
+from dmosnet_jax.core import safe_pickle
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.export import torch_import
 
@@ -166,7 +166,7 @@ def test_overlapping_zip_entries_are_refused(put):
 
 
 def test_too_many_opcodes(writer, put, monkeypatch):
-    monkeypatch.setattr(inert_pickle, "MAX_OPCODES", 1_000)
+    monkeypatch.setattr(safe_pickle, "MAX_OPCODES", 1_000)
     with pytest.raises(DataError, match="more than 1,000 opcodes"):
         torch_import.load(put(writer.framed(b"N0" * 1_000)))
 

@@ -14,7 +14,7 @@ from dmosnet_jax import models
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.mesh import make_mesh
 from dmosnet_jax.data import rankings
-from dmosnet_jax.data.datasets import load_split
+from dmosnet_jax.data.splits import load_split
 from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.export.opening import open_weights
 from dmosnet_jax.recipes import cfs, chunks
@@ -92,7 +92,7 @@ def files_in(folder):
 
 def content_of(workdir):
     return {name: (workdir / name).read_bytes() for name in ("names.txt", "contact_sheet.png", "results.json")} | {
-        "scores": rankings._load_arrays(str(workdir / "scores.npz"))["scores"].tobytes()
+        "scores": np.load(workdir / "scores.npz")["scores"].tobytes()
     }
 
 
@@ -137,7 +137,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(config_of, whole, tmp_path
     # A chunk cut short and what a killed process leaves in the middle of one are no obstacles.
     first = workdir / "chunks" / "000000.npz"
     first.write_bytes(first.read_bytes()[:-40])
-    (workdir / "chunks" / ".000002.npz.1").write_bytes(b"half")
+    (workdir / "chunks" / "000002.npz.0123.part").write_bytes(b"half")
     written.clear()
     monkeypatch.setattr(chunks.Chunks, "write", lambda *args: (original(*args), written.append(args[1])))
     capsys.readouterr()

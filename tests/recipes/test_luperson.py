@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from dmosnet_jax.data.datasets import load_split
+from dmosnet_jax.data.splits import load_split
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 

@@ -72,7 +72,7 @@ def arrays(workdir, step):
 
 
 def leftovers(workdir):
-    return [p for p in workdir.rglob("*") if "tmp" in p.name or p.name.startswith(".") or "partial" in p.name]
+    return [p for p in workdir.rglob("*") if "tmp" in p.name or p.name.startswith(".") or p.name.endswith(".part")]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.data.datasets import load_split
+from dmosnet_jax.data.splits import load_split
 from dmosnet_jax.recipes.splits import training_images
 
 

@@ -71,14 +71,19 @@ def test_no_rows_where_there_is_no_file(tmp_path):
 def test_json_is_replaced_whole(tmp_path):
     path = tmp_path / "results.json"
     metrics.write_json(path, {"mAP": 0.5})
-    # What a killed process left is in nobody's way.
-    (tmp_path / ".results.json.partial").write_text("{")
     metrics.write_json(path, {"mAP": 0.75})
     assert json.loads(path.read_text()) == {"mAP": 0.75}
     with pytest.raises(TypeError):
         metrics.write_json(path, {"mAP": object()})
     assert json.loads(path.read_text()) == {"mAP": 0.75}
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path):
+    for name in ("results.json.0123.part", "metrics.jsonl.4567.part"):
+        (tmp_path / name).write_text("{")
+    write(tmp_path, 1)
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_the_bar_reaches_its_total(capsys):

@@ -1,23 +1,24 @@
-"""Files by path or by URL: local ones by the operating system, remote ones (`gs://`, `s3://`, ...) through fsspec.
+"""Files by path or by URL (`gs://`, `s3://`, ... through fsspec), and the one way to write them whole or not at all.
 
 fsspec is imported when the first URL is met, so that local data never need it. Failures are `OSError` with a reason and
-the place, whatever the storage raises.
+the place, whatever the storage raises; `atomic_write`, which writes what a user asked for, turns them into `DataError`.
 """
 
 import contextlib
 import errno
 import os
+import pathlib
 import posixpath
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from dmosnet_jax.core.errors import ConfigError, UserError
+from dmosnet_jax.core.errors import ConfigError, DataError, UserError
 
-Place = str | os.PathLike[str]
+Path = str | os.PathLike[str]
 
-# Ends the name of a local file that is being written.
+# Ends the name of a local file or folder that is being written.
 PART = ".part"
 
 _FILE = "file://"
@@ -33,13 +34,13 @@ class Entry(NamedTuple):
     is_link: bool = False
 
 
-def is_remote(place: Place) -> bool:
+def is_remote(place: Path) -> bool:
     """Whether a place is a URL of another storage than the local files."""
     text = os.fspath(place)
     return "://" in text and not text.startswith(_FILE)
 
 
-def tidy(place: Place) -> str:
+def tidy(place: Path) -> str:
     """A path with the user's home filled in, or a URL; neither ends in a slash."""
     text = os.fspath(place)
     if is_remote(text):
@@ -47,7 +48,7 @@ def tidy(place: Place) -> str:
     return os.path.expanduser(text.removeprefix(_FILE))
 
 
-def join(place: Place, *names: str) -> str:
+def join(place: Path, *names: str) -> str:
     """A place below another."""
     if is_remote(place):
         return "/".join([tidy(place), *names])
@@ -76,7 +77,7 @@ def storage(url: str) -> tuple[Any, str]:
         raise ConfigError(f"{url}: its storage cannot be opened ({_line(error)}): check the credentials") from error
 
 
-def read(place: Place) -> bytes:
+def read(place: Path) -> bytes:
     """The content of a file.
 
     Raises:
@@ -89,20 +90,24 @@ def read(place: Place) -> bytes:
         return files.cat_file(path)
 
 
-def read_range(place: Place, offset: int, size: int) -> bytes:
-    """Up to `size` bytes of a remote file from `offset`, fewer where it ends before, by one request.
+def read_range(place: Path, offset: int, size: int) -> bytes:
+    """Up to `size` bytes of a file from `offset`, fewer where it ends before; of a remote one by one request.
 
     Raises:
       OSError: it cannot be read.
     """
     if size <= 0:
         return b""
+    if not is_remote(place):
+        with open(tidy(place), "rb") as file:
+            file.seek(offset)
+            return file.read(size)
     with _remote(place) as (files, path):
         return files.cat_file(path, start=offset, end=offset + size)
 
 
 @contextlib.contextmanager
-def open_stream(place: Place) -> Iterator[BinaryIO]:
+def open_stream(place: Path) -> Iterator[BinaryIO]:
     """A file to read from its start to its end.
 
     Raises:
@@ -116,7 +121,7 @@ def open_stream(place: Place) -> Iterator[BinaryIO]:
         yield stream
 
 
-def size(place: Place) -> int:
+def size(place: Path) -> int:
     """Bytes in a file.
 
     Raises:
@@ -128,7 +133,7 @@ def size(place: Place) -> int:
         return int(files.info(path)["size"])
 
 
-def is_file(place: Place) -> bool:
+def is_file(place: Path) -> bool:
     """Whether a file is there.
 
     Raises:
@@ -140,7 +145,7 @@ def is_file(place: Place) -> bool:
         return bool(files.isfile(path))
 
 
-def entries(place: Place) -> list[Entry]:
+def entries(place: Path) -> list[Entry]:
     """What a folder holds, sorted by name.
 
     Raises:
@@ -169,7 +174,7 @@ def _local_entry(entry: os.DirEntry[str]) -> Entry:
     return Entry(entry.name, is_folder, size, is_link)
 
 
-def write(place: Place, data: bytes) -> None:
+def write(place: Path, data: bytes) -> None:
     """Writes a file, whole or not at all; makes its folder.
 
     Raises:
@@ -180,7 +185,7 @@ def write(place: Place, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def create(place: Place) -> Iterator[BinaryIO]:
+def create(place: Path) -> Iterator[BinaryIO]:
     """A file to write, which is in its place at the end of the block and not before; makes its folder.
 
     Raises:
@@ -199,24 +204,71 @@ def create(place: Place) -> Iterator[BinaryIO]:
                 raise
             file.close()
         return
-    path = tidy(place)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=os.path.basename(path) + ".", suffix=PART)
+    with _replacing(place) as part, part.open("wb", buffering=1 << 20) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[pathlib.Path]:
+    """A name beside a local `path` for a file or a folder, which takes its place, whole, when the block ends.
+
+    It is on the disk before it gets the name, and vanishes when the block fails; two writers do not meet. Missing
+    folders are made.
+
+    Raises:
+      ConfigError: the path is a URL.
+      DataError: it can't be written there.
+    """
+    if is_remote(path):
+        raise ConfigError(f"{path}: results can be written to local folders only; give a local path, and copy it then")
     try:
-        with os.fdopen(handle, "wb", buffering=1 << 20) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files.
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
+        with _replacing(path) as part:
+            yield part
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise DataError(f"{path}: can't be written ({reason}); give a path in a writable folder") from error
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[pathlib.Path]:
+    target = pathlib.Path(tidy(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Process ids are equal in containers that share a disk.
+    part = target.with_name(f"{target.name}.{secrets.token_hex(8)}{PART}")
+    try:
+        yield part
+        for entry in [part, *part.rglob("*")]:
+            _flush(entry)
+        part.replace(target)
+        # Some network file systems know no flushing of a folder.
+        with contextlib.suppress(OSError):
+            _flush(target.parent)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(aside)
+            remove(part)
         raise
 
 
-def remove(place: Place) -> None:
+def _flush(path: pathlib.Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what killed processes were writing in a local folder; nobody else may be writing there.
+
+    Raises:
+      OSError: something cannot be removed.
+    """
+    for part in pathlib.Path(tidy(folder)).glob("*" + PART):
+        remove(part)
+
+
+def remove(place: Path) -> None:
     """Removes a folder with everything in it, or a file, where it is there.
 
     Raises:
@@ -235,7 +287,7 @@ def remove(place: Place) -> None:
             os.unlink(path)
 
 
-def copy(source: Place, target: Place) -> None:
+def copy(source: Path, target: Path) -> None:
     """Copies a file to a remote place: a local one up, a remote one within its storage.
 
     Raises:
@@ -250,7 +302,7 @@ def copy(source: Place, target: Place) -> None:
 
 
 @contextlib.contextmanager
-def _remote(place: Place) -> Iterator[tuple[Any, str]]:
+def _remote(place: Path) -> Iterator[tuple[Any, str]]:
     """The storage and path of a URL; inside, every failure becomes an `OSError` with a reason and the URL."""
     url = os.fspath(place)
     files, path = storage(url)

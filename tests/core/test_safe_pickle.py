@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.core.plain_pickle import read_plain
+from dmosnet_jax.core.safe_pickle import read_plain
 
 
 class Payload:

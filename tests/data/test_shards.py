@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.data.sources import INDEX_SUFFIX, RecordSource, load_index
+from dmosnet_jax.data.shards import INDEX_SUFFIX, RecordSource, load_index
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def test_a_forked_worker_reads_through_the_same_files(shards):
 
 
 def test_more_shards_than_files_may_stay_open(tmp_path, example, write_shard, monkeypatch):
-    monkeypatch.setattr("dmosnet_jax.data.sources._MAX_OPEN", 3)
+    monkeypatch.setattr("dmosnet_jax.data.shards._MAX_OPEN", 3)
     raw = [example(pid=i) for i in range(10)]
     for i, record in enumerate(raw):
         write_shard(tmp_path / f"{i}", [record])
