@@ -191,6 +191,8 @@ class TrainingRun(abc.ABC):
             say(f"starts from {self.weights.path}" + (f"; drawn afresh: {', '.join(fresh)}" if fresh else ""))
         state = train_state.create(params, stats, self.optimiser, seed=self.config.seed, mesh=self.mesh)
         say(f"{self.model.name}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, {self._lengths()}")
+        if not evaluated(self.config):
+            say(f"{self.split.name} has no query and gallery: the run is not scored")
         return self.prepare(state, None)
 
     def _resume(self, store: Checkpoints, step: int) -> TrainState:

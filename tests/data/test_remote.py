@@ -125,7 +125,6 @@ def test_damage_is_told_as_for_local_data(remote):
 def test_labels_that_are_not_the_records_are_refused_and_both_indices_named(local, remote, cache):
     index = load_index(shard(local, 0))
     wrong = index | {"pid": np.full(20, 7, np.int32)}
-    del wrong["checksum"]
     files.write(shard(remote, 0) + INDEX_SUFFIX, to_bytes(wrong))
     split = splits.load_split(remote, "tiny", "train")
     with pytest.raises(DataError, match=r"record 3 at byte .*: its pid is 1, in the index 7: remove mem") as error:
