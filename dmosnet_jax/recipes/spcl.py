@@ -33,7 +33,7 @@ _MEMORIES: dict[str, tuple[ModuleType, dict[str, Any]]] = {
 }
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class HostValues:
     """What a checkpoint keeps beside the arrays.
 
@@ -137,18 +137,17 @@ class SpclRun(TrainingRun):
         notes = self.memory.diagnostics(state.memory) if epoch else {}
         stored = self.memory.stored_features(state.memory) if epoch and not settings.reextract else None
         if stored is None:
-            features = self._extract(state)
+            features = extracted = self._extract(state)
         else:
-            features = stored
+            features, extracted = stored, None
             feature_pass.clear(self.workdir)
         eps = pseudo_labels.radius(settings, epoch, self.schedule.epochs)
         found = pseudo_labels.find(
             features, settings, eps=eps, threshold=self.kept.indep_threshold, mesh=self.mesh, workdir=self.workdir
         )
         labels, capacity = self.memory.class_labels(found), settings.max_classes or len(features)
-        new = {} if stored is not None else {"features": features}
         try:
-            memory = self.memory.set_labels(state.memory, labels, capacity=capacity, **new)
+            memory = self.memory.set_labels(state.memory, labels, features=extracted, capacity=capacity)
         except ConfigError as error:
             raise ConfigError(f"{error}: --config.spcl.max_classes={settings.max_classes} is too low") from error
         self.kept = HostValues(settings.memory, settings.max_classes, found.indep_threshold)

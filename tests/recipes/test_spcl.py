@@ -20,6 +20,7 @@ from dmosnet_jax.models import Model
 from dmosnet_jax.recipes import feature_pass, pseudo_labels, training
 from dmosnet_jax.recipes.spcl import SpclRun, refreshing
 from dmosnet_jax.recipes.weights import build_for
+from dmosnet_jax.train.checkpoints import Checkpoints
 
 
 class Small(Model):
@@ -258,6 +259,17 @@ def test_a_run_goes_on_with_more_classes_when_these_were_too_few(settings, tmp_p
         SpclRun(settings(spcl__max_classes=96), tmp_path).run()
     assert sizes == [48, 96]
     assert [row["epoch"] for row in rows(tmp_path) if "clusters" in row] == [0, 1]
+
+
+def test_a_resumed_run_restores_into_shapes(settings, tmp_path, monkeypatch):
+    SpclRun(settings(train__epochs=1), tmp_path).run()
+    targets, restore = [], Checkpoints.restore
+    monkeypatch.setattr(
+        Checkpoints, "restore", lambda self, like, *rest: targets.append(like.memory) or restore(self, like, *rest)
+    )
+    SpclRun(settings(), tmp_path).run()
+    assert len(targets) == 1
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(targets))
 
 
 def test_another_kind_of_memory_does_not_continue_a_run(settings, tmp_path):

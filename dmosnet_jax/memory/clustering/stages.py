@@ -166,13 +166,9 @@ def cluster(
         if nearest is None:
             search: dict[str, Any] = {"mesh": mesh, "candidates": candidates, "threads": threads, "progress": report}
             nearest = neighbours.search(features, k1, **search).indices
-    options: dict[str, Any] = {
-        "k1": k1,
-        "k2": k2,
-        "radii": (eps, eps - eps_gap, eps + eps_gap),
-        "min_samples": min_samples,
-    }
-    options |= {"indep_threshold": indep_threshold, "min_clustered": min_clustered, "threads": threads}
+    options: dict[str, Any] = {"k1": k1, "k2": k2, "radii": (eps, eps - eps_gap, eps + eps_gap)}
+    options |= {"min_samples": min_samples, "min_clustered": min_clustered}
+    options |= {"indep_threshold": indep_threshold, "threads": threads}
     tables = meshes.agree(lambda: _label(features, nearest, stages, **options))
     recall = neighbours.recall(features, nearest) if candidates else None
     return _from_first(tables, images, stages.seconds, recall)
