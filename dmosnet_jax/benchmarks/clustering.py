@@ -24,7 +24,7 @@ import numpy as np
 
 from dmosnet_jax.benchmarks import dense, structured, tables
 from dmosnet_jax.core.errors import DataError, UserError
-from dmosnet_jax.memory import clustering, neighbours
+from dmosnet_jax.memory.clustering import Clustering, cluster, host_memory, neighbours
 
 GIB = 2**30
 _STAGES = ("weights", "jaccard", "dbscan", "criterion")
@@ -113,11 +113,11 @@ def measure(images: int, options: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         nearest = neighbours.search(table, options.k1, backend="device" if device else "host").indices
         seconds["neighbours"] = time.perf_counter() - start
-    found = clustering.cluster(table, nearest=nearest, k1=options.k1, eps=options.eps, threads=options.threads or None)
+    found = cluster(table, nearest=nearest, k1=options.k1, eps=options.eps, threads=options.threads or None)
     seconds |= {name: found.seconds[name] for name in _STAGES}
     graph_seconds = sum(seconds[name] for name in _STAGES)
     peak, on_device = peak_memory(), device_peak() if device else None
-    estimate = clustering.estimate_memory(images, table.shape[1], k1=options.k1, threads=options.threads or None)
+    estimate = host_memory.estimate_memory(images, table.shape[1], k1=options.k1, threads=options.threads or None)
     row: dict[str, Any] = {"images": images, "neighbours": seconds.get("neighbours")}
     row |= {name: seconds[name] for name in _STAGES}
     row |= {
@@ -138,7 +138,7 @@ def measure(images: int, options: argparse.Namespace) -> dict[str, Any]:
 def _warm_up(table: np.ndarray) -> None:
     """Compiles the kernels."""
     few = structured.features(512, table.shape[1])[0]
-    clustering.cluster(few, eps=0.9)
+    cluster(few, eps=0.9)
     neighbours.search_host(few, 2, block=256)
 
 
@@ -153,15 +153,13 @@ def _rates(images: int, dim: int, seconds: float | None, device: bool) -> dict[s
     return {"TFLOP/s": rate / 1e12, "of matmul": rate / matmul_rate(dim, device=device)}
 
 
-def _compare(
-    table: np.ndarray, found: clustering.Clustering, row: dict[str, Any], options: argparse.Namespace
-) -> dict[str, Any]:
+def _compare(table: np.ndarray, found: Clustering, row: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """Seconds and ratio of the dense computation, after everything else: its memory must not count as ours."""
     nothing = {"dense": None, "ratio": None, "same labels": None}
     if len(table) > options.dense_limit or row["neighbours"] is None:
         return nothing
     need = 4 * dense.MATRICES * len(table) ** 2
-    if need > clustering.machine_memory():
+    if need > host_memory.machine_memory():
         return nothing
     try:
         clusters, classes, seconds = dense.labels(table, k1=options.k1, eps=options.eps)
@@ -210,7 +208,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
     options = _arguments(sys.argv[1:] if argv is None else argv)
-    print(f"{os.cpu_count()} processor cores, {clustering.machine_memory() / GIB:.0f} GiB of memory", flush=True)
+    print(f"{os.cpu_count()} processor cores, {host_memory.machine_memory() / GIB:.0f} GiB of memory", flush=True)
     rows = []
     try:
         for images in options.n:

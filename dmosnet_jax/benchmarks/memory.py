@@ -2,8 +2,9 @@
 
     python -m dmosnet_jax.benchmarks.memory --n 12936,2090122 --classes 8000,1200000 --output=memory.csv
 
-A step is loss, gradient and update for one batch, the tables donated. `tables` counts features, class sums, counts and
-labels once, `held` all that the compiled step holds at a time: arguments, results that do not reuse them, and scratch.
+A step is loss, gradient and update for one batch, the tables donated; `CPU ms` is its processor time, which other
+programs on the machine disturb less. `tables` counts features, class sums, counts and labels once, `held` all that the
+compiled step holds at a time: arguments, results that do not reuse them, and scratch.
 `direct` is the largest relative difference of loss and gradient from a float64 computation over all images for a few
 random probes, and of the moved rows from the rule applied one image after the other. `reference` is the step as SpCL
 does it, similarities with all images summed by class. `labels` is the new epoch's class tables, `plan` its batches.
@@ -24,12 +25,12 @@ import numpy as np
 import optax
 
 from dmosnet_jax import models
-from dmosnet_jax.benchmarks import tables
 from dmosnet_jax.benchmarks.clustering import GIB, device_peak, peak_memory
+from dmosnet_jax.benchmarks.tables import publish
 from dmosnet_jax.core import mesh as meshes
 from dmosnet_jax.core.errors import UserError
 from dmosnet_jax.data.samplers import class_epoch
-from dmosnet_jax.memory import hybrid
+from dmosnet_jax.memory import hybrid, tables
 
 _ROWS = 65_536
 MOMENTUM, TEMPERATURE, EPSILON = 0.2, 0.05, 1e-6
@@ -114,14 +115,15 @@ def reference_step(
     return jax.lax.fori_loop(0, len(indices), move, features), value, gradient
 
 
-def _timed(function: Callable[[], Any], repeats: int) -> float:
-    """The median of the calls."""
+def _timed(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Seconds by the clock and of the processor: the medians of the calls."""
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         jax.block_until_ready(function())
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
+        times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    wall, processor = np.median(times, axis=0)
+    return float(wall), float(processor)
 
 
 def _difference(found: Any, expected: Any) -> float:
@@ -145,7 +147,7 @@ def measure(images: int, classes: int, options: argparse.Namespace) -> dict[str,
     x, i = jax.device_put((inputs, indices), place)
     value, gradient = jax.jit(jax.value_and_grad(hybrid.loss, argnums=1))(memory, x[:probes], i[:probes])
     differences = [_difference(value, expected[0]), _difference(gradient, expected[1])]
-    places = hybrid.shardings(memory, mesh)
+    places = tables.shardings(memory, mesh)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(places, place, place)).lower(memory, x, i).compile()
     held = compiled.memory_analysis()
     assert held is not None
@@ -156,8 +158,8 @@ def measure(images: int, classes: int, options: argparse.Namespace) -> dict[str,
         state[0], loss, _ = compiled(state[0], x, i)
         return loss
 
-    seconds = _timed(one, options.repeats)
-    relabel = _timed(lambda: hybrid.set_labels(state[0], labels), 2)
+    seconds, processor = _timed(one, options.repeats)
+    relabel, _ = _timed(lambda: hybrid.set_labels(state[0], labels), 2)
     since = time.perf_counter()
     class_epoch(labels, None, batch_size=64, instances=4, seed=0, epoch=0, steps=max(images // 64, 1))
     plan = time.perf_counter() - since
@@ -168,6 +170,7 @@ def measure(images: int, classes: int, options: argparse.Namespace) -> dict[str,
         "images": images,
         "classes": classes,
         "step ms": 1e3 * seconds,
+        "CPU ms": 1e3 * processor,
         "tables GiB": size,
         "held GiB": (bytes_held + held.temp_size_in_bytes) * devices / GIB,
         "device GiB": None if device_peak() is None else (device_peak() or 0) * devices / GIB,
@@ -197,7 +200,7 @@ def _time_reference(
         table[0], value, _ = compiled(table[0], *rest, classes=classes)
         return value
 
-    return _timed(one, repeats)
+    return _timed(one, repeats)[0]
 
 
 def _time_backbone(name: str, batch: int, dtype: str, mesh: Any) -> float:
@@ -226,7 +229,7 @@ def _time_backbone(name: str, batch: int, dtype: str, mesh: Any) -> float:
         state[0] = compiled(*state[0][:3], images)
         return state[0][3]
 
-    return _timed(one, 3)
+    return _timed(one, 3)[0]
 
 
 def _sizes(text: str) -> list[int]:
@@ -273,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
                 rows.append(pool.submit(measure, images, classes, options).result())
             print(f"{images:,}: {rows[-1]['step ms']:.1f} ms a step", flush=True)
-        tables.publish(rows, options.output)
+        publish(rows, options.output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

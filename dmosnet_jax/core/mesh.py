@@ -4,16 +4,18 @@ There is one axis, `data`: batches and memory rows are split over it, parameters
 is always the global batch, so no result depends on the number of devices.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.core.errors import ConfigError, UserError
 
 AXIS = "data"
+
+_Result = TypeVar("_Result")
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -65,3 +67,40 @@ def to_host(tree: Any) -> Any:
     from jax.experimental import multihost_utils
 
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def from_first(tree: Any) -> Any:
+    """Process 0's NumPy arrays, on every process; the others give arrays of the same shapes and dtypes."""
+    if jax.process_count() == 1:
+        return tree
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
+def by_process(tree: Any) -> Any:
+    """NumPy arrays of every process, stacked along a new first axis."""
+    from jax.experimental import multihost_utils
+
+    return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree))
+
+
+def agree(work: Callable[[], _Result]) -> _Result | None:
+    """Does something on process 0, the result there and None elsewhere; a failure there is one everywhere.
+
+    Raises:
+        UserError: on the other processes, whatever the failure on process 0 was.
+    """
+    result: _Result | None = None
+    failure: Exception | None = None
+    if jax.process_index() == 0:
+        try:
+            result = work()
+        except Exception as error:
+            # The others wait: they must learn of it before this process ends.
+            failure = error
+    if not int(from_first(np.int32(failure is None))) and failure is None:
+        raise UserError("process 0 failed, and its message says why")
+    if failure is not None:
+        raise failure
+    return result

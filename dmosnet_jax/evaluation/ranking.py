@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.core.kernels import jit, map_rows
 from dmosnet_jax.evaluation import distances
-from dmosnet_jax.memory.compiled import jit, map_rows
 
 BLOCK = 1024
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.evaluation.distances import distance_block, prepare_pair
-from dmosnet_jax.memory import jaccard, neighbours
+from dmosnet_jax.memory.clustering import jaccard, neighbours
 
 
 @dataclass(frozen=True)

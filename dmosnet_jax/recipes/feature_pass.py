@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from dmosnet_jax.core.files import atomic_write
+from dmosnet_jax.core.mesh import from_first
 from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.splits import Rows, Subset
 from dmosnet_jax.evaluation.extract import Extractor
@@ -111,24 +112,16 @@ class _Parts:
                 piece = None
             if piece is not None and (piece.dtype != np.float32 or piece.ndim != 2 or len(piece) != count):
                 piece = None
-        if jax.process_count() == 1:
-            return piece
-        width = int(_broadcast(np.int32(0 if piece is None else piece.shape[1])))
+        width = int(from_first(np.int32(0 if piece is None else piece.shape[1])))
         if not width:
             return None
-        return np.asarray(_broadcast(np.zeros((count, width), np.float32) if piece is None else piece))
+        return from_first(np.zeros((count, width), np.float32) if piece is None else piece)
 
     def save(self, start: int, piece: np.ndarray) -> None:
         """Keeps a part."""
         if jax.process_index() == 0:
             with atomic_write(self._path(start)) as part, part.open("wb") as file:
                 np.save(file, piece, allow_pickle=False)
-
-
-def _broadcast(value: Any) -> Any:
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.broadcast_one_to_all(value)
 
 
 def _fingerprint(params: Any, stats: Any, split: Rows, about: str) -> str:

@@ -8,10 +8,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dmosnet_jax.core.files import atomic_write
+from dmosnet_jax.core.mesh import agree
 from dmosnet_jax.evaluation.report_charts import Chart, Line, draw_svg
-from dmosnet_jax.memory import clustering, quality
-from dmosnet_jax.memory.clustering import Clustering, TooFewClusteredError
-from dmosnet_jax.memory.together import agree, cluster_together
+from dmosnet_jax.memory import quality
+from dmosnet_jax.memory.clustering import Clustering, TooFewClusteredError, cluster, host_memory
 from dmosnet_jax.recipes.splits import say
 from dmosnet_jax.train.metrics import progress_bar
 
@@ -35,11 +35,11 @@ def announce(images: int, dim: int, settings: Any) -> None:
     Raises:
         UserError: there is less; now, and not after hours of extraction.
     """
-    parts = clustering.estimate_memory(images, dim, k1=settings.k1)
+    parts = host_memory.estimate_memory(images, dim, k1=settings.k1)
     total = parts.pop("total")
     largest = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sorted(parts.items(), key=lambda p: -p[1])[:3])
     say(f"clustering {images:,} images of {dim} values takes up to {total / 2**30:.2f} GiB of host memory ({largest})")
-    agree(lambda: clustering.check_memory(images, dim, k1=min(settings.k1, images)))
+    agree(lambda: host_memory.check_memory(images, dim, k1=min(settings.k1, images)))
 
 
 def find(
@@ -68,7 +68,7 @@ def find(
             bar.update(int((_STAGES.index(stage) + fraction) * images) - bar.n)
 
         try:
-            return cluster_together(
+            return cluster(
                 features,
                 k1=settings.k1,
                 k2=settings.k2,

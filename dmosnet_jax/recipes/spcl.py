@@ -6,33 +6,55 @@ each clustering. With `spcl.memory` "cluster" or "cluster_hardest" it holds cent
 al. 2021): features are extracted before each epoch, and images outside of clusters are left out.
 """
 
-import functools
-import math
+import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+from jax import lax
 
 from dmosnet_jax.core.errors import ConfigError
-from dmosnet_jax.core.mesh import to_host
 from dmosnet_jax.data.samplers import class_epoch
-from dmosnet_jax.memory import centroids, hybrid
-from dmosnet_jax.memory.capacity import with_capacity
+from dmosnet_jax.memory import cluster, hybrid
 from dmosnet_jax.recipes import feature_pass, pseudo_labels
 from dmosnet_jax.recipes.training import TrainingRun
 from dmosnet_jax.recipes.weights import settings_of
 from dmosnet_jax.train.state import TrainState
 from dmosnet_jax.train.steps import Batch, Metrics, Step, spcl_step
 
+# Values of `spcl.memory`: the module of the memory, and settings of its own.
+_MEMORIES: dict[str, tuple[ModuleType, dict[str, Any]]] = {
+    "image": (hybrid, {}),
+    "cluster": (cluster, {"hardest": False}),
+    "cluster_hardest": (cluster, {"hardest": True}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class HostValues:
+    """What a checkpoint keeps beside the arrays.
+
+    Attributes:
+        memory: `spcl.memory` of the run.
+        capacity: classes that the memory's tables were made for, None for as many as images.
+        indep_threshold: independence threshold of the first epoch, which all later ones keep; None before it.
+    """
+
+    memory: str = "image"
+    capacity: int | None = None
+    indep_threshold: float | None = None
+
 
 class SpclRun(TrainingRun):
     """SpCL over the training split; identities, where there are any, only tell how good the clusters are."""
 
-    _threshold: float | None = None
-    _capacity: int | None = None
-    _steps_taken = 0
+    def __init__(self, config: Any, workdir: pathlib.Path):
+        super().__init__(config, workdir)
+        self.memory, self.memory_settings = _MEMORIES[config.spcl.memory]
+        self.kept = HostValues(config.spcl.memory, config.spcl.max_classes)
 
     def num_classes(self) -> int:
         """No classifier."""
@@ -43,81 +65,46 @@ class SpclRun(TrainingRun):
         return len(self.split.pids) // self.config.batch_size
 
     def prepare(self, state: TrainState, meta: Mapping[str, Any] | None) -> TrainState:
-        """Adds the memory: features of every image, or on resuming a table of the right size to restore into."""
+        """Adds the memory as shapes: a checkpoint is restored into them, or the first epoch fills them."""
         images, settings = len(self.split.pids), self.config.spcl
         pseudo_labels.announce(images, self.model.feature_dim, settings)
-        self._capacity = settings.max_classes
-        if meta is None:
-            features = self._extract(state)
-        else:
-            self._threshold = meta["indep_threshold"]
-            # As they were: the next epoch makes tables of the size that is asked for now.
-            self._capacity = meta.get("capacity", settings.max_classes)
-            self._check_same_memory(meta)
-            features = np.zeros((images, self.model.feature_dim), np.float32)
-        memory = hybrid.init(
-            features,
-            # Until the first clustering.
-            np.zeros(images, np.int32),
+        if meta is not None:
+            # Tables as they were: the next epoch makes them of the size that is asked for now.
+            self.kept = HostValues(**meta)
+            if self.kept.memory != settings.memory:
+                raise ConfigError(
+                    f"spcl.memory={settings.memory!r} (was {self.kept.memory!r} in this run): give another --workdir "
+                    "or the earlier setting"
+                )
+        memory = self.memory.shapes(
+            images,
+            self.model.feature_dim,
             momentum=settings.momentum,
             temperature=settings.temperature,
-            capacity=self._capacity,
-            multiple=self._multiple(),
+            capacity=self.kept.capacity,
             mesh=self.mesh,
+            **self.memory_settings,
         )
         return state.replace(memory=memory)
 
-    def _check_same_memory(self, meta: Mapping[str, Any]) -> None:
-        now, then = self.config.spcl.memory, meta.get("memory", "image")
-        if now != then:
-            raise ConfigError(
-                f"spcl.memory={now!r} (was {then!r} in this run): give another --workdir or the earlier setting"
-            )
-
-    def _multiple(self) -> int:
-        """Rows that every table length is a multiple of, so that it divides over any number of devices."""
-        return math.lcm(hybrid.PADDING, self.mesh.size)
-
     def make_step(self) -> Step:
         """Contrast with the memory."""
-        moves: dict[str, Callable[..., hybrid.Memory]] = {
-            "image": hybrid.update,
-            "cluster": centroids.update,
-            "cluster_hardest": functools.partial(centroids.update, hardest=True),
-        }
-        return spcl_step(self.model, self.optimiser, self.config, update=moves[self.config.spcl.memory])
-
-    def finish_step(self, step: Step) -> Step:
-        """Rebuilds the class sums from time to time, so that rounding does not collect over long epochs."""
-        every = self.config.spcl.refresh_every_steps
-        if self._has_centroids() or not every:
-            return step
-
-        def refreshing(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-            # An epoch starts with new sums anyway.
-            if self._steps_taken % every == 0 and self._steps_taken % self.schedule.steps_per_epoch:
-                assert state.memory is not None
-                state = state.replace(memory=hybrid.refresh(state.memory))
-            self._steps_taken += 1
-            return step(state, batch)
-
-        return refreshing
+        step = spcl_step(self.model, self.optimiser, self.config, memory=self.memory)
+        return refreshing(step, self.memory, self.config.spcl.refresh_every_steps, self.schedule.steps_per_epoch)
 
     def loop_values(self) -> dict[str, Any]:
-        """The independence threshold of the first epoch, which all later ones keep, and what the memory is."""
-        return {"indep_threshold": self._threshold, "capacity": self._capacity, "memory": self.config.spcl.memory}
+        """See `HostValues`."""
+        return dataclasses.asdict(self.kept)
 
     def begin_epoch(self, state: TrainState, epoch: int, offset: int) -> tuple[TrainState, Any, Mapping[str, float]]:
         """Clusters the memory and plans the epoch; in the middle of one, takes the pseudo-labels from the memory."""
-        assert state.memory is not None
-        self._steps_taken = epoch * self.schedule.steps_per_epoch + offset
         notes: dict[str, float] = {}
         if offset:
+            assert state.memory is not None
             labels = np.asarray(state.memory.labels)[: state.memory.num_rows]
+            feature_pass.clear(self.workdir)
         else:
             state, labels, notes = self._cluster(state, epoch)
-        if offset or (epoch and not self._extracts_anew()):
-            feature_pass.clear(self.workdir)
         plan = class_epoch(
             labels,
             self._cameras(),
@@ -140,12 +127,6 @@ class SpclRun(TrainingRun):
         camids = self.split.camids
         return camids if self.config.sampler.cameras and len(np.unique(camids)) > 1 else None
 
-    def _has_centroids(self) -> bool:
-        return self.config.spcl.memory != "image"
-
-    def _extracts_anew(self) -> bool:
-        return self.config.spcl.reextract or self._has_centroids()
-
     def _extract(self, state: TrainState) -> np.ndarray:
         about = repr((settings_of(self.model), tuple(self.config.pixel_mean), tuple(self.config.pixel_std)))
         return feature_pass.extract(
@@ -154,37 +135,47 @@ class SpclRun(TrainingRun):
 
     def _cluster(self, state: TrainState, epoch: int) -> tuple[TrainState, np.ndarray, dict[str, float]]:
         """New pseudo-labels: the state with its memory set to them, the labels, and what to log."""
-        since, settings, memory = time.perf_counter(), self.config.spcl, state.memory
-        assert memory is not None
-        drift: dict[str, float] = {}
-        if epoch and not self._has_centroids():
-            drift = {"class_sum_drift": float(hybrid.drift(memory))}
-        if epoch and self._extracts_anew():
-            features = self._extract(state)
-            memory = hybrid.set_features(memory, features)
+        since, settings = time.perf_counter(), self.config.spcl
+        notes = self.memory.diagnostics(state.memory) if epoch else {}
+        stored = self.memory.stored_features(state.memory) if epoch and not settings.reextract else None
+        if stored is None:
+            features = extracted = self._extract(state)
         else:
-            # The network has not moved since `prepare` filled the memory, or the memory is what is clustered.
-            features = to_host(memory.features)[: memory.num_rows]
+            features, extracted = stored, None
+            feature_pass.clear(self.workdir)
         eps = pseudo_labels.radius(settings, epoch, self.schedule.epochs)
         found = pseudo_labels.find(
-            features, settings, eps=eps, threshold=self._threshold, mesh=self.mesh, workdir=self.workdir
+            features, settings, eps=eps, threshold=self.kept.indep_threshold, mesh=self.mesh, workdir=self.workdir
         )
-        self._threshold = float(found.indep_threshold)
-        labels = found.dbscan if self._has_centroids() else found.labels
-        if self._capacity != settings.max_classes:
-            memory = with_capacity(memory, settings.max_classes, multiple=self._multiple())
-            self._capacity = settings.max_classes
+        labels, capacity = self.memory.class_labels(found), settings.max_classes or len(features)
         try:
-            if self._has_centroids():
-                memory = centroids.begin(memory, features, labels)
-            else:
-                memory = hybrid.set_labels(memory, labels)
+            memory = self.memory.set_labels(state.memory, labels, features=extracted, capacity=capacity)
         except ConfigError as error:
             raise ConfigError(f"{error}: --config.spcl.max_classes={settings.max_classes} is too low") from error
-        notes = pseudo_labels.report(
+        self.kept = HostValues(settings.memory, settings.max_classes, found.indep_threshold)
+        notes |= pseudo_labels.report(
             found, labels, self.split.pids, self.split.camids, epoch=epoch, eps=eps, since=since
         )
-        return state.replace(memory=memory), labels, notes | drift
+        return state.replace(memory=memory), labels, notes
+
+
+def refreshing(step: Step, memory: ModuleType, every: int, steps_per_epoch: int) -> Step:
+    """The step, before which class sums are rebuilt from time to time: rounding does not collect over long epochs.
+
+    Args:
+        step: a pure step.
+        memory: module of the state's memory.
+        every: steps between two rebuilds, 0 for none. An epoch starts with new sums anyway.
+        steps_per_epoch: where epochs start.
+    """
+    if not every:
+        return step
+
+    def refresh_and_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        due = (state.step % every == 0) & (state.step % steps_per_epoch != 0)
+        return step(state.replace(memory=lax.cond(due, memory.refresh, lambda kept: kept, state.memory)), batch)
+
+    return refresh_and_step
 
 
 def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import flax.serialization
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -44,8 +45,7 @@ def _split(state: TrainState) -> dict[str, Any]:
     leaves = jax.tree.leaves(state.opt_state)
     train = {"step": state.step, "key": state.key, "opt": {str(i): leaf for i, leaf in enumerate(leaves)}}
     if state.memory is not None:
-        fields = ("features", "class_sums", "class_counts", "labels")
-        train["memory"] = {name: getattr(state.memory, name) for name in fields}
+        train["memory"] = flax.serialization.to_state_dict(state.memory)
     return {"model": {"params": state.params, "stats": state.stats}, "train": train}
 
 

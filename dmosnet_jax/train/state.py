@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from dmosnet_jax.core.mesh import replicated
-from dmosnet_jax.memory import hybrid
+from dmosnet_jax.memory import cluster, hybrid, tables
 
 Tree = dict[str, Any]
 
@@ -24,7 +24,7 @@ class TrainState(flax.struct.PyTreeNode):
         stats: float32 batch statistics.
         opt_state: optimiser state.
         key: uint32 key data of the run; a step folds its number in, so it never changes.
-        memory: hybrid memory, None in supervised training.
+        memory: of images or of clusters, None in supervised training.
     """
 
     step: jax.Array
@@ -32,7 +32,7 @@ class TrainState(flax.struct.PyTreeNode):
     stats: Tree
     opt_state: Any
     key: jax.Array
-    memory: hybrid.Memory | None = None
+    memory: hybrid.Memory | cluster.Memory | None = None
 
 
 def create(params: Tree, stats: Tree, optimiser: optax.GradientTransformation, *, seed: int, mesh: Mesh) -> TrainState:
@@ -54,7 +54,7 @@ def _build(params: Tree, stats: Tree, *, optimiser: optax.GradientTransformation
 def shardings(state: TrainState, mesh: Mesh) -> TrainState:
     """Where each array of a state belongs: the memory's tables by rows, everything else on every device."""
     everywhere = jax.tree.map(lambda _: replicated(mesh), state.replace(memory=None))
-    return everywhere.replace(memory=None if state.memory is None else hybrid.shardings(state.memory, mesh))
+    return everywhere.replace(memory=None if state.memory is None else tables.shardings(state.memory, mesh))
 
 
 def step_key(state: TrainState) -> jax.Array:

@@ -1,6 +1,7 @@
 """Training steps: pure functions of (state, batch), compiled once for a mesh."""
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -66,28 +67,24 @@ def supervised_step(model: Model, optimiser: optax.GradientTransformation, confi
 
 
 def spcl_step(
-    model: Model,
-    optimiser: optax.GradientTransformation,
-    config: Any,
-    *,
-    update: Callable[..., hybrid.Memory] = hybrid.update,
+    model: Model, optimiser: optax.GradientTransformation, config: Any, *, memory: ModuleType = hybrid
 ) -> Step:
-    """SpCL's contrastive step against the hybrid memory, which it then moves (Ge et al. 2020, Eq. 1 and 3).
+    """SpCL's contrastive step against the memory, which it then updates (Ge et al. 2020, Eq. 1 and 3).
 
-    The batch's `index` holds rows of the memory; `update` moves it. Metrics: `loss`, `gradient_norm`.
+    The batch's `index` holds rows of the memory; `memory` is the module of its kind, `memory.hybrid` or
+    `memory.cluster`. Metrics: `loss`, `gradient_norm`.
     """
 
     def losses(params, state, batch):
         images = _augmented(state, batch, config)
         outputs, stats = model.apply(params, state.stats, images, train=True)
         features = normalised(outputs["feature"])
-        return hybrid.loss(state.memory, features, batch["index"]), (stats, features)
+        return memory.loss(state.memory, features, batch["index"]), (stats, features)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         (loss, (stats, features)), gradient = jax.value_and_grad(losses, has_aux=True)(state.params, state, batch)
-        assert state.memory is not None
-        memory = update(state.memory, features, batch["index"], loss=loss)
-        state = _apply_gradient(state, gradient, stats, optimiser).replace(memory=memory)
+        updated = memory.update(state.memory, features, batch["index"], loss=loss)
+        state = _apply_gradient(state, gradient, stats, optimiser).replace(memory=updated)
         return state, {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
 
     return step

@@ -8,7 +8,7 @@ import pytest
 from dmosnet_jax.benchmarks import clustering, dense, memory, structured
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.memory.clustering import cluster
-from dmosnet_jax.memory.neighbours import search_host
+from dmosnet_jax.memory.clustering.neighbours import search_host
 
 
 @pytest.mark.parametrize("images", [700, 1300, 20])

@@ -4,9 +4,8 @@ from sklearn.cluster import DBSCAN
 from sklearn.metrics import adjusted_rand_score
 
 from dmosnet_jax.core.errors import ConfigError, DataError, UserError
-from dmosnet_jax.memory import clustering, jaccard, neighbours, reliability
-from dmosnet_jax.memory.clustering import cluster
-from dmosnet_jax.memory.dbscan import dbscan
+from dmosnet_jax.memory.clustering import TooFewClusteredError, cluster, criterion, host_memory, jaccard, neighbours
+from dmosnet_jax.memory.clustering.dbscan import dbscan
 
 
 def unit(array):
@@ -239,9 +238,7 @@ def test_too_few_clustered_images_are_refused_with_the_curve(rng):
     share = (cluster(features, **settings).dbscan >= 0).mean()
     assert 0.01 < share < 0.2
     cluster(features, min_clustered=share, **settings)
-    with pytest.raises(
-        clustering.TooFewClusteredError, match=r"only \d+ of 400 images .*min_clustered=0\.2; half"
-    ) as caught:
+    with pytest.raises(TooFewClusteredError, match=r"only \d+ of 400 images .*min_clustered=0\.2; half") as caught:
         cluster(features, min_clustered=0.2, **settings)
     nearest = neighbours.search_host(features, 12).indices
     distance = jaccard.distance_rows(jaccard.reciprocal_weights(features, nearest, k1=12, k2=3), np.arange(400))
@@ -277,23 +274,23 @@ def test_refuses_what_does_not_fit_in_memory():
     features, settings = random_problem(2)
     with pytest.raises(UserError, match="GiB"):
         cluster(features, memory_limit=1000, **settings)
-    small, large = (clustering.estimate_memory(n, 512, k1=30, threads=2)["total"] for n in (200_000, 2_000_000))
+    small, large = (host_memory.estimate_memory(n, 512, k1=30, threads=2)["total"] for n in (200_000, 2_000_000))
     assert small < large < 11 * small, "linear in the number of images"
 
 
 def test_memory_of_a_container_counts(tmp_path, monkeypatch):
     limits = [tmp_path / name for name in ("none", "unlimited", "limit")]
     limits[1].write_text("max\n")
-    monkeypatch.setattr(clustering, "_CONTAINER_LIMITS", limits[:2])
-    machine = clustering.machine_memory()
+    monkeypatch.setattr(host_memory, "_CONTAINER_LIMITS", limits[:2])
+    machine = host_memory.machine_memory()
     assert machine > 2**20
     limits[2].write_text("1048576\n")
-    monkeypatch.setattr(clustering, "_CONTAINER_LIMITS", limits)
-    assert clustering.machine_memory() == 2**20
+    monkeypatch.setattr(host_memory, "_CONTAINER_LIMITS", limits)
+    assert host_memory.machine_memory() == 2**20
 
 
 def test_noise_numbers_and_change():
-    labels = reliability.number_noise(np.array([0, -1, 1, 0, -1]))
+    labels = criterion.number_noise(np.array([0, -1, 1, 0, -1]))
     np.testing.assert_array_equal(labels, [0, 2, 1, 0, 3])
-    change = reliability.change(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]))
+    change = criterion.change(np.array([0, 0, 0, 1]), np.array([0, 0, 1, 1]))
     np.testing.assert_allclose(change, [1 / 3, 1 / 3, 3 / 4, 1 / 2], atol=1e-7)

@@ -7,7 +7,7 @@ import pytest
 
 from dmosnet_jax.core import mesh as meshes
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.memory import hybrid
+from dmosnet_jax.memory import contrast, hybrid, tables
 
 
 def unit(array):
@@ -84,34 +84,43 @@ def test_equals_direct_computation_with_repeated_indices(rng, temperature):
     assert not np.asarray(after.features[len(labels) :]).any()
 
 
-def test_blocks_of_classes_and_rows_change_nothing(rng, monkeypatch):
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("block", [7, 32, 1024])
+def test_blocks_of_classes_change_nothing(rng, monkeypatch, devices, block):
     features, labels, inputs, indices = problem(rng, rows=200, classes=150)
-    whole = hybrid.init(features, labels, momentum=0.2, temperature=0.05)
-    expected = step(whole, jnp.asarray(inputs), jnp.asarray(indices))
-    monkeypatch.setattr(hybrid, "BLOCK", 32)
-    blocked = hybrid.init(features, labels, momentum=0.2, temperature=0.05, multiple=4)
-    assert hybrid._block_count(blocked.class_sums.shape[0]) == 7
-    result = step(blocked, jnp.asarray(inputs), jnp.asarray(indices))
-    np.testing.assert_allclose(result[1], expected[1], rtol=1e-6)
-    np.testing.assert_allclose(result[2], expected[2], atol=1e-6)
-    np.testing.assert_allclose(result[0].class_sums[:150], expected[0].class_sums[:150], atol=1e-6)
-    np.testing.assert_array_equal(result[0].class_counts[:150], np.bincount(labels, minlength=150))
+    expected = direct(features, labels, inputs, indices, 0.2, 0.05)
+    monkeypatch.setattr(contrast, "BLOCK_ON_CPU", block)
+    mesh = meshes.make_mesh(jax.devices()[:devices])
+    memory = hybrid.init(features, labels, momentum=0.2, temperature=0.05, mesh=mesh)
+    result = jax.jit(step)(memory, jnp.asarray(inputs), jnp.asarray(indices))
+    np.testing.assert_allclose(result[1], expected[0], rtol=1e-5)
+    np.testing.assert_allclose(result[2], expected[1], atol=1e-4)
+    np.testing.assert_allclose(result[0].features[:200], expected[2], atol=1e-6)
 
 
-def test_sharded_equals_unsharded_and_never_gathers_a_table(rng):
+@pytest.mark.parametrize("limit", [1024, 4096, 2**28])
+def test_class_sums_by_columns_are_those_of_all_images(rng, monkeypatch, limit):
+    features, labels, _, _ = problem(rng, rows=3000, classes=150)
+    expected = np.zeros((1024, 16))
+    np.add.at(expected, labels, features)
+    monkeypatch.setattr(tables, "PARTIAL_SUMS", limit)
+    tables.class_sums.clear_cache()
+    memory = hybrid.init(features, labels, momentum=0.2, temperature=0.05, capacity=150, mesh=meshes.make_mesh())
+    tables.class_sums.clear_cache()
+    np.testing.assert_allclose(memory.class_sums, expected, atol=1e-5)
+    np.testing.assert_array_equal(memory.class_counts, np.bincount(labels, minlength=1024))
+
+
+def test_sharded_equals_unsharded(rng):
     features, labels, inputs, indices = problem(rng, rows=300, classes=120, batch=32)
     mesh = meshes.make_mesh()
     single = hybrid.init(features, labels, momentum=0.2, temperature=0.05)
     sharded = hybrid.init(features, labels, momentum=0.2, temperature=0.05, mesh=mesh)
-    places = hybrid.shardings(sharded, mesh)
+    places = tables.shardings(sharded, mesh)
     batch = meshes.to_devices({"inputs": inputs, "indices": indices}, mesh)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, meshes.replicated(mesh), meshes.by_rows(mesh)))
-    compiled = jitted.lower(sharded, batch["inputs"], batch["indices"]).compile().as_text()
-    rows = str(sharded.features.shape[0])
-    assert re.search(r"all-(reduce|gather)", compiled)
-    assert not re.search(rf"f32\[{rows},16\]\S* all-gather", compiled)
     for _ in range(3):
-        single, value, gradient = step(single, jnp.asarray(inputs), jnp.asarray(indices))
+        single, value, gradient = jax.jit(step)(single, jnp.asarray(inputs), jnp.asarray(indices))
         sharded, sharded_value, sharded_gradient = jitted(sharded, batch["inputs"], batch["indices"])
         np.testing.assert_allclose(sharded_value, value, rtol=1e-5)
         np.testing.assert_allclose(sharded_gradient, gradient, atol=1e-5)
@@ -122,37 +131,88 @@ def test_sharded_equals_unsharded_and_never_gathers_a_table(rng):
         assert getattr(sharded, name).sharding == getattr(places, name)
 
 
-def test_shard_places_an_unsharded_memory(rng):
+def collectives(compiled):
+    """Kind, values that go over the wire, and operation of every collective in a partitioned program."""
+    text = compiled.as_text()
+    found = []
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+    for line in text.splitlines():
+        match = re.search(rf"= (.*?) ({kinds})(?:-start)?\(", line)
+        if not match:
+            continue
+        shapes = re.findall(r"\w\d+\[([\d,]*)\]", match[1])
+        size = sum(np.prod([int(n) for n in shape.split(",") if n]) for shape in shapes)
+        reducer = re.search(r"to_apply=(%[\w.\-]+)", line)
+        operation = ""
+        if reducer:
+            body = text[text.index(f"\n{reducer[1]} (") :]
+            operation = re.search(r"ROOT .*? (\w+)\(", body)[1]
+        found.append((match[2], int(size), operation))
+    return found
+
+
+def test_devices_exchange_one_maximum_and_sums_of_the_batch(rng):
+    features, labels, inputs, indices = problem(rng, rows=20_000, classes=9000, batch=32)
+    mesh = meshes.make_mesh()
+    memory = hybrid.init(features, labels, momentum=0.2, temperature=0.05, mesh=mesh)
+    places, everywhere, rows = tables.shardings(memory, mesh), meshes.replicated(mesh), meshes.by_rows(mesh)
+    assert memory.class_sums.shape[0] // 8 > 2 * contrast.BLOCK_ON_CPU, "the test sees a loop"
+    inputs, indices = jnp.asarray(inputs), jnp.asarray(indices)
+    value = jax.jit(jax.value_and_grad(hybrid.loss, argnums=1), in_shardings=(places, everywhere, everywhere))
+    found = collectives(value.lower(memory, inputs, indices).compile())
+    assert sorted(found) == [("all-reduce", 32, "maximum"), ("all-reduce", 32 * (1 + 2 * 16), "add")]
+    # With the update and a batch that is split: its inputs are gathered, and the old rows are summed up.
+    jitted = jax.jit(step, in_shardings=(places, rows, rows), out_shardings=(places, everywhere, rows))
+    found = collectives(jitted.lower(memory, inputs, indices).compile())
+    operations = [operation for kind, _, operation in found if kind == "all-reduce"]
+    assert operations.count("maximum") == 1
+    # XLA may send the two sums together.
+    assert operations.count("add") in (1, 2)
+    assert len(operations) == 1 + operations.count("add")
+    assert max(size for _, size, _ in found) <= 32 * (1 + 4 * 16), "no table travels"
+
+
+def test_a_refresh_sends_each_sum_once(rng):
+    features, labels, _, _ = problem(rng, rows=20_000, classes=3000)
+    memory = hybrid.init(features, labels, momentum=0.2, temperature=0.05, capacity=3000, mesh=meshes.make_mesh())
+    found = collectives(jax.jit(hybrid.refresh).lower(memory).compile())
+    assert {kind for kind, _, _ in found} <= {"reduce-scatter", "all-reduce"}
+    assert sum(size for _, size, _ in found) <= 3072 * 17
+
+
+def test_a_memory_is_shapes_until_it_is_filled(rng):
     features, labels, _, _ = problem(rng)
     mesh = meshes.make_mesh()
-    memory = hybrid.init(features, labels, momentum=0.2, temperature=0.05)
-    placed = hybrid.shard(memory, mesh)
-    assert len(placed.features.addressable_shards) == 8
-    assert placed.features.addressable_shards[0].data.shape[0] * 8 == memory.features.shape[0]
-    np.testing.assert_array_equal(placed.class_sums, memory.class_sums)
+    options = {"momentum": 0.2, "temperature": 0.05, "capacity": 50, "mesh": mesh}
+    shapes = hybrid.shapes(*features.shape, **options)
+    memory = hybrid.init(features, labels, **options)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(shapes))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), memory)
+    jax.tree.map(np.testing.assert_array_equal, hybrid.set_labels(shapes, labels, features=features), memory)
 
 
 def test_twenty_numbers_of_classes_are_one_program(rng):
     features, _, inputs, indices = problem(rng)
     mesh = meshes.make_mesh()
     memory = hybrid.init(features, np.arange(90), momentum=0.2, temperature=0.05, mesh=mesh)
-    places = hybrid.shardings(memory, mesh)
+    places = tables.shardings(memory, mesh)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None, None))
-    tables = hybrid._compiled_tables((memory.class_sums.sharding, memory.class_counts.sharding))
-    before = tables._cache_size()
+    before = tables.class_sums._cache_size()
     for classes in (90, 1, 7, 42, *range(20, 36)):
         memory = hybrid.set_labels(memory, np.arange(90) % classes)
         memory, _, _ = jitted(memory, jnp.asarray(inputs), jnp.asarray(indices))
     assert jitted._cache_size() == 1
-    assert tables._cache_size() <= max(before, 1)
+    assert tables.class_sums._cache_size() == before
 
 
-def test_donated_step_works_in_place(rng):
+@pytest.mark.parametrize("devices", [1, 8])
+def test_donated_step_works_in_place(rng, devices):
     features, labels, inputs, indices = problem(rng, rows=4096, dim=64, classes=3000)
-    memory = hybrid.init(features, labels, momentum=0.2, temperature=0.05)
+    mesh = meshes.make_mesh(jax.devices()[:devices])
+    memory = hybrid.init(features, labels, momentum=0.2, temperature=0.05, mesh=mesh)
     jitted = jax.jit(step, donate_argnums=0)
     analysis = jitted.lower(memory, jnp.asarray(inputs), jnp.asarray(indices)).compile().memory_analysis()
-    assert analysis.temp_size_in_bytes < memory.class_sums.nbytes
+    assert analysis.temp_size_in_bytes < memory.class_sums.nbytes / 2
     new, _, _ = jitted(memory, jnp.asarray(inputs), jnp.asarray(indices))
     assert memory.features.is_deleted()
     assert not new.features.is_deleted()
@@ -200,7 +260,7 @@ def test_other_features(rng):
     mesh = meshes.make_mesh()
     memory = hybrid.init(features, labels, momentum=0.2, temperature=0.05, mesh=mesh)
     other = unit(rng.normal(size=features.shape))
-    changed = hybrid.set_labels(hybrid.set_features(memory, other), labels)
+    changed = hybrid.set_labels(memory, labels, features=other)
     expected = hybrid.init(other, labels, momentum=0.2, temperature=0.05, mesh=mesh)
     jax.tree.map(np.testing.assert_array_equal, changed, expected)
     assert changed.features.sharding == memory.features.sharding
@@ -213,18 +273,12 @@ def test_init_accepts_device_arrays(rng):
     jax.tree.map(np.testing.assert_array_equal, host, device)
 
 
-@pytest.mark.parametrize(("count", "expected"), [(1, 1024), (1024, 1024), (1025, 2048), (65_537, 67_584)])
-def test_padded_rows(count, expected):
-    assert hybrid.padded_rows(count) == expected
-    assert expected % hybrid._block_count(expected) == 0
-
-
-def test_large_tables_divide_into_blocks_over_devices():
-    rows = hybrid.padded_rows(2_090_122)
-    blocks = hybrid._block_count(rows)
-    assert rows < 2_090_122 * 1.02
-    assert rows // blocks <= hybrid.BLOCK
-    assert (rows // blocks) % 1024 == 0
+@pytest.mark.parametrize(
+    ("count", "devices", "expected"), [(1, 1, 1024), (1024, 8, 1024), (1025, 8, 2048), (65_537, 3, 67_584)]
+)
+def test_tables_are_padded_to_what_the_devices_share(count, devices, expected):
+    assert tables.padded(count, meshes.make_mesh(jax.devices()[:devices])) == expected
+    assert expected % devices == 0
 
 
 def test_errors(rng):
@@ -242,8 +296,8 @@ def test_errors(rng):
         hybrid.init(features, np.where(np.arange(90) == 4, -1, labels), **make)
     with pytest.raises(ConfigError, match="raise `capacity`"):
         hybrid.init(features, labels + 2000, capacity=64, **make)
-    with pytest.raises(ConfigError, match="do not divide over 8 devices"):
-        hybrid.init(features, labels, mesh=meshes.make_mesh(), multiple=9, **make)
     memory = hybrid.init(features, labels, **make)
+    with pytest.raises(DataError, match="features of 89 images; the memory holds 90"):
+        hybrid.set_labels(memory, labels, features=features[1:])
     with pytest.raises(ValueError, match="do not fit features of 16"):
         hybrid.loss(memory, jnp.asarray(inputs[:, :8]), jnp.zeros(24, jnp.int32))

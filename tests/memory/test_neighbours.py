@@ -4,7 +4,7 @@ import pytest
 
 from dmosnet_jax.core import mesh as meshes
 from dmosnet_jax.core.errors import ConfigError
-from dmosnet_jax.memory import neighbours, neighbours_device
+from dmosnet_jax.memory.clustering import neighbours, neighbours_device
 
 
 def dense(features, k):

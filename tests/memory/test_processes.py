@@ -25,8 +25,8 @@ if processes > 1:
 from dmosnet_jax.benchmarks import structured
 from dmosnet_jax.core import mesh as meshes
 from dmosnet_jax.core.errors import UserError
-from dmosnet_jax.memory import hybrid, neighbours
-from dmosnet_jax.memory.together import cluster_together
+from dmosnet_jax.memory import hybrid, tables
+from dmosnet_jax.memory.clustering import cluster, neighbours
 
 mesh = meshes.make_mesh()
 features, _, _ = structured.features(500, 64)
@@ -34,14 +34,14 @@ found = {}
 for backend in ("host", "device"):
     nearest = neighbours.search(features, 20, mesh=mesh, backend=backend)
     found[backend], found[backend + "_similarities"] = nearest.indices, nearest.similarities
-result = cluster_together(features, k1=20, mesh=mesh)
+result = cluster(features, k1=20, mesh=mesh)
 names = ("labels", "dbscan", "dbscan_tight", "dbscan_loose", "r_comp", "r_indep", "indep_threshold", "num_clusters",
          "num_unclustered", "largest_cluster")
 found |= {name: getattr(result, name) for name in names}
-second = cluster_together(features, k1=20, mesh=mesh, indep_threshold=result.indep_threshold)
+second = cluster(features, k1=20, mesh=mesh, indep_threshold=result.indep_threshold)
 found["again"] = second.labels
 try:
-    cluster_together(features, k1=20, mesh=mesh, eps=0.03)
+    cluster(features, k1=20, mesh=mesh, eps=0.03)
     found["refusal"] = ""
 except UserError as error:
     found["refusal"] = str(error)
@@ -51,7 +51,7 @@ def step(memory, inputs, indices):
     return hybrid.update(memory, inputs, indices, loss=value), value, gradient
 
 memory = hybrid.init(features, result.labels, momentum=0.2, temperature=0.05, mesh=mesh)
-places, everywhere = hybrid.shardings(memory, mesh), meshes.replicated(mesh)
+places, everywhere = tables.shardings(memory, mesh), meshes.replicated(mesh)
 jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere, everywhere))
 rng = np.random.default_rng(0)
 for number in range(3):
@@ -66,8 +66,8 @@ for number in range(3):
     if number == 1:
         memory = hybrid.set_labels(memory, np.arange(500) % 37)
 found["drift"] = float(hybrid.drift(memory))
-tables = meshes.to_host(jax.tree.map(lambda x: x, memory))
-found |= {"features": tables.features, "sums": tables.class_sums, "counts": tables.class_counts}
+arrays = meshes.to_host(jax.tree.map(lambda x: x, memory))
+found |= {"features": arrays.features, "sums": arrays.class_sums, "counts": arrays.class_counts}
 found["devices"] = mesh.size
 np.savez(f"{folder}/{processes}-{process}.npz", **found)
 """

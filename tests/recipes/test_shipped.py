@@ -113,3 +113,18 @@ def test_groups_of_one_identity_learn_nothing(cli, eight, tmp_path):
     finished = cli(*command, script=UNCHECKED)
     assert finished.status == 0, finished.err
     print("broken", accuracies(tmp_path / "run"))
+
+
+SPCL = {"spcl_market1501": "osnet_x0_25", "spcl_luperson": "dmosnet_x0_25"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", SPCL)
+def test_pre_training_as_shipped_finds_eight_people(cli, eight, tmp_path, file):
+    fields = TRAINING | {"dataset": "eight", "data_dir": eight, "train.epochs": 3, "train.steps_per_epoch": 12}
+    command = f"{file}.py:model={SPCL[file]}"
+    finished = cli.forked(*flags(command, **fields), f"--workdir={tmp_path / 'run'}")
+    assert finished.status == 0, finished.err
+    assert_as_shipped(tmp_path / "run", command)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    print(file, [row for row in rows if "pseudo_nmi" in row], [row["loss"] for row in rows if "loss" in row])

@@ -5,6 +5,7 @@ import json
 import logging
 import types
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +13,14 @@ import pytest
 
 from configs import spcl_market1501
 from dmosnet_jax.core.errors import ConfigError, UserError
-from dmosnet_jax.memory import clustering, hybrid
-from dmosnet_jax.memory.clustering import TooFewClusteredError
+from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.memory import cluster, hybrid, tables
+from dmosnet_jax.memory.clustering import TooFewClusteredError, host_memory
 from dmosnet_jax.models import Model
 from dmosnet_jax.recipes import feature_pass, pseudo_labels, training
-from dmosnet_jax.recipes.spcl import SpclRun
+from dmosnet_jax.recipes.spcl import SpclRun, refreshing
 from dmosnet_jax.recipes.weights import build_for
+from dmosnet_jax.train.checkpoints import Checkpoints
 
 
 class Small(Model):
@@ -149,12 +152,10 @@ def test_twenty_epochs_with_changing_class_counts_compile_once(settings, tmp_pat
 
 @pytest.mark.parametrize("memory", ["image", "cluster", "cluster_hardest"])
 def test_options_that_are_off_by_default(settings, tmp_path, memory, monkeypatch):
-    passes, refreshed = [], []
-    original, refresh = feature_pass.extract, hybrid.refresh
+    passes, original = [], feature_pass.extract
     monkeypatch.setattr(
         feature_pass, "extract", lambda *args, **rest: passes.append(original(*args, **rest)) or passes[-1]
     )
-    monkeypatch.setattr(hybrid, "refresh", lambda memory: refreshed.append(None) or refresh(memory))
     run = SpclRun(
         settings(
             spcl__memory=memory,
@@ -184,20 +185,43 @@ def test_options_that_are_off_by_default(settings, tmp_path, memory, monkeypatch
     run.run()
     assert len(passes) == 2, "once at the start, once before the second clustering"
     assert np.abs(passes[1] - passes[0]).max() > 1e-3
-    # Sums are rebuilt at each epoch's start, at the start of the run, and for images after every step but the last.
-    assert len(refreshed) == (3 + 4 if memory == "image" else 3)
-    last = states[-1]
+    last, before = states[-1], states[-2]
     if memory == "image":
         assert last.labels[:48].min() == 0
         return
     assert last.labels[:48].min() == -1, "images outside of clusters are left out"
-    present = last.class_counts > 0
-    assert set(last.class_counts[present]) == {1.0}
-    np.testing.assert_allclose(np.linalg.norm(last.class_sums[present], axis=1), 1, atol=1e-5)
-    moved = np.abs(last.class_sums - states[-2].class_sums).max(axis=1) > 1e-6
+    assert last.hardest == (memory == "cluster_hardest")
+    np.testing.assert_allclose(np.linalg.norm(last.centroids[last.present], axis=1), 1, atol=1e-5)
+    moved = np.abs(last.centroids - before.centroids).max(axis=1) > 1e-6
     assert moved.any()
-    assert not moved[~present].any()
-    np.testing.assert_array_equal(last.features[:48], passes[1])
+    assert not moved[~last.present].any()
+
+
+def test_class_sums_are_rebuilt_by_the_number_of_the_step(rng):
+    features = rng.normal(size=(40, 6)).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    exact = hybrid.init(features, np.arange(40) % 7, momentum=0.2, temperature=0.05, mesh=make_mesh())
+    drifted = exact.replace(class_sums=exact.class_sums + 0.5)
+
+    @flax.struct.dataclass
+    class State:
+        step: jax.Array
+        memory: hybrid.Memory
+
+    def take(state, batch):
+        return state.replace(step=state.step + 1), {}
+
+    step = jax.jit(refreshing(take, hybrid, 3, 6))
+    rebuilt = []
+    for number in range(13):
+        after, _ = step(State(jnp.int32(number), drifted), {})
+        assert after.step == number + 1
+        rebuilt.append(bool((after.memory.class_sums == exact.class_sums).all()))
+        assert rebuilt[-1] or (after.memory.class_sums == drifted.class_sums).all()
+    # An epoch of six steps starts with new sums anyway.
+    assert [number for number in range(13) if rebuilt[number]] == [3, 9]
+    assert refreshing(take, hybrid, 0, 6) is take
+    assert cluster.refresh(drifted) is drifted
 
 
 def test_a_radius_without_clusters_is_refused_with_a_picture(settings, tmp_path):
@@ -214,22 +238,38 @@ def test_too_few_classes_name_the_field(settings, tmp_path):
     config = settings(spcl__max_classes=8)
     run = SpclRun(config, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hybrid, "PADDING", 8)
-        patch.setattr(hybrid.init, "__kwdefaults__", hybrid.init.__kwdefaults__ | {"multiple": 8})
+        patch.setattr(tables, "PADDING", 8)
         with pytest.raises(ConfigError, match=r"capacity of 8 classes.*spcl\.max_classes=8 is too low"):
             run.run()
 
 
 def test_a_run_goes_on_with_more_classes_when_these_were_too_few(settings, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hybrid, "PADDING", 8)
+        patch.setattr(tables, "PADDING", 8)
         SpclRun(settings(spcl__max_classes=48, train__epochs=1), tmp_path).run()
         sizes, set_labels = [], hybrid.set_labels
-        patch.setattr(hybrid, "set_labels", lambda memory, *rest: sizes.append(memory) or set_labels(memory, *rest))
+
+        def watched(memory, *args, **options):
+            assert isinstance(memory.class_sums, jax.Array), "restored"
+            after = set_labels(memory, *args, **options)
+            sizes.extend((memory.class_sums.shape[0], after.class_sums.shape[0]))
+            return after
+
+        patch.setattr(hybrid, "set_labels", watched)
         SpclRun(settings(spcl__max_classes=96), tmp_path).run()
-    # When it is restored, and at the next epoch.
-    assert [memory.class_sums.shape[0] for memory in sizes] == [48, 96]
+    assert sizes == [48, 96]
     assert [row["epoch"] for row in rows(tmp_path) if "clusters" in row] == [0, 1]
+
+
+def test_a_resumed_run_restores_into_shapes(settings, tmp_path, monkeypatch):
+    SpclRun(settings(train__epochs=1), tmp_path).run()
+    targets, restore = [], Checkpoints.restore
+    monkeypatch.setattr(
+        Checkpoints, "restore", lambda self, like, *rest: targets.append(like.memory) or restore(self, like, *rest)
+    )
+    SpclRun(settings(), tmp_path).run()
+    assert len(targets) == 1
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(targets))
 
 
 def test_another_kind_of_memory_does_not_continue_a_run(settings, tmp_path):
@@ -239,7 +279,7 @@ def test_another_kind_of_memory_does_not_continue_a_run(settings, tmp_path):
 
 
 def test_too_little_memory_is_told_before_anything_is_extracted(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(clustering, "machine_memory", lambda: 1000)
+    monkeypatch.setattr(host_memory, "machine_memory", lambda: 1000)
     monkeypatch.setattr(feature_pass, "extract", lambda *_, **__: pytest.fail("extracted"))
     with pytest.raises(UserError, match=r"48 images of 16 values need about .* GiB of memory"):
         SpclRun(settings(), tmp_path).run()

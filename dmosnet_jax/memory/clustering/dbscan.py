@@ -3,8 +3,8 @@
 import numpy as np
 
 from dmosnet_jax.core.errors import ConfigError
-from dmosnet_jax.memory.compiled import jit
-from dmosnet_jax.memory.jaccard import SparseRows
+from dmosnet_jax.core.kernels import jit
+from dmosnet_jax.memory.clustering.jaccard import SparseRows
 
 
 @jit()

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dmosnet_jax.memory import jaccard_kernels as kernels
-from dmosnet_jax.memory.compiled import map_rows
+from dmosnet_jax.core.kernels import map_rows
+from dmosnet_jax.memory.clustering import jaccard_kernels as kernels
 
 Progress = Callable[[float], None] | None
 

@@ -9,7 +9,7 @@ and the time per row hardly grows with their number. Each row's result is its ow
 
 import numpy as np
 
-from dmosnet_jax.memory.compiled import jit
+from dmosnet_jax.core.kernels import jit
 
 
 @jit()

@@ -1,6 +1,6 @@
 import pytest
 
-from dmosnet_jax.memory import compiled
+from dmosnet_jax.core import kernels
 
 
 def test_jit_works_where_nothing_can_be_cached():
@@ -11,16 +11,16 @@ def test_jit_works_where_nothing_can_be_cached():
 
     with pytest.raises(RuntimeError, match="cannot cache"):
         numba.njit(cache=True)(space["double"])
-    assert compiled.jit()(space["double"])(21) == 42
+    assert kernels.jit()(space["double"])(21) == 42
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_map_rows_covers_all_rows_in_order(threads):
     seen = []
-    spans = compiled.map_rows(lambda a, b: (a, b), 10, threads=threads, task_rows=4, progress=seen.append)
+    spans = kernels.map_rows(lambda a, b: (a, b), 10, threads=threads, task_rows=4, progress=seen.append)
     assert spans == [(0, 4), (4, 8), (8, 10)]
     assert seen[-1] == 1.0
-    assert compiled.map_rows(lambda a, b: (a, b), 0) == []
+    assert kernels.map_rows(lambda a, b: (a, b), 0) == []
 
 
 def test_map_rows_passes_errors_on():
@@ -28,4 +28,4 @@ def test_map_rows_passes_errors_on():
         raise KeyError(start)
 
     with pytest.raises(KeyError):
-        compiled.map_rows(fail, 5)
+        kernels.map_rows(fail, 5)

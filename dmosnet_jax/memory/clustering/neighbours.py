@@ -12,10 +12,13 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from dmosnet_jax.core import mesh as meshes
 from dmosnet_jax.core.errors import ConfigError
-from dmosnet_jax.memory.compiled import jit, thread_count
+from dmosnet_jax.core.kernels import jit, thread_count
 
 BLOCK = 2048
 _MERGE_ROWS = 65_536
@@ -169,13 +172,10 @@ def merge(parts: Sequence[Neighbours]) -> Neighbours:
 
 def _search_hosts(features: np.ndarray, k: int, processes: Sequence[int], **options: Any) -> Neighbours:
     """`search_host` with the blocks shared out over processes, which all call this with the same features."""
-    import jax
-    from jax.experimental import multihost_utils
-
     share = (sorted(processes).index(jax.process_index()), len(processes))
     mine = search_host(features, k, share=share, **options)
-    everybody = multihost_utils.process_allgather((mine.indices, mine.similarities))
-    return merge([Neighbours(*(np.asarray(table[p]) for table in everybody)) for p in processes])
+    indices, similarities = meshes.by_process((mine.indices, mine.similarities))
+    return merge([Neighbours(indices[p], similarities[p]) for p in processes])
 
 
 def recall(features: np.ndarray, indices: np.ndarray, *, probes: int = 256, seed: int = 0) -> float:
@@ -205,7 +205,7 @@ def search(
     features: np.ndarray,
     k: int,
     *,
-    mesh=None,
+    mesh: Mesh | None = None,
     backend: str = "auto",
     candidates: int = 0,
     threads: int | None = None,
@@ -236,7 +236,7 @@ def search(
         raise ConfigError(f"neighbours: backend={backend!r} is unknown; use 'auto', 'host' or 'device'")
     if 0 < candidates < k:
         raise ConfigError(f"neighbours: candidates={candidates} must be at least k={k}, or 0 for the exact search")
-    devices = _devices(mesh)
+    devices = jax.devices() if mesh is None else list(mesh.devices.flat)
     if backend == "auto":
         backend = "device" if devices[0].platform != "cpu" else "host"
     if backend == "host":
@@ -244,14 +244,8 @@ def search(
         if len(processes) > 1:
             return _search_hosts(np.asarray(features), k, processes, threads=threads, progress=progress)
         return search_host(np.asarray(features), k, threads=threads, progress=progress)
-    from dmosnet_jax.memory import neighbours_device  # jax only where it is used: worker processes stay light
+    from dmosnet_jax.memory.clustering import neighbours_device  # which imports this module
 
     return neighbours_device.search_device(
         features, k, mesh=mesh, candidates=candidates, threads=threads, progress=progress
     )
-
-
-def _devices(mesh) -> list:
-    import jax
-
-    return jax.devices() if mesh is None else list(mesh.devices.flat)

@@ -18,9 +18,9 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from dmosnet_jax.core import mesh as meshes
-from dmosnet_jax.memory import jaccard
-from dmosnet_jax.memory.neighbours import Neighbours
-from dmosnet_jax.memory.placement import place_padded
+from dmosnet_jax.memory.clustering import jaccard
+from dmosnet_jax.memory.clustering.neighbours import Neighbours
+from dmosnet_jax.memory.tables import allocate
 
 QUERY_BLOCK = 4096
 CANDIDATE_BLOCK = 32_768
@@ -184,7 +184,7 @@ def search_device(
     sharded = isinstance(features, jax.Array) and not features.is_fully_addressable
     host = np.asarray(meshes.to_host(features) if sharded else features, np.float32)
     table = jax.ShapeDtypeStruct((local * mesh.size, dim), jnp.float32)
-    array = place_padded(host, table, meshes.by_rows(mesh))
+    array = allocate(host, table, meshes.by_rows(mesh))
     queries = local // query
     per_part = -(-queries // min(_PARTS, queries))
     how = _How(length, query, per_part, block, jnp.bfloat16 if candidates else jnp.float32)

@@ -1,0 +1,226 @@
+"""Pseudo-labels of one epoch: neighbours, Jaccard graph, DBSCAN at three radii, self-paced criterion (SpCL).
+
+Everything is sparse and exact: memory is linear in the number of images. `host_memory` says how much, before.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dmosnet_jax.core import mesh as meshes
+from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.memory.clustering import criterion, jaccard, neighbours
+from dmosnet_jax.memory.clustering.dbscan import dbscan
+from dmosnet_jax.memory.clustering.host_memory import check_memory
+from dmosnet_jax.memory.clustering.k_distance import check_clusters
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Pseudo-labels and what led to them. Arrays are NumPy, one entry per image.
+
+    Attributes:
+        labels: int32 [N], classes 0..C-1, every image in one; un-clustered images are classes of their own, the last.
+        dbscan: int32 [N], DBSCAN labels at `eps`, noise -1.
+        dbscan_tight: int32 [N], at `eps - eps_gap`.
+        dbscan_loose: int32 [N], at `eps + eps_gap`.
+        r_comp: float32 [N], 1 - IoU of the clusters at `eps` and `eps - eps_gap`.
+        r_indep: float32 [N], 1 - IoU of the clusters at `eps` and `eps + eps_gap`.
+        indep_threshold: pass it to the next epoch's call.
+        seconds: time per stage, of those that ran in this process.
+        recall: share of the true nearest images that the search found, measured where it was not exact; else None.
+    """
+
+    labels: np.ndarray
+    dbscan: np.ndarray
+    dbscan_tight: np.ndarray
+    dbscan_loose: np.ndarray
+    r_comp: np.ndarray
+    r_indep: np.ndarray
+    indep_threshold: float
+    seconds: dict[str, float] = field(default_factory=dict)
+    recall: float | None = None
+
+    @property
+    def num_clusters(self) -> int:
+        """Classes of more than one image."""
+        return int((np.bincount(self.labels) > 1).sum())
+
+    @property
+    def num_unclustered(self) -> int:
+        """Classes of one image."""
+        return int((np.bincount(self.labels) == 1).sum())
+
+    @property
+    def largest_cluster(self) -> int:
+        """Images in the largest class."""
+        return int(np.bincount(self.labels).max())
+
+
+class _Stages:
+    """Times stages and passes their progress on."""
+
+    def __init__(self, report: Callable[[str, float], None] | None):
+        self.seconds: dict[str, float] = {}
+        self._report = report
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[Callable[[float], None] | None]:
+        start, report = time.perf_counter(), self._report
+        yield None if report is None else lambda fraction: report(name, fraction)
+        self.seconds[name] = time.perf_counter() - start
+
+
+def _check_settings(k1: int, k2: int, eps: float, eps_gap: float, min_samples: int) -> None:
+    if k1 < 1 or k2 < 1:
+        raise ConfigError(f"clustering: k1={k1} and k2={k2} must be at least 1 (SpCL uses 30 and 6)")
+    if not (eps_gap >= 0 and eps - eps_gap > 0 and eps + eps_gap < 1):
+        raise ConfigError(
+            f"clustering: eps={eps} with eps_gap={eps_gap} gives the radii {eps - eps_gap:g} to {eps + eps_gap:g}; "
+            "Jaccard radii must lie between 0 and 1 (SpCL uses eps=0.6, eps_gap=0.02)"
+        )
+    if min_samples < 1:
+        raise ConfigError(f"clustering: min_samples={min_samples} must be at least 1 (SpCL uses 4)")
+
+
+def _check_features(features: np.ndarray) -> np.ndarray:
+    """Unit rows as float32; rows that are unit already are left as they are, to the last bit."""
+    features = np.asarray(features)
+    if features.ndim != 2 or features.shape[0] == 0:
+        raise DataError(f"clustering: features have shape {features.shape}; expected [images, dimension], not empty")
+    features = np.ascontiguousarray(features, np.float32)
+    # A row's norm is finite exactly when the row is (and its squares fit float32), so one pass checks both.
+    norms = np.sqrt(np.einsum("nd,nd->n", features, features))
+    bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
+    if bad.size:
+        raise DataError(
+            f"clustering: {bad.size} of {features.shape[0]} feature rows are not finite or all zero, the first is row "
+            f"{bad[0]}; the network has diverged or features are missing: lower the learning rate or extract again"
+        )
+    if np.abs(norms - 1).max() > 1e-3:
+        features = features / norms[:, None]
+    return features
+
+
+def cluster(
+    features: np.ndarray,
+    *,
+    k1: int = 30,
+    k2: int = 6,
+    eps: float = 0.6,
+    eps_gap: float = 0.02,
+    min_samples: int = 4,
+    indep_threshold: float | None = None,
+    min_clustered: float = 0.0,
+    nearest: np.ndarray | None = None,
+    candidates: int = 0,
+    mesh: Mesh | None = None,
+    threads: int | None = None,
+    memory_limit: int | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> Clustering:
+    """Pseudo-labels with SpCL's Jaccard distance, DBSCAN at three radii and the self-paced criterion.
+
+    Where there are several processes, all of them call this with the same features. They share the neighbour search;
+    the other stages run on process 0, which sends its result: hosts that differ in a last bit train on the same labels.
+
+    Args:
+        features: float32 [N, D]; rows that are not of unit length are L2-normalised.
+        k1: nearest images of the k-reciprocal sets, the image itself included; clipped to N.
+        k2: nearest images of query expansion; clipped to k1.
+        eps: DBSCAN radius, a Jaccard distance.
+        eps_gap: how much smaller and larger the other two radii are.
+        min_samples: images within the radius, itself included, that make a core point.
+        indep_threshold: `Clustering.indep_threshold` of the first epoch; None in the first epoch.
+        min_clustered: share of the images that clusters of more than one image must hold, or the radius is refused.
+        nearest: int32 [N, >= k1] nearest images, best first, itself included, when they are known already.
+        candidates: see `neighbours.search`; the recall that this leaves is measured.
+        mesh: devices of the neighbour search, all of them by default.
+        threads: host threads, default all cores.
+        memory_limit: bytes; refuse to start when the estimate is above. Default: the machine's memory.
+        progress: called with (stage, finished fraction of the stage).
+
+    Returns:
+        `Clustering`, the same in every process to the last bit but for `seconds`.
+
+    Raises:
+        ConfigError: a setting out of range.
+        DataError: features that are not finite, zero or not a matrix, or a neighbour table of another shape.
+        TooFewClusteredError: not one cluster, or less than `min_clustered` in clusters; on process 0.
+        UserError: not enough memory; on processes other than the first, whatever failed on process 0.
+    """
+    _check_settings(k1, k2, eps, eps_gap, min_samples)
+    stages = _Stages(progress)
+    features = _check_features(features)
+    images, dim = features.shape
+    k1 = min(k1, images)
+    meshes.agree(lambda: check_memory(images, dim, k1=k1, threads=threads, limit=memory_limit))
+    if nearest is not None and (nearest.shape[0] != images or nearest.shape[1] < k1):
+        raise DataError(f"clustering: nearest has shape {nearest.shape}; expected [{images}, at least {k1}]")
+    with stages("neighbours") as report:
+        if nearest is None:
+            search: dict[str, Any] = {"mesh": mesh, "candidates": candidates, "threads": threads, "progress": report}
+            nearest = neighbours.search(features, k1, **search).indices
+    options: dict[str, Any] = {"k1": k1, "k2": k2, "radii": (eps, eps - eps_gap, eps + eps_gap)}
+    options |= {"min_samples": min_samples, "min_clustered": min_clustered}
+    options |= {"indep_threshold": indep_threshold, "threads": threads}
+    tables = meshes.agree(lambda: _label(features, nearest, stages, **options))
+    recall = neighbours.recall(features, nearest) if candidates else None
+    return _from_first(tables, images, stages.seconds, recall)
+
+
+def _label(
+    features: np.ndarray,
+    nearest: np.ndarray,
+    stages: _Stages,
+    *,
+    k1: int,
+    k2: int,
+    radii: tuple[float, float, float],
+    min_samples: int,
+    indep_threshold: float | None,
+    min_clustered: float,
+    threads: int | None,
+) -> tuple[np.ndarray, ...]:
+    """Everything after the neighbours: the arrays of a `Clustering` in their order, last the threshold's bits."""
+    with stages("weights") as report:
+        order = jaccard.visiting_order(nearest, threads=threads)
+        weights = jaccard.reciprocal_weights(
+            features, nearest, k1=k1, k2=k2, order=order, threads=threads, progress=report
+        )
+    with stages("jaccard") as report:
+        graph = jaccard.distance_graph(weights, max(radii), order=order, threads=threads, progress=report)
+    with stages("dbscan"):
+        middle, tight, loose = (dbscan(graph, radius, min_samples) for radius in radii)
+    check_clusters(middle, weights, radii[0], min_samples, min_clustered)
+    with stages("criterion"):
+        chosen = criterion.select(middle, tight, loose, threshold=indep_threshold)
+    # Between processes a float64 would become a float32.
+    threshold = np.array([chosen.threshold]).view(np.uint32)
+    return chosen.labels, middle, tight, loose, chosen.r_comp, chosen.r_indep, threshold
+
+
+def _from_first(
+    tables: tuple[np.ndarray, ...] | None, images: int, seconds: dict[str, float], recall: float | None
+) -> Clustering:
+    """The clustering of process 0, the only one that has `tables`, in every process."""
+    if tables is None:
+        numbers, scores = np.zeros(images, np.int32), np.zeros(images, np.float32)
+        tables = (numbers, numbers, numbers, numbers, scores, scores, np.zeros(2, np.uint32))
+    labels, middle, tight, loose, r_comp, r_indep, threshold = meshes.from_first(tables)
+    return Clustering(
+        labels=labels,
+        dbscan=middle,
+        dbscan_tight=tight,
+        dbscan_loose=loose,
+        r_comp=r_comp,
+        r_indep=r_indep,
+        indep_threshold=float(threshold.view(np.float64)[0]),
+        seconds=seconds,
+        recall=recall,
+    )

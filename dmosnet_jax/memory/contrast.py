@@ -1,0 +1,103 @@
+"""Contrastive loss of a batch over a table of classes that is split over the devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from dmosnet_jax.core.mesh import AXIS
+from dmosnet_jax.memory.tables import BY_ROWS, EVERYWHERE, read
+
+# Classes visited at once: on a processor few enough to stay in its cache.
+BLOCK, BLOCK_ON_CPU = 8192, 1024
+_EPSILON = 1e-6
+_EXACT = lax.Precision.HIGHEST
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def contrast(inputs: jax.Array, table: jax.Array, scale: jax.Array, targets: jax.Array, mesh: Mesh) -> jax.Array:
+    """Mean of -log(p[target] + 1e-6) with p = exp(z) / (sum of exp(z) + 1e-6), as SpCL's reference computes it.
+
+    The logit z of a class is the product with its row, times its scale. Exponents are taken relative to the largest
+    logit (the 1e-6 with them), so any temperature is safe. Each device visits its own classes block by block and sums
+    the gradient up on the same visit, so that neither pass holds [B, C]; devices exchange one maximum and one sum.
+
+    Args:
+        inputs: float32 [B, D].
+        table: float32 [C, D], by rows over `mesh`; a constant to differentiation.
+        scale: float32 [C], likewise; 0 for a class that takes no part.
+        targets: int32 [B].
+        mesh: the devices.
+
+    Returns:
+        Scalar float32, differentiable once with respect to `inputs`.
+    """
+    return _value_and_gradient(inputs, table, scale, targets, mesh)[0]
+
+
+def _forward(inputs, table, scale, targets, mesh):
+    value, gradient = _value_and_gradient(inputs, table, scale, targets, mesh)
+    # The value depends on the gradient too: an update that waits for it no longer races the reading of the table.
+    return jnp.where(jnp.isfinite(gradient).all(), value, jnp.nan), gradient
+
+
+def _backward(_, gradient, cotangent):
+    return cotangent * gradient, None, None, None
+
+
+contrast.defvjp(_forward, _backward)
+
+
+def _value_and_gradient(inputs, table, scale, targets, mesh):
+    block = BLOCK_ON_CPU if mesh.devices.flat[0].platform == "cpu" else BLOCK
+    run = jax.shard_map(
+        functools.partial(_local, block=block),
+        mesh=mesh,
+        in_specs=(EVERYWHERE, BY_ROWS, BY_ROWS, EVERYWHERE),
+        out_specs=EVERYWHERE,
+    )
+    return run(inputs, table, scale, targets)
+
+
+def _local(inputs, table, scale, targets, *, block):
+    """Value and gradient, from this device's classes and what the others found in theirs."""
+    top, total, pull = _visit_blocks(inputs, table, scale, block)
+    own = read(table, targets) * read(scale, targets)[:, None]
+    highest = lax.pmax(top, AXIS)
+    shrink = jnp.exp(top - highest)[:, None]
+    summed = lax.psum(jnp.concatenate([total[:, None] * shrink, pull * shrink, own], axis=1), AXIS)
+    total, pull, own = jnp.split(summed, [1, 1 + inputs.shape[1]], axis=1)
+    total = total[:, 0] + _EPSILON * jnp.exp(-highest)
+    probability = jnp.exp((inputs * own).sum(axis=1) - highest) / total
+    value = -jnp.log(probability + _EPSILON).mean()
+    strength = probability / (probability + _EPSILON) / inputs.shape[0]
+    return value, strength[:, None] * (pull / total[:, None] - own)
+
+
+def _visit_blocks(inputs, table, scale, block):
+    """Over a device's classes: largest logit [B], sum of exponents relative to it [B], of rows so weighted [B, D]."""
+    classes = table.shape[0]
+    block = min(block, classes)
+
+    def visit(j, carry):
+        top, total, pull = carry
+        # The last block may begin among classes that were visited already; those don't count again.
+        start = jnp.minimum(j * block, classes - block)
+        rows = lax.dynamic_slice_in_dim(table, start, block)
+        factor = lax.dynamic_slice_in_dim(scale, start, block)
+        factor = jnp.where(start + jnp.arange(block) >= j * block, factor, 0.0)[None, :]
+        logits = jnp.matmul(inputs, rows.T, precision=_EXACT) * factor
+        logits = jnp.where(factor > 0, logits, -jnp.inf)
+        higher = jnp.maximum(top, logits.max(axis=1))
+        shrink = jnp.exp(top - higher)
+        weight = jnp.exp(logits - higher[:, None])
+        total = total * shrink + weight.sum(axis=1)
+        pull = pull * shrink[:, None] + jnp.matmul(weight * factor, rows, precision=_EXACT)
+        return higher, total, pull
+
+    # Starting the running maximum at 0 keeps exp(-top), which scales the 1e-6, from overflowing.
+    zeros = jnp.zeros(inputs.shape[:1], jnp.float32)
+    start = lax.pcast((zeros, zeros, jnp.zeros_like(inputs)), AXIS, to="varying")
+    return lax.fori_loop(0, -(-classes // block), visit, start)
