@@ -14,8 +14,8 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from dmosnet_jax.core.config import read, validate
 from dmosnet_jax.core.errors import ConfigError, UserError, refusal
-from dmosnet_jax.core.settings import read, validate
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: configs/<file>.py[:arguments].", lock_config=True

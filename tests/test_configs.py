@@ -9,7 +9,7 @@ import pytest
 
 from configs import common
 from dmosnet_jax import models
-from dmosnet_jax.core import settings
+from dmosnet_jax.core import config as settings
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.train import optim
 from tests.golden import make_configs

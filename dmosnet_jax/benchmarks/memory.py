@@ -27,7 +27,7 @@ import optax
 from dmosnet_jax import models
 from dmosnet_jax.benchmarks.clustering import GIB, device_peak, peak_memory
 from dmosnet_jax.benchmarks.tables import publish
-from dmosnet_jax.core import mesh as meshes
+from dmosnet_jax.core import parallel
 from dmosnet_jax.core.errors import UserError
 from dmosnet_jax.data.samplers import class_epoch
 from dmosnet_jax.memory import hybrid, tables
@@ -133,7 +133,7 @@ def _difference(found: Any, expected: Any) -> float:
 
 def measure(images: int, classes: int, options: argparse.Namespace) -> dict[str, Any]:
     """One row of the table; meant to run in a fresh process."""
-    mesh = meshes.make_mesh()
+    mesh = parallel.make_mesh()
     features, labels, inputs, indices = problem(images, classes, options.dim, options.batch, options.seed)
     probes = min(options.probes, options.batch)
     expected = direct(features, labels, inputs[:probes], indices[:probes])
@@ -143,7 +143,7 @@ def measure(images: int, classes: int, options: argparse.Namespace) -> dict[str,
         reference = _time_reference(features, labels, inputs, indices, classes, options.repeats)
     memory = hybrid.init(features, labels, momentum=MOMENTUM, temperature=TEMPERATURE, capacity=classes, mesh=mesh)
     del features
-    place = meshes.replicated(mesh)
+    place = parallel.replicated(mesh)
     x, i = jax.device_put((inputs, indices), place)
     value, gradient = jax.jit(jax.value_and_grad(hybrid.loss, argnums=1))(memory, x[:probes], i[:probes])
     differences = [_difference(value, expected[0]), _difference(gradient, expected[1])]
@@ -207,11 +207,11 @@ def _time_backbone(name: str, batch: int, dtype: str, mesh: Any) -> float:
     """Seconds of a network's training step: forward, backward, Adam."""
     model = models.build(name, bn_group_size=16, dtype=dtype)
     optimiser = optax.adam(3.5e-4)
-    place = meshes.replicated(mesh)
+    place = parallel.replicated(mesh)
     params, stats = jax.device_put(model.init(jax.random.key(0)), place)
     height, width = model.image_size
     images = jax.random.normal(jax.random.key(1), (batch, height, width, 3), jnp.float32)
-    images = jax.device_put(images, meshes.by_rows(mesh))
+    images = jax.device_put(images, parallel.by_rows(mesh))
 
     def train(params, stats, opt_state, images):
         def loss(params):

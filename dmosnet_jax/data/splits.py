@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence, Sized
 import numpy as np
 
 from dmosnet_jax.core import files
+from dmosnet_jax.core.config import joined
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.files import Path
-from dmosnet_jax.core.selection import joined
 from dmosnet_jax.data import records
 from dmosnet_jax.data.shards import RecordSource, where_index_is
 

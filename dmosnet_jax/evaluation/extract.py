@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dmosnet_jax.core.mesh import by_rows, replicated, to_devices, to_host
+from dmosnet_jax.core.parallel import by_rows, replicated, to_devices, to_host
 from dmosnet_jax.data import augment
 from dmosnet_jax.data.loading import ImageCache, Images
 from dmosnet_jax.data.pipeline import evaluation_batches

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.core.mesh import by_rows, replicated
+from dmosnet_jax.core.parallel import by_rows, replicated
 from dmosnet_jax.data import augment
 from dmosnet_jax.data.loading import Images
 from dmosnet_jax.evaluation.extract import in_batches

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from dmosnet_jax.core import mesh as meshes
+from dmosnet_jax.core import parallel
 from dmosnet_jax.memory import tables
 from dmosnet_jax.memory.clustering import Clustering
 from dmosnet_jax.memory.contrast import contrast
@@ -131,7 +131,7 @@ def update(memory: Memory, inputs: jax.Array, indices: jax.Array, *, loss: jax.A
     keep = jnp.bool_(True) if loss is None else jnp.isfinite(loss)
 
     def local(centroids, inputs, labels, keep):
-        old = lax.psum(tables.read(centroids, labels), meshes.AXIS)
+        old = lax.psum(tables.read(centroids, labels), parallel.AXIS)
         move = _move_by_hardest if memory.hardest else tables.momentum_update
         return tables.write(centroids, jnp.where(keep, labels, -1), move(old, inputs, labels, memory.momentum))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from dmosnet_jax.core.mesh import AXIS
+from dmosnet_jax.core.parallel import AXIS
 from dmosnet_jax.memory.tables import BY_ROWS, EVERYWHERE, read
 
 # Classes visited at once: on a processor few enough to stay in its cache.

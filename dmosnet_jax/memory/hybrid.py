@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from dmosnet_jax.core import mesh as meshes
+from dmosnet_jax.core import parallel
 from dmosnet_jax.memory import tables
 from dmosnet_jax.memory.clustering import Clustering
 from dmosnet_jax.memory.contrast import contrast
@@ -142,7 +142,7 @@ def update(memory: Memory, inputs: jax.Array, indices: jax.Array, *, loss: jax.A
 
     def local(features, sums, inputs, indices, labels, keep):
         before = jnp.concatenate([tables.read(features, indices), tables.read(sums, labels)], axis=1)
-        old, class_rows = jnp.split(lax.psum(before, meshes.AXIS), 2, axis=1)
+        old, class_rows = jnp.split(lax.psum(before, parallel.AXIS), 2, axis=1)
         new = tables.momentum_update(old, inputs, indices, memory.momentum)
         first = jnp.argmax(indices[:, None] == indices[None, :], axis=1) == jnp.arange(indices.shape[0])
         # Positions of one row hold the same, and count once.
@@ -218,7 +218,7 @@ def class_labels(found: Clustering) -> np.ndarray:
 
 def stored_features(memory: Memory) -> np.ndarray | None:
     """Features float32 [N, D] to cluster next, on the host of every process."""
-    return meshes.to_host(memory.features)[: memory.num_rows]
+    return parallel.to_host(memory.features)[: memory.num_rows]
 
 
 def diagnostics(memory: Memory) -> dict[str, float]:

@@ -10,14 +10,14 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from dmosnet_jax.core import mesh as meshes
+from dmosnet_jax.core import parallel
 from dmosnet_jax.core.errors import ConfigError, DataError
 
 PADDING = 1024
 # Values of a partial table of class sums, which every device holds of all classes: 256 MiB.
 PARTIAL_SUMS = 2**26
 
-BY_ROWS, EVERYWHERE = PartitionSpec(meshes.AXIS), PartitionSpec()
+BY_ROWS, EVERYWHERE = PartitionSpec(parallel.AXIS), PartitionSpec()
 
 Table = Any  # a jax.Array; in a memory of shapes (`jax.ShapeDtypeStruct`) or of shardings, one of those
 AnyMemory = TypeVar("AnyMemory", bound=Any)
@@ -25,7 +25,7 @@ AnyMemory = TypeVar("AnyMemory", bound=Any)
 
 def default_mesh() -> Mesh:
     """The default device alone."""
-    return meshes.make_mesh(list(jnp.zeros(()).devices()))
+    return parallel.make_mesh(list(jnp.zeros(()).devices()))
 
 
 def padded(count: int, mesh: Mesh) -> int:
@@ -44,8 +44,8 @@ def shardings(memory: AnyMemory, mesh: Mesh) -> AnyMemory:
     Returns:
         A memory of `NamedSharding`s.
     """
-    rows = jax.tree.map(lambda _: meshes.by_rows(mesh), memory)
-    return rows.replace(labels=meshes.replicated(mesh))
+    rows = jax.tree.map(lambda _: parallel.by_rows(mesh), memory)
+    return rows.replace(labels=parallel.replicated(mesh))
 
 
 def allocate(rows: np.ndarray, like: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, fill: int = 0) -> jax.Array:
@@ -91,7 +91,7 @@ def allocate_labels(labels: np.ndarray, memory: Any, *, lowest: int, capacity: i
             f"memory: label {labels.max()} does not fit the capacity of {capacity} classes; raise `capacity`"
         )
     like = jax.ShapeDtypeStruct(memory.labels.shape, jnp.int32)
-    return allocate(labels, like, meshes.replicated(memory.mesh), fill=-1)
+    return allocate(labels, like, parallel.replicated(memory.mesh), fill=-1)
 
 
 def allocate_features(features: np.ndarray | jax.Array, memory: Any) -> jax.Array:
@@ -100,7 +100,7 @@ def allocate_features(features: np.ndarray | jax.Array, memory: Any) -> jax.Arra
     if images != memory.num_rows:
         raise DataError(f"memory: features of {images} images; the memory holds {memory.num_rows}")
     like = jax.ShapeDtypeStruct((padded(images, memory.mesh), dim), jnp.float32)
-    return allocate(np.asarray(features), like, meshes.by_rows(memory.mesh))
+    return allocate(np.asarray(features), like, parallel.by_rows(memory.mesh))
 
 
 def features_shape(features: np.ndarray | jax.Array) -> tuple[int, int]:
@@ -132,7 +132,7 @@ def check_batch(inputs: jax.Array, indices: jax.Array, dim: int) -> None:
 
 def local_rows(part: jax.Array, rows: jax.Array) -> jax.Array:
     """Positions in this device's part; those of other devices, and negative ones, lie past its end."""
-    position = rows - lax.axis_index(meshes.AXIS) * part.shape[0]
+    position = rows - lax.axis_index(parallel.AXIS) * part.shape[0]
     return jnp.where((position >= 0) & (position < part.shape[0]), position, part.shape[0])
 
 
@@ -172,14 +172,14 @@ def class_sums(features: jax.Array, labels: jax.Array, *, classes: int, mesh: Me
 
         def collect(values: jax.Array) -> jax.Array:
             partial = jnp.zeros((classes, *values.shape[1:]), jnp.float32).at[labels].add(values, mode="drop")
-            return lax.psum_scatter(partial, meshes.AXIS, tiled=True)
+            return lax.psum_scatter(partial, parallel.AXIS, tiled=True)
 
         def add_columns(j: jax.Array, sums: jax.Array) -> jax.Array:
             some = collect(lax.dynamic_slice_in_dim(rows, j * columns, columns, axis=1))
             return lax.dynamic_update_slice_in_dim(sums, some, j * columns, axis=1)
 
         empty = jnp.zeros((classes // mesh.size, rows.shape[1]), jnp.float32)
-        empty = lax.pcast(empty, meshes.AXIS, to="varying")
+        empty = lax.pcast(empty, parallel.AXIS, to="varying")
         sums = lax.fori_loop(0, rows.shape[1] // columns, add_columns, empty)
         return sums, collect(jnp.ones(rows.shape[:1], jnp.float32))
 

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from dmosnet_jax.core.config import dataset_names
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.files import atomic_write
-from dmosnet_jax.core.mesh import make_mesh
-from dmosnet_jax.core.selection import dataset_names
+from dmosnet_jax.core.parallel import make_mesh, print_once
 from dmosnet_jax.data import rankings
 from dmosnet_jax.data.records import TRAIN, Record
 from dmosnet_jax.data.splits import Split, Subset, load_split
@@ -19,8 +19,8 @@ from dmosnet_jax.evaluation.contact_sheet import POSITIONS, write_contact_sheet
 from dmosnet_jax.evaluation.forgetting import ForgettingScorer, Proxy
 from dmosnet_jax.export.opening import Opened, open_weights
 from dmosnet_jax.recipes.chunks import SCORES, Chunks
-from dmosnet_jax.recipes.splits import read_names, say
-from dmosnet_jax.recipes.training import alone
+from dmosnet_jax.recipes.splits import read_names
+from dmosnet_jax.recipes.training import locked
 from dmosnet_jax.recipes.weights import as_trained, build_for
 from dmosnet_jax.train.metrics import progress_bar, write_json
 
@@ -44,7 +44,7 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     about |= {"dataset": name, "split": split.split, "images": len(split), "data": rankings.identity(split)}
     about["chunk_images"] = config.cfs.chunk_images
     workdir.mkdir(parents=True, exist_ok=True)
-    with alone(workdir):
+    with locked(workdir):
         chunks = Chunks(workdir, split, about)
         scores = chunks.finished()
         if scores is None:
@@ -102,7 +102,7 @@ def _score(config: Any, chunks: Chunks, proxies: list[Proxy]) -> np.ndarray:
     left = sum(len(chunks.images(number)) for number in missing)
     count = len(chunks.split)
     if left < count:
-        say(f"goes on in {chunks.workdir}: {count - left:,} of {count:,} images are scored")
+        print_once(f"goes on in {chunks.workdir}: {count - left:,} of {count:,} images are scored")
     score = ForgettingScorer(
         proxies[0],
         proxies[1],
@@ -167,10 +167,10 @@ def _finish(config: Any, chunks: Chunks, scores: np.ndarray) -> dict[str, Any]:
     write_json(workdir / RESULTS, results)
     chunks.remove()
     quartiles = "  ".join(f"{position} {score:.4f}" for position, score in results["scores"].items())
-    say(f"scores of {len(split):,} images, best first: {quartiles}")
-    say(f"written in {workdir}: {SCORES}, {names.name}, {SHEET}, {RESULTS}")
+    print_once(f"scores of {len(split):,} images, best first: {quartiles}")
+    print_once(f"written in {workdir}: {SCORES}, {names.name}, {SHEET}, {RESULTS}")
     if split.split == TRAIN:
-        say(f'train on the better half: --config.data.subset=\'("cfs", "{workdir / SCORES}", 0.5)\'')
+        print_once(f'train on the better half: --config.data.subset=\'("cfs", "{workdir / SCORES}", 0.5)\'')
     return results
 
 

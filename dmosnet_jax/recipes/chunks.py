@@ -10,6 +10,7 @@ import numpy as np
 
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.files import atomic_write
+from dmosnet_jax.core.parallel import from_first
 from dmosnet_jax.core.safe_npz import read_arrays
 from dmosnet_jax.data import rankings
 from dmosnet_jax.data.splits import Split, Subset
@@ -55,14 +56,14 @@ class Chunks:
         found = np.empty(0, np.float32)
         if jax.process_index() == 0 and (self.workdir / SCORES).exists():
             found = rankings.read_scores(self.workdir / SCORES, self.split)
-        return found if _from_first(np.array(found.size)) else None
+        return found if from_first(np.array(found.size)) else None
 
     def missing(self) -> list[int]:
         """Numbers of the chunks that are not on disk, the same on every process."""
         done = np.zeros(len(self.bounds), bool)
         if jax.process_index() == 0:
             done[:] = [self.read(number) is not None for number in range(len(self.bounds))]
-        return np.flatnonzero(~_from_first(done)).tolist()
+        return np.flatnonzero(~from_first(done)).tolist()
 
     def images(self, number: int) -> Subset:
         """The images of a chunk."""
@@ -114,12 +115,3 @@ class Chunks:
 
 def _without_path(value: Any) -> Any:
     return {k: v for k, v in value.items() if k != "path"} if isinstance(value, dict) else value
-
-
-def _from_first(value: np.ndarray) -> np.ndarray:
-    """Process 0's value: only it looks at the workdir."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.broadcast_one_to_all(value))

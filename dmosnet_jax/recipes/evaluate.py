@@ -3,9 +3,9 @@
 import pathlib
 from typing import Any
 
+from dmosnet_jax.core.config import dataset_names
 from dmosnet_jax.core.errors import ConfigError
-from dmosnet_jax.core.mesh import make_mesh
-from dmosnet_jax.core.selection import dataset_names
+from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.export.opening import open_weights
 from dmosnet_jax.recipes import targets
 from dmosnet_jax.recipes.weights import as_trained, build_for

@@ -4,8 +4,8 @@ import pathlib
 from typing import Any
 
 from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.core.parallel import print_once
 from dmosnet_jax.export import conversion, opening
-from dmosnet_jax.recipes.training import say
 
 
 def run(config: Any, workdir: pathlib.Path) -> None:
@@ -33,4 +33,4 @@ def run(config: Any, workdir: pathlib.Path) -> None:
         interpolation=config.data.interpolation or None,
         **options,
     )
-    say(f"{model.name}: {config.checkpoint} written to {config.output}")
+    print_once(f"{model.name}: {config.checkpoint} written to {config.output}")

@@ -9,7 +9,7 @@ import numpy as np
 
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.files import atomic_write
-from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.data.records import Record
 from dmosnet_jax.export.opening import open_weights
 from dmosnet_jax.recipes import scoring

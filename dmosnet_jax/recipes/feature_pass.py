@@ -15,11 +15,10 @@ import jax
 import numpy as np
 
 from dmosnet_jax.core.files import atomic_write
-from dmosnet_jax.core.mesh import from_first
+from dmosnet_jax.core.parallel import from_first, print_once
 from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.splits import Rows, Subset
 from dmosnet_jax.evaluation.extract import Extractor
-from dmosnet_jax.recipes.splits import say
 
 FOLDER = "feature_parts"
 PART = 65_536
@@ -73,7 +72,7 @@ def extract(
             features = np.empty((count, piece.shape[1]), np.float32)
         features[start : start + len(rows)] = piece
     if known:
-        say(f"{known:,} of {count:,} features were there from an interrupted pass")
+        print_once(f"{known:,} of {count:,} features were there from an interrupted pass")
     return features
 
 

@@ -8,11 +8,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dmosnet_jax.core.files import atomic_write
-from dmosnet_jax.core.mesh import agree
+from dmosnet_jax.core.parallel import agree, print_once
 from dmosnet_jax.evaluation.report_charts import Chart, Line, draw_svg
 from dmosnet_jax.memory import quality
 from dmosnet_jax.memory.clustering import Clustering, TooFewClusteredError, cluster, host_memory
-from dmosnet_jax.recipes.splits import say
 from dmosnet_jax.train.metrics import progress_bar
 
 PICTURE = "k_distances.svg"
@@ -38,7 +37,9 @@ def announce(images: int, dim: int, settings: Any) -> None:
     parts = host_memory.estimate_memory(images, dim, k1=settings.k1)
     total = parts.pop("total")
     largest = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sorted(parts.items(), key=lambda p: -p[1])[:3])
-    say(f"clustering {images:,} images of {dim} values takes up to {total / 2**30:.2f} GiB of host memory ({largest})")
+    print_once(
+        f"clustering {images:,} images of {dim} values takes up to {total / 2**30:.2f} GiB of host memory ({largest})"
+    )
     agree(lambda: host_memory.check_memory(images, dim, k1=min(settings.k1, images)))
 
 
@@ -149,7 +150,7 @@ def report(
             f", NMI {agreement.nmi:.3f}, adjusted Rand {agreement.adjusted_rand:.3f}, pairs "
             f"{agreement.pair_precision:.3f} precise, {agreement.pair_recall:.3f} recalled"
         )
-    say(
+    print_once(
         f"epoch {epoch + 1}: {clusters} clusters{across}, {alone} un-clustered images, largest "
         f"cluster {largest}, threshold {found.indep_threshold:.4f}{told}, "
         f"{time.perf_counter() - since:.1f} s ({stages})"

@@ -8,13 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from dmosnet_jax.core.config import validate
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.core.mesh import make_mesh
-from dmosnet_jax.core.settings import validate
+from dmosnet_jax.core.parallel import make_mesh, print_once
 from dmosnet_jax.data.splits import split_names
 from dmosnet_jax.evaluation import ranking
 from dmosnet_jax.recipes import scoring, spcl, supervised
-from dmosnet_jax.recipes.splits import say
 from dmosnet_jax.recipes.weights import as_trained, build_for
 from dmosnet_jax.train.metrics import write_json
 
@@ -44,9 +43,9 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     _make_data(config)
     untrained = _untrained(config)
     stages: dict[str, Any] = {"chance": _chance(untrained.scorer, config.seed), "untrained": untrained.metrics()}
-    say("\n[2/3] pre-training without labels (SpCL)")
+    print_once("\n[2/3] pre-training without labels (SpCL)")
     stages["pretrained"] = spcl.run(_stage(config, "pretrain"), workdir / "pretrain")
-    say("\n[3/3] fine-tuning with labels, from the pre-trained network")
+    print_once("\n[3/3] fine-tuning with labels, from the pre-trained network")
     finetune = _stage(config, "finetune")
     finetune.pretrained = str(workdir / "pretrain")
     stages["finetuned"] = supervised.run(finetune, workdir / "finetune")
@@ -71,7 +70,7 @@ def _stage(config: Any, name: str) -> Any:
 
 def _make_data(config: Any) -> None:
     """Renders and converts the data set, unless it is there."""
-    say(f"[1/3] synthetic pedestrians in {config.data_dir}")
+    print_once(f"[1/3] synthetic pedestrians in {config.data_dir}")
     try:
         split_names(config.data_dir, config.dataset)
         return
@@ -99,7 +98,7 @@ def _untrained(config: Any) -> scoring.Scores:
     model = build_for(config)
     params, stats = model.init(jax.random.key(config.seed))
     scores = scoring.Scorer(config, model, make_mesh())(params, stats)
-    say(f"untrained {model.name}: {scoring.summary(scores.ranking.results())}")
+    print_once(f"untrained {model.name}: {scoring.summary(scores.ranking.results())}")
     return scores
 
 
@@ -119,12 +118,12 @@ def _print_table(stages: dict[str, Any], workdir: pathlib.Path) -> None:
         "pretrained": "pre-trained without labels (SpCL)",
         "finetuned": "fine-tuned with labels",
     }
-    say(f"\n{'':36}   mAP  rank-1   mINP")
+    print_once(f"\n{'':36}   mAP  rank-1   mINP")
     for stage, title in titles.items():
         values = stages[stage]
-        say(f"{title:36}{100 * values['mAP']:6.2f}{100 * values['rank1']:8.2f}{100 * values['mINP']:7.2f}")
-    say(
+        print_once(f"{title:36}{100 * values['mAP']:6.2f}{100 * values['rank1']:8.2f}{100 * values['mINP']:7.2f}")
+    print_once(
         f"\nwritten in {workdir}: {scoring.RESULTS}, data/, and pretrain/ and finetune/ with checkpoints, "
         f"metrics.jsonl, TensorBoard events, {scoring.RESULTS} and {scoring.REPORT}"
     )
-    say(f"open the report: {workdir / 'finetune' / scoring.REPORT}")
+    print_once(f"open the report: {workdir / 'finetune' / scoring.REPORT}")

@@ -17,12 +17,14 @@ import numpy as np
 from jax import lax
 
 from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.data.pipeline import TrainStream
 from dmosnet_jax.data.samplers import class_epoch
 from dmosnet_jax.memory import cluster, hybrid
 from dmosnet_jax.recipes import feature_pass, pseudo_labels
-from dmosnet_jax.recipes.training import TrainingRun
+from dmosnet_jax.recipes.splits import training_images
+from dmosnet_jax.recipes.training import Experiment, open_experiment, train
 from dmosnet_jax.recipes.weights import settings_of
-from dmosnet_jax.train.state import TrainState
+from dmosnet_jax.train.state import RunState, TrainState
 from dmosnet_jax.train.steps import Batch, Metrics, Step, spcl_step
 
 # Values of `spcl.memory`: the module of the memory, and settings of its own.
@@ -31,6 +33,24 @@ _MEMORIES: dict[str, tuple[ModuleType, dict[str, Any]]] = {
     "cluster": (cluster, {"hardest": False}),
     "cluster_hardest": (cluster, {"hardest": True}),
 }
+
+
+def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
+    """Runs the recipe; returns the contents of `results.json`, empty for a data set without queries.
+
+    Raises:
+        ConfigError: settings that do not fit the data or the devices.
+        DataError: data or weights missing or damaged.
+    """
+    experiment = open_experiment(config, workdir, training_images(config), num_classes=0)
+    settings = experiment.config.spcl
+    memory, own = _MEMORIES[settings.memory]
+    epochs = Epochs(experiment, memory, own)
+    step = spcl_step(experiment.model, experiment.optimiser, experiment.config, memory=memory)
+    step = refreshing(step, memory, settings.refresh_every_steps, experiment.schedule.steps_per_epoch)
+    results = train(experiment, step, epochs.begin, prepare=epochs.prepare)
+    feature_pass.clear(workdir)
+    return results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,115 +68,99 @@ class HostValues:
     indep_threshold: float | None = None
 
 
-class SpclRun(TrainingRun):
-    """SpCL over the training split; identities, where there are any, only tell how good the clusters are."""
+@dataclasses.dataclass(frozen=True)
+class Epochs:
+    """What an epoch of SpCL is. Identities, where there are any, only tell how good the clusters are.
 
-    def __init__(self, config: Any, workdir: pathlib.Path):
-        super().__init__(config, workdir)
-        self.memory, self.memory_settings = _MEMORIES[config.spcl.memory]
-        self.kept = HostValues(config.spcl.memory, config.spcl.max_classes)
+    Attributes:
+        experiment: what is trained.
+        memory: module of the memory.
+        memory_settings: settings of its own.
+    """
 
-    def num_classes(self) -> int:
-        """No classifier."""
-        return 0
+    experiment: Experiment
+    memory: ModuleType
+    memory_settings: Mapping[str, Any]
 
-    def default_steps_per_epoch(self) -> int:
-        """Batches that hold every image once."""
-        return len(self.split.pids) // self.config.batch_size
-
-    def prepare(self, state: TrainState, meta: Mapping[str, Any] | None) -> TrainState:
+    def prepare(self, state: TrainState, kept: Mapping[str, Any] | None) -> tuple[TrainState, Mapping[str, Any]]:
         """Adds the memory as shapes: a checkpoint is restored into them, or the first epoch fills them."""
-        images, settings = len(self.split.pids), self.config.spcl
-        pseudo_labels.announce(images, self.model.feature_dim, settings)
-        if meta is not None:
-            # Tables as they were: the next epoch makes them of the size that is asked for now.
-            self.kept = HostValues(**meta)
-            if self.kept.memory != settings.memory:
-                raise ConfigError(
-                    f"spcl.memory={settings.memory!r} (was {self.kept.memory!r} in this run): give another --workdir "
-                    "or the earlier setting"
-                )
+        experiment, settings = self.experiment, self.experiment.config.spcl
+        images, dim = len(experiment.images.pids), experiment.model.feature_dim
+        pseudo_labels.announce(images, dim, settings)
+        # Tables as they were: the next epoch makes them of the size that is asked for now.
+        values = HostValues(settings.memory, settings.max_classes) if kept is None else HostValues(**kept)
         memory = self.memory.shapes(
             images,
-            self.model.feature_dim,
+            dim,
             momentum=settings.momentum,
             temperature=settings.temperature,
-            capacity=self.kept.capacity,
-            mesh=self.mesh,
+            capacity=values.capacity,
+            mesh=experiment.mesh,
             **self.memory_settings,
         )
-        return state.replace(memory=memory)
+        return state.replace(memory=memory), dataclasses.asdict(values)
 
-    def make_step(self) -> Step:
-        """Contrast with the memory."""
-        step = spcl_step(self.model, self.optimiser, self.config, memory=self.memory)
-        return refreshing(step, self.memory, self.config.spcl.refresh_every_steps, self.schedule.steps_per_epoch)
-
-    def loop_values(self) -> dict[str, Any]:
-        """See `HostValues`."""
-        return dataclasses.asdict(self.kept)
-
-    def begin_epoch(self, state: TrainState, epoch: int, offset: int) -> tuple[TrainState, Any, Mapping[str, float]]:
+    def begin(self, run: RunState, epoch: int, offset: int) -> tuple[RunState, TrainStream, Mapping[str, float]]:
         """Clusters the memory and plans the epoch; in the middle of one, takes the pseudo-labels from the memory."""
+        experiment, config = self.experiment, self.experiment.config
         notes: dict[str, float] = {}
         if offset:
-            assert state.memory is not None
-            labels = np.asarray(state.memory.labels)[: state.memory.num_rows]
-            feature_pass.clear(self.workdir)
+            memory = run.state.memory
+            assert memory is not None
+            labels = np.asarray(memory.labels)[: memory.num_rows]
+            feature_pass.clear(experiment.workdir)
         else:
-            state, labels, notes = self._cluster(state, epoch)
+            run, labels, notes = self._cluster(run, epoch)
         plan = class_epoch(
             labels,
             self._cameras(),
-            batch_size=self.config.batch_size,
-            instances=self.config.sampler.instances,
-            seed=self.config.seed,
+            batch_size=config.batch_size,
+            instances=config.sampler.instances,
+            seed=config.seed,
             epoch=epoch,
-            steps=self.schedule.steps_per_epoch,
+            steps=experiment.schedule.steps_per_epoch,
         )
-        return state, self.stream(plan, epoch=epoch, start=offset, labels=labels), notes
-
-    def run(self) -> dict[str, Any]:
-        """Trains from the newest checkpoint, or from the start, to the end; returns the final results."""
-        results = super().run()
-        feature_pass.clear(self.workdir)
-        return results
+        return run, experiment.stream(plan, epoch=epoch, start=offset, labels=labels), notes
 
     def _cameras(self) -> np.ndarray | None:
         """Cameras that the sampler prefers to change, None where they do not count."""
-        camids = self.split.camids
-        return camids if self.config.sampler.cameras and len(np.unique(camids)) > 1 else None
+        camids = self.experiment.images.camids
+        return camids if self.experiment.config.sampler.cameras and len(np.unique(camids)) > 1 else None
 
     def _extract(self, state: TrainState) -> np.ndarray:
-        about = repr((settings_of(self.model), tuple(self.config.pixel_mean), tuple(self.config.pixel_std)))
+        experiment, config = self.experiment, self.experiment.config
+        inputs = tuple(config.pixel_mean), tuple(config.pixel_std), config.data.interpolation
+        about = repr((settings_of(experiment.model), *inputs))
+        images, workdir = experiment.images, experiment.workdir
         return feature_pass.extract(
-            self.extractor, state.params, state.stats, self.split, self.workdir, cache=self.cache, about=about
+            experiment.extractor, state.params, state.stats, images, workdir, cache=experiment.cache, about=about
         )
 
-    def _cluster(self, state: TrainState, epoch: int) -> tuple[TrainState, np.ndarray, dict[str, float]]:
-        """New pseudo-labels: the state with its memory set to them, the labels, and what to log."""
-        since, settings = time.perf_counter(), self.config.spcl
-        notes = self.memory.diagnostics(state.memory) if epoch else {}
-        stored = self.memory.stored_features(state.memory) if epoch and not settings.reextract else None
+    def _cluster(self, run: RunState, epoch: int) -> tuple[RunState, np.ndarray, dict[str, float]]:
+        """New pseudo-labels: the run with its memory set to them, the labels, and what to log."""
+        experiment, settings = self.experiment, self.experiment.config.spcl
+        since, memory = time.perf_counter(), run.state.memory
+        notes = self.memory.diagnostics(memory) if epoch else {}
+        stored = self.memory.stored_features(memory) if epoch and not settings.reextract else None
         if stored is None:
-            features = extracted = self._extract(state)
+            features = extracted = self._extract(run.state)
         else:
             features, extracted = stored, None
-            feature_pass.clear(self.workdir)
-        eps = pseudo_labels.radius(settings, epoch, self.schedule.epochs)
+            feature_pass.clear(experiment.workdir)
+        eps = pseudo_labels.radius(settings, epoch, experiment.schedule.epochs)
+        threshold = run.meta["loop"]["indep_threshold"]
         found = pseudo_labels.find(
-            features, settings, eps=eps, threshold=self.kept.indep_threshold, mesh=self.mesh, workdir=self.workdir
+            features, settings, eps=eps, threshold=threshold, mesh=experiment.mesh, workdir=experiment.workdir
         )
         labels, capacity = self.memory.class_labels(found), settings.max_classes or len(features)
         try:
-            memory = self.memory.set_labels(state.memory, labels, features=extracted, capacity=capacity)
+            memory = self.memory.set_labels(memory, labels, features=extracted, capacity=capacity)
         except ConfigError as error:
             raise ConfigError(f"{error}: --config.spcl.max_classes={settings.max_classes} is too low") from error
-        self.kept = HostValues(settings.memory, settings.max_classes, found.indep_threshold)
-        notes |= pseudo_labels.report(
-            found, labels, self.split.pids, self.split.camids, epoch=epoch, eps=eps, since=since
-        )
-        return state.replace(memory=memory), labels, notes
+        pids, camids = experiment.images.pids, experiment.images.camids
+        notes |= pseudo_labels.report(found, labels, pids, camids, epoch=epoch, eps=eps, since=since)
+        kept = HostValues(settings.memory, settings.max_classes, found.indep_threshold)
+        return run.replace(state=run.state.replace(memory=memory), **dataclasses.asdict(kept)), labels, notes
 
 
 def refreshing(step: Step, memory: ModuleType, every: int, steps_per_epoch: int) -> Step:
@@ -176,8 +180,3 @@ def refreshing(step: Step, memory: ModuleType, every: int, steps_per_epoch: int)
         return step(state.replace(memory=lax.cond(due, memory.refresh, lambda kept: kept, state.memory)), batch)
 
     return refresh_and_step
-
-
-def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
-    """Runs the recipe; returns the contents of `results.json`, empty for a data set without queries."""
-    return SpclRun(config, workdir).run()

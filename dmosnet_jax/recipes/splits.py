@@ -3,10 +3,9 @@
 import zlib
 from typing import Any
 
-import jax
-
+from dmosnet_jax.core.config import dataset_names
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.core.selection import dataset_names
+from dmosnet_jax.core.parallel import print_once
 from dmosnet_jax.data import subset
 from dmosnet_jax.data.records import GALLERY, QUERY, TRAIN, TRAINVAL, VAL
 from dmosnet_jax.data.splits import JointSplit, Rows, Split, Subset, load_split, split_names
@@ -14,12 +13,6 @@ from dmosnet_jax.train.metrics import progress_bar
 
 # Names read between two movements of the progress bar.
 _NAMES_AT_ONCE = 1000
-
-
-def say(text: str) -> None:
-    """Prints a line on process 0."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
 
 
 def training_images(config: Any) -> Rows:
@@ -35,7 +28,9 @@ def training_images(config: Any) -> Rows:
         raise DataError(f"with_val=True, but {' and '.join(names)} has no images for validation: leave it False")
     if len(parts) > 1:
         union = JointSplit(tuple(parts))
-        say(f"{union.name}: " + " + ".join(f"{len(part):,}" for part in parts) + f" = {len(union):,} training images")
+        print_once(
+            f"{union.name}: " + " + ".join(f"{len(part):,}" for part in parts) + f" = {len(union):,} training images"
+        )
         return union
     if config.data.subset is None:
         return parts[0]
@@ -44,7 +39,7 @@ def training_images(config: Any) -> Rows:
         raise ConfigError("data.subset selects from train, not from train and val together: set with_val=False")
     _, path, share = config.data.subset
     chosen, about = subset.choose(whole, path, share, names=lambda: read_names(whole))
-    say(about)
+    print_once(about)
     return chosen
 
 

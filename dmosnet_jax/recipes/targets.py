@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dmosnet_jax.core.selection import joined
+from dmosnet_jax.core.config import joined
 from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.models import Model
 from dmosnet_jax.recipes import scoring

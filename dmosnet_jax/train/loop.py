@@ -1,10 +1,10 @@
-"""The training loop of every recipe, in a fixed order: epoch start, steps, evaluation, checkpoint.
+"""The training loop: one function, in a fixed order: epoch start, steps, evaluation, checkpoint.
 
-A run can be killed at any step. Everything that decides the future is in the checkpoint: the state with its key, and
-the recipe's host values. Batches and random numbers are functions of (seed, epoch, step), so the run goes on as if
-nothing had happened.
+A run can be killed at any step. Everything that decides the future is in its `RunState`, which is what a checkpoint
+holds. Batches and random numbers are functions of (seed, epoch, step), so the run goes on as if nothing had happened.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import signal
@@ -18,10 +18,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dmosnet_jax.core.errors import UserError
-from dmosnet_jax.core.mesh import to_devices, to_host
+from dmosnet_jax.core.parallel import by_process, to_devices, to_host
 from dmosnet_jax.train.checkpoints import Checkpoints
 from dmosnet_jax.train.metrics import MetricsWriter, progress_bar, write_json
-from dmosnet_jax.train.state import TrainState
+from dmosnet_jax.train.state import RunState
 from dmosnet_jax.train.steps import Step
 
 # Steps dispatched ahead of the devices: enough to hide the host's work, few enough to stop soon and to bound the
@@ -64,23 +64,101 @@ class Stream(Protocol):
         """Frees threads and processes."""
 
 
-class Recipe(Protocol):
-    """What a recipe brings to the loop."""
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a recipe brings to the loop.
 
-    def begin_epoch(self, state: TrainState, epoch: int, offset: int) -> tuple[TrainState, Stream, Mapping[str, float]]:
-        """Prepares an epoch, or with `offset` > 0 the rest of one.
+    Attributes:
+        step: the training step, compiled.
+        begin_epoch: prepares an epoch, or with an offset > 0 the rest of one: from (run, epoch, offset) to the run,
+            its batches from the offset on, and metrics to log.
+        evaluate: scores a run after a number of epochs, or gives None where there is nothing to score on.
+        files: file names of training images, for messages.
+    """
 
-        Returns state, batches from `offset` on, and metrics.
-        """
+    step: Step
+    begin_epoch: Callable[[RunState, int, int], tuple[RunState, Stream, Mapping[str, float]]]
+    evaluate: Callable[[RunState, int], Mapping[str, float] | None]
+    files: Callable[[np.ndarray], list[str]]
 
-    def evaluate(self, state: TrainState, epoch: int) -> Mapping[str, float] | None:
-        """Scores a state after `epoch` epochs, or None where there is nothing to score on."""
 
-    def meta(self) -> dict[str, Any]:
-        """JSON values that a checkpoint keeps beside the state."""
+def train(
+    run: RunState,
+    recipe: Recipe,
+    schedule: Schedule,
+    store: Checkpoints,
+    *,
+    mesh: Mesh,
+    workdir: pathlib.Path,
+    batch_size: int,
+) -> RunState:
+    """Trains to the last step.
 
-    def files(self, indices: np.ndarray) -> list[str]:
-        """File names of training images, for messages."""
+    Args:
+        run: a fresh run, or one from a checkpoint.
+        recipe: what an epoch and a step are.
+        schedule: how long, and what happens how often.
+        store: where checkpoints go.
+        mesh: the devices.
+        workdir: where metrics go.
+        batch_size: of the global batch.
+
+    Raises:
+        StoppedError: a signal came; the state is saved.
+        NonFiniteLossError: see there.
+    """
+    number = int(run.state.step)
+    total = schedule.total_steps
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(store.wait)
+        writer = MetricsWriter(workdir, first_step=number)
+        at_the_end.callback(writer.close)
+        bar = at_the_end.enter_context(progress_bar(total * batch_size, label="train", initial=number * batch_size))
+        stop = at_the_end.enter_context(_StopFlag())
+        while number < total:
+            epoch, offset = divmod(number, schedule.steps_per_epoch)
+            run, stream, notes = recipe.begin_epoch(run, epoch, offset)
+            if notes:
+                # They belong to the first step to come: a run resumed at this boundary writes them again.
+                writer.write(number + 1, {"epoch": epoch, **notes})
+
+            window = _Window(workdir, recipe.files)
+            with contextlib.closing(stream):
+                for batch in stream:
+                    state, metrics = recipe.step(run.state, to_devices(batch, mesh))
+                    run, number = run.replace(state=state), number + 1
+                    window.add(number, metrics, batch["index"])
+                    bar.update(batch_size)
+                    if number % schedule.log_every == 0:
+                        means, steps_per_second = window.take()
+                        rate = {"images_per_second": steps_per_second * batch_size}
+                        writer.write(number, {"epoch": epoch, **means, **rate})
+                        bar.set_postfix(epoch=epoch + 1, loss=f"{means['loss']:.3f}")
+                    if number % schedule.steps_per_epoch == 0:
+                        # Saved below, after its evaluation.
+                        continue
+                    # Asking the other processes waits for the step, as logging does.
+                    asks = jax.process_count() == 1 or number % schedule.log_every == 0
+                    stopping = asks and stop.agree()
+                    if stopping or number % schedule.checkpoint_every == 0:
+                        window.take()
+                        store.save(run.state, run.meta)
+                    if stopping:
+                        _stop(number, stop, store, workdir)
+            window.take()
+
+            # A pending stop waits for the evaluation, or this epoch would never get one: killed before it ends, the run
+            # goes on from the checkpoint before.
+            done = epoch + 1
+            scores = None
+            if number == total or done % schedule.eval_every_epochs == 0:
+                scores = recipe.evaluate(run, done)
+                if scores is not None:
+                    writer.write(number, {"epoch": epoch, **scores})
+            store.save(run.state, run.meta, metrics=scores)
+            if number < total and stop.agree():
+                _stop(number, stop, store, workdir)
+    return run
 
 
 class _StopFlag:
@@ -105,9 +183,7 @@ class _StopFlag:
     def agree(self) -> bool:
         """Whether to stop, the same on every process: one that stopped alone would leave the others waiting for it."""
         if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            number = int(multihost_utils.process_allgather(np.int32(self.signal or 0)).max())
+            number = int(by_process(np.int32(self.signal or 0)).max())
             self.signal = signal.Signals(number) if number else None
         return self.signal is not None
 
@@ -116,32 +192,41 @@ class _StopFlag:
             signal.signal(number, handler)
 
 
+def _stop(number: int, stop: _StopFlag, store: Checkpoints, workdir: pathlib.Path) -> None:
+    store.wait()
+    assert stop.signal is not None
+    raise StoppedError(
+        f"stopped by {stop.signal.name} at step {number}, which is saved in {workdir}: run the same command to go on"
+    )
+
+
 class _Window:
     """Metrics of the steps since the last look, kept on the devices so that looking does not stall them."""
 
     def __init__(self, workdir: pathlib.Path, files: Callable[[np.ndarray], list[str]]):
         self._workdir, self._files = workdir, files
         self._steps: list[tuple[int, dict[str, jax.Array], np.ndarray]] = []
+        self._since = time.perf_counter()
 
     def add(self, step: int, metrics: dict[str, jax.Array], indices: np.ndarray) -> None:
         self._steps.append((step, metrics, indices))
         if len(self._steps) > _IN_FLIGHT:
             jax.block_until_ready(self._steps[-1 - _IN_FLIGHT][1])
 
-    def take(self) -> dict[str, float]:
-        """Means over the window, which starts anew.
+    def take(self) -> tuple[dict[str, float], float]:
+        """Means over the window and steps per second; the window starts anew.
 
         Raises:
             NonFiniteLossError: after the step, the loss and the batch's files were written to `nonfinite.json`.
         """
         steps, self._steps = self._steps, []
-        if not steps:
-            return {}
         values = jax.device_get([metrics for _, metrics, _ in steps])
+        since, self._since = self._since, time.perf_counter()
         for (step, _, indices), metrics in zip(steps, values, strict=True):
             if not np.isfinite(metrics["loss"]):
                 self._report(step, metrics, indices)
-        return {name: float(np.mean([metrics[name] for metrics in values])) for name in values[0]}
+        means = {name: float(np.mean([metrics[name] for metrics in values])) for name in (values[0] if values else ())}
+        return means, len(steps) / (self._since - since)
 
     def _report(self, step: int, metrics: Mapping[str, Any], indices: np.ndarray) -> None:
         path = self._workdir / "nonfinite.json"
@@ -153,108 +238,4 @@ class _Window:
         raise NonFiniteLossError(
             f"loss is {metrics['loss']} at step {step}: the batch's files are in {path}; lower optim.learning_rate or "
             "set optim.clip_norm, then run the same command to go on from the last checkpoint"
-        )
-
-
-class Loop:
-    """Runs a recipe from a state to its last step."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        step: Step,
-        schedule: Schedule,
-        *,
-        mesh: Mesh,
-        workdir: pathlib.Path,
-        checkpoints: Checkpoints,
-        batch_size: int,
-    ):
-        self._recipe, self._step, self._schedule = recipe, step, schedule
-        self._mesh, self._workdir, self._checkpoints = mesh, workdir, checkpoints
-        self._batch_size = batch_size
-
-    def run(self, state: TrainState) -> TrainState:
-        """Trains to the end.
-
-        Raises:
-            StoppedError: a signal came; the state is saved.
-            NonFiniteLossError: see there.
-        """
-        first = int(state.step)
-        writer = MetricsWriter(self._workdir, first_step=first)
-        total = self._schedule.total_steps
-        bar = progress_bar(total * self._batch_size, label="train", initial=first * self._batch_size)
-        try:
-            with _StopFlag() as stop:
-                for epoch in range(first // self._schedule.steps_per_epoch, self._schedule.epochs):
-                    state = self._epoch(state, epoch, writer, bar, stop)
-        finally:
-            bar.close()
-            writer.close()
-            self._checkpoints.wait()
-        return state
-
-    def _epoch(self, state: TrainState, epoch: int, writer: MetricsWriter, bar: Any, stop: _StopFlag) -> TrainState:
-        schedule = self._schedule
-        offset = int(state.step) - epoch * schedule.steps_per_epoch
-        state, stream, notes = self._recipe.begin_epoch(state, epoch, offset)
-        if notes:
-            # They belong to the first step to come: a run resumed at this boundary writes them again.
-            writer.write(int(state.step) + 1, {"epoch": epoch, **notes})
-        window = _Window(self._workdir, self._recipe.files)
-        number, since = epoch * schedule.steps_per_epoch + offset, time.perf_counter()
-        last_logged = number
-        try:
-            for batch in stream:
-                state, metrics = self._step(state, to_devices(batch, self._mesh))
-                number += 1
-                window.add(number, metrics, batch["index"])
-                bar.update(self._batch_size)
-                if number % schedule.log_every == 0:
-                    means = window.take()
-                    rate = (number - last_logged) * self._batch_size / (time.perf_counter() - since)
-                    writer.write(number, {"epoch": epoch, **means, "images_per_second": rate})
-                    bar.set_postfix(epoch=epoch + 1, loss=f"{means['loss']:.3f}")
-                    last_logged, since = number, time.perf_counter()
-                self._save_if_due(state, number, window, stop)
-        finally:
-            stream.close()
-        window.take()
-        return self._finish_epoch(state, epoch, writer, stop)
-
-    def _save_if_due(self, state: TrainState, number: int, window: _Window, stop: _StopFlag) -> None:
-        # The end of an epoch is saved after its evaluation.
-        if number % self._schedule.steps_per_epoch == 0:
-            return
-        # Asking the other processes waits for the step, as logging does.
-        if (jax.process_count() == 1 or number % self._schedule.log_every == 0) and stop.agree():
-            window.take()
-            self._checkpoints.save(state, self._recipe.meta())
-            self._stop(state, stop)
-        if number % self._schedule.checkpoint_every == 0:
-            window.take()
-            self._checkpoints.save(state, self._recipe.meta())
-
-    def _finish_epoch(self, state: TrainState, epoch: int, writer: MetricsWriter, stop: _StopFlag) -> TrainState:
-        # A pending stop waits for the evaluation, or this epoch would never get one: killed before it ends, the run
-        # goes on from the checkpoint before.
-        done = epoch + 1
-        last = done == self._schedule.epochs
-        scores = None
-        if last or done % self._schedule.eval_every_epochs == 0:
-            scores = self._recipe.evaluate(state, done)
-            if scores is not None:
-                writer.write(int(state.step), {"epoch": epoch, **scores})
-        self._checkpoints.save(state, self._recipe.meta(), metrics=scores)
-        if not last and stop.agree():
-            self._stop(state, stop)
-        return state
-
-    def _stop(self, state: TrainState, stop: _StopFlag) -> None:
-        self._checkpoints.wait()
-        assert stop.signal is not None
-        raise StoppedError(
-            f"stopped by {stop.signal.name} at step {int(state.step)}, which is saved in {self._workdir}: run the same "
-            "command to go on"
         )

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dmosnet_jax.core.config import duration_steps
 from dmosnet_jax.core.errors import ConfigError
-from dmosnet_jax.core.settings import duration_steps
 
 
 def learning_rate(config: Any, *, steps_per_epoch: int, total_steps: int, batch_size: int) -> optax.Schedule:

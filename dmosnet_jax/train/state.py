@@ -1,6 +1,8 @@
 """The training state: everything on the devices that a step reads and writes."""
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dmosnet_jax.core.mesh import replicated
+from dmosnet_jax.core.parallel import replicated
 from dmosnet_jax.memory import cluster, hybrid, tables
 
 Tree = dict[str, Any]
@@ -33,6 +35,25 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
     key: jax.Array
     memory: hybrid.Memory | cluster.Memory | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RunState:
+    """A run between two steps: all that its checkpoint holds, and all that decides how it goes on.
+
+    Attributes:
+        state: the arrays.
+        meta: JSON values: "model" and "config" (what the run is), "lengths" (what must stay as it is over a run) and
+            "loop" (host values that the recipe changes from epoch to epoch).
+    """
+
+    state: TrainState
+    meta: Mapping[str, Any]
+
+    def replace(self, *, state: TrainState, **loop: Any) -> "RunState":
+        """This run with another state, and with changed host values where some are given."""
+        meta = {**self.meta, "loop": {**self.meta.get("loop", {}), **loop}} if loop else self.meta
+        return RunState(state, meta)
 
 
 def create(params: Tree, stats: Tree, optimiser: optax.GradientTransformation, *, seed: int, mesh: Mesh) -> TrainState:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from dmosnet_jax.core.mesh import by_rows, replicated
+from dmosnet_jax.core.parallel import by_rows, replicated
 from dmosnet_jax.data import augment as augmentation
 from dmosnet_jax.losses import identity, triplet
 from dmosnet_jax.memory import hybrid

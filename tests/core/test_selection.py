@@ -2,7 +2,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from dmosnet_jax.core import selection, settings
+from dmosnet_jax.core import config as configs
 from dmosnet_jax.core.errors import ConfigError
 
 
@@ -19,21 +19,21 @@ from dmosnet_jax.core.errors import ConfigError
     ],
 )
 def test_names_in_every_form(value, names):
-    assert selection.dataset_names(value) == names
-    assert selection.dataset_names(selection.joined(names)) == names
+    assert configs.dataset_names(value) == names
+    assert configs.dataset_names(configs.joined(names)) == names
 
 
 @pytest.mark.parametrize("value", ["", "+", "a+", "a++b", (), ("a", ""), ("a", 1), 1501, None, "(a, b", "(1, 2)"])
 def test_what_is_no_name_is_refused(value):
     with pytest.raises(ConfigError, match=r"dataset=.* (is not a name|must name each data set once)") as error:
-        selection.dataset_names(value)
+        configs.dataset_names(value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("value", ["a+a", ("a", "b", "a")])
 def test_a_data_set_is_named_once(value):
     with pytest.raises(ConfigError, match="must name each data set once"):
-        selection.dataset_names(value)
+        configs.dataset_names(value)
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,13 @@ def test_a_data_set_is_named_once(value):
 )
 def test_bad_subsets_name_the_value_and_the_fix(value, message):
     with pytest.raises(ConfigError, match=rf"data\.subset=.*{message}.*") as error:
-        selection.check_subset(value)
+        configs.check_subset(value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("value", [None, ("cfs", "scores.npz", 0.5), ["cfs", "scores.npz", 1]])
 def test_good_subsets_pass(value):
-    selection.check_subset(value)
+    configs.check_subset(value)
 
 
 def config(recipe, **fields):
@@ -71,7 +71,7 @@ def config(recipe, **fields):
 def test_the_field_takes_a_name_or_a_tuple():
     for value in ("msmt17", ("market1501", "msmt17"), "market1501+msmt17"):
         made = config("supervised", dataset=value)
-        settings.validate(made)
+        configs.validate(made)
         assert made.dataset == value
     assert isinstance(made, ConfigDict)
 
@@ -89,5 +89,5 @@ def test_the_field_takes_a_name_or_a_tuple():
 )
 def test_recipes_that_can_not_use_it_say_so(recipe, fields, message):
     with pytest.raises(ConfigError, match=message) as error:
-        settings.validate(config(recipe, **fields))
+        configs.validate(config(recipe, **fields))
     assert "\n" not in str(error.value)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.data.splits import load_split
 from dmosnet_jax.evaluation import forgetting
 

@@ -7,7 +7,7 @@ import pytest
 
 from dmosnet_jax import models
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.export import conversion, folder, opening, torch_export, torch_import
 from dmosnet_jax.train import checkpoints
 from dmosnet_jax.train import state as train_state

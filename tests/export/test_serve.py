@@ -15,7 +15,7 @@ from PIL import Image
 import dmosnet_jax
 from dmosnet_jax import models
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.data import augment, transforms
 from dmosnet_jax.evaluation import ranking
 from dmosnet_jax.export import conversion, folder, opening, torch_export

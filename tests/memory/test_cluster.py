@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmosnet_jax.core import mesh as meshes
+from dmosnet_jax.core import parallel
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.memory import cluster, tables
 
@@ -51,7 +51,7 @@ def direct(features, labels, inputs, indices, hardest):
 def test_equals_the_direct_computation(rng, hardest, devices):
     features, labels, inputs, indices = problem(rng)
     expected_loss, start, expected = direct(features, labels, inputs, indices, hardest)
-    mesh = meshes.make_mesh(jax.devices()[:devices])
+    mesh = parallel.make_mesh(jax.devices()[:devices])
     options = {"momentum": MOMENTUM, "temperature": TEMPERATURE, "hardest": hardest, "mesh": mesh}
     memory = cluster.init(features, labels, **options)
     for c, centre in start.items():
@@ -74,7 +74,7 @@ def test_equals_the_direct_computation(rng, hardest, devices):
 
 def test_a_new_epoch_has_new_centroids_in_the_same_places(rng):
     features, labels, inputs, indices = problem(rng)
-    mesh = meshes.make_mesh()
+    mesh = parallel.make_mesh()
     options = {"momentum": MOMENTUM, "temperature": TEMPERATURE, "mesh": mesh}
     memory = cluster.init(features, labels, **options)
     moved = jax.jit(cluster.update)(memory, jnp.asarray(inputs), jnp.asarray(indices))
@@ -98,7 +98,7 @@ def test_loss_that_is_not_finite_leaves_the_centroids(rng):
 
 def test_images_outside_of_clusters_move_nothing(rng):
     features, labels, inputs, _ = problem(rng)
-    memory = cluster.init(features, labels, momentum=MOMENTUM, temperature=TEMPERATURE, mesh=meshes.make_mesh())
+    memory = cluster.init(features, labels, momentum=MOMENTUM, temperature=TEMPERATURE, mesh=parallel.make_mesh())
     outside = rng.choice(np.flatnonzero(labels < 0), len(inputs)).astype(np.int32)
     after = jax.jit(cluster.update)(memory, jnp.asarray(inputs), jnp.asarray(outside))
     jax.tree.map(np.testing.assert_array_equal, after, memory)

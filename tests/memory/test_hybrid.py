@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmosnet_jax.core import mesh as meshes
+from dmosnet_jax.core import parallel
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.memory import contrast, hybrid, tables
 
@@ -90,7 +90,7 @@ def test_blocks_of_classes_change_nothing(rng, monkeypatch, devices, block):
     features, labels, inputs, indices = problem(rng, rows=200, classes=150)
     expected = direct(features, labels, inputs, indices, 0.2, 0.05)
     monkeypatch.setattr(contrast, "BLOCK_ON_CPU", block)
-    mesh = meshes.make_mesh(jax.devices()[:devices])
+    mesh = parallel.make_mesh(jax.devices()[:devices])
     memory = hybrid.init(features, labels, momentum=0.2, temperature=0.05, mesh=mesh)
     result = jax.jit(step)(memory, jnp.asarray(inputs), jnp.asarray(indices))
     np.testing.assert_allclose(result[1], expected[0], rtol=1e-5)
@@ -105,7 +105,7 @@ def test_class_sums_by_columns_are_those_of_all_images(rng, monkeypatch, limit):
     np.add.at(expected, labels, features)
     monkeypatch.setattr(tables, "PARTIAL_SUMS", limit)
     tables.class_sums.clear_cache()
-    memory = hybrid.init(features, labels, momentum=0.2, temperature=0.05, capacity=150, mesh=meshes.make_mesh())
+    memory = hybrid.init(features, labels, momentum=0.2, temperature=0.05, capacity=150, mesh=parallel.make_mesh())
     tables.class_sums.clear_cache()
     np.testing.assert_allclose(memory.class_sums, expected, atol=1e-5)
     np.testing.assert_array_equal(memory.class_counts, np.bincount(labels, minlength=1024))
@@ -113,12 +113,12 @@ def test_class_sums_by_columns_are_those_of_all_images(rng, monkeypatch, limit):
 
 def test_sharded_equals_unsharded(rng):
     features, labels, inputs, indices = problem(rng, rows=300, classes=120, batch=32)
-    mesh = meshes.make_mesh()
+    mesh = parallel.make_mesh()
     single = hybrid.init(features, labels, momentum=0.2, temperature=0.05)
     sharded = hybrid.init(features, labels, momentum=0.2, temperature=0.05, mesh=mesh)
     places = tables.shardings(sharded, mesh)
-    batch = meshes.to_devices({"inputs": inputs, "indices": indices}, mesh)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, meshes.replicated(mesh), meshes.by_rows(mesh)))
+    batch = parallel.to_devices({"inputs": inputs, "indices": indices}, mesh)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, parallel.replicated(mesh), parallel.by_rows(mesh)))
     for _ in range(3):
         single, value, gradient = jax.jit(step)(single, jnp.asarray(inputs), jnp.asarray(indices))
         sharded, sharded_value, sharded_gradient = jitted(sharded, batch["inputs"], batch["indices"])
@@ -153,9 +153,9 @@ def collectives(compiled):
 
 def test_devices_exchange_one_maximum_and_sums_of_the_batch(rng):
     features, labels, inputs, indices = problem(rng, rows=20_000, classes=9000, batch=32)
-    mesh = meshes.make_mesh()
+    mesh = parallel.make_mesh()
     memory = hybrid.init(features, labels, momentum=0.2, temperature=0.05, mesh=mesh)
-    places, everywhere, rows = tables.shardings(memory, mesh), meshes.replicated(mesh), meshes.by_rows(mesh)
+    places, everywhere, rows = tables.shardings(memory, mesh), parallel.replicated(mesh), parallel.by_rows(mesh)
     assert memory.class_sums.shape[0] // 8 > 2 * contrast.BLOCK_ON_CPU, "the test sees a loop"
     inputs, indices = jnp.asarray(inputs), jnp.asarray(indices)
     value = jax.jit(jax.value_and_grad(hybrid.loss, argnums=1), in_shardings=(places, everywhere, everywhere))
@@ -174,7 +174,7 @@ def test_devices_exchange_one_maximum_and_sums_of_the_batch(rng):
 
 def test_a_refresh_sends_each_sum_once(rng):
     features, labels, _, _ = problem(rng, rows=20_000, classes=3000)
-    memory = hybrid.init(features, labels, momentum=0.2, temperature=0.05, capacity=3000, mesh=meshes.make_mesh())
+    memory = hybrid.init(features, labels, momentum=0.2, temperature=0.05, capacity=3000, mesh=parallel.make_mesh())
     found = collectives(jax.jit(hybrid.refresh).lower(memory).compile())
     assert {kind for kind, _, _ in found} <= {"reduce-scatter", "all-reduce"}
     assert sum(size for _, size, _ in found) <= 3072 * 17
@@ -182,7 +182,7 @@ def test_a_refresh_sends_each_sum_once(rng):
 
 def test_a_memory_is_shapes_until_it_is_filled(rng):
     features, labels, _, _ = problem(rng)
-    mesh = meshes.make_mesh()
+    mesh = parallel.make_mesh()
     options = {"momentum": 0.2, "temperature": 0.05, "capacity": 50, "mesh": mesh}
     shapes = hybrid.shapes(*features.shape, **options)
     memory = hybrid.init(features, labels, **options)
@@ -193,7 +193,7 @@ def test_a_memory_is_shapes_until_it_is_filled(rng):
 
 def test_twenty_numbers_of_classes_are_one_program(rng):
     features, _, inputs, indices = problem(rng)
-    mesh = meshes.make_mesh()
+    mesh = parallel.make_mesh()
     memory = hybrid.init(features, np.arange(90), momentum=0.2, temperature=0.05, mesh=mesh)
     places = tables.shardings(memory, mesh)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, None, None))
@@ -208,7 +208,7 @@ def test_twenty_numbers_of_classes_are_one_program(rng):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_donated_step_works_in_place(rng, devices):
     features, labels, inputs, indices = problem(rng, rows=4096, dim=64, classes=3000)
-    mesh = meshes.make_mesh(jax.devices()[:devices])
+    mesh = parallel.make_mesh(jax.devices()[:devices])
     memory = hybrid.init(features, labels, momentum=0.2, temperature=0.05, mesh=mesh)
     jitted = jax.jit(step, donate_argnums=0)
     analysis = jitted.lower(memory, jnp.asarray(inputs), jnp.asarray(indices)).compile().memory_analysis()
@@ -257,7 +257,7 @@ def test_gradient_ignores_the_memory_and_keeps_the_inputs_dtype(rng):
 
 def test_other_features(rng):
     features, labels, _, _ = problem(rng)
-    mesh = meshes.make_mesh()
+    mesh = parallel.make_mesh()
     memory = hybrid.init(features, labels, momentum=0.2, temperature=0.05, mesh=mesh)
     other = unit(rng.normal(size=features.shape))
     changed = hybrid.set_labels(memory, labels, features=other)
@@ -277,7 +277,7 @@ def test_init_accepts_device_arrays(rng):
     ("count", "devices", "expected"), [(1, 1, 1024), (1024, 8, 1024), (1025, 8, 2048), (65_537, 3, 67_584)]
 )
 def test_tables_are_padded_to_what_the_devices_share(count, devices, expected):
-    assert tables.padded(count, meshes.make_mesh(jax.devices()[:devices])) == expected
+    assert tables.padded(count, parallel.make_mesh(jax.devices()[:devices])) == expected
     assert expected % devices == 0
 
 

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmosnet_jax.core import mesh as meshes
+from dmosnet_jax.core import parallel
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.memory.clustering import neighbours, neighbours_device
 
@@ -37,7 +37,7 @@ def test_host_is_exact_with_ties_by_index(rng, rows, k, block):
 )
 def test_device_equals_host(rng, devices, rows, k, query_block, candidate_block):
     features = tied(rng, rows)
-    mesh = meshes.make_mesh(jax.devices()[:devices])
+    mesh = parallel.make_mesh(jax.devices()[:devices])
     found = neighbours_device.search_device(
         features, k, mesh=mesh, query_block=query_block, candidate_block=candidate_block
     )
@@ -52,7 +52,7 @@ def test_device_finds_the_few_promising_groups(rng, devices, monkeypatch):
     features = rng.normal(size=(2048, 16)).astype(np.float32)
     features[1500:1530] = features[:30] + np.float32(1e-3)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
-    mesh = meshes.make_mesh(jax.devices()[:devices])
+    mesh = parallel.make_mesh(jax.devices()[:devices])
     expected = neighbours.search_host(features, 12)
     for few in (3, 8):
         neighbours_device._compiled.cache_clear()

@@ -23,12 +23,12 @@ if processes > 1:
     jax.distributed.initialize("127.0.0.1:" + port, processes, process)
 
 from dmosnet_jax.benchmarks import structured
-from dmosnet_jax.core import mesh as meshes
+from dmosnet_jax.core import parallel
 from dmosnet_jax.core.errors import UserError
 from dmosnet_jax.memory import hybrid, tables
 from dmosnet_jax.memory.clustering import cluster, neighbours
 
-mesh = meshes.make_mesh()
+mesh = parallel.make_mesh()
 features, _, _ = structured.features(500, 64)
 found = {}
 for backend in ("host", "device"):
@@ -51,7 +51,7 @@ def step(memory, inputs, indices):
     return hybrid.update(memory, inputs, indices, loss=value), value, gradient
 
 memory = hybrid.init(features, result.labels, momentum=0.2, temperature=0.05, mesh=mesh)
-places, everywhere = tables.shardings(memory, mesh), meshes.replicated(mesh)
+places, everywhere = tables.shardings(memory, mesh), parallel.replicated(mesh)
 jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, everywhere, everywhere))
 rng = np.random.default_rng(0)
 for number in range(3):
@@ -60,13 +60,13 @@ for number in range(3):
     inputs = features[indices] + np.float32(0.05) * rng.normal(size=(32, 64)).astype(np.float32)
     inputs /= np.linalg.norm(inputs, axis=1, keepdims=True)
     mine = slice(process * 32 // processes, (process + 1) * 32 // processes)
-    batch = meshes.to_devices({"inputs": inputs[mine], "indices": indices[mine]}, mesh)
+    batch = parallel.to_devices({"inputs": inputs[mine], "indices": indices[mine]}, mesh)
     memory, value, gradient = jitted(memory, batch["inputs"], batch["indices"])
     found[f"loss{number}"], found[f"gradient{number}"] = np.asarray(value), np.asarray(gradient)
     if number == 1:
         memory = hybrid.set_labels(memory, np.arange(500) % 37)
 found["drift"] = float(hybrid.drift(memory))
-arrays = meshes.to_host(jax.tree.map(lambda x: x, memory))
+arrays = parallel.to_host(jax.tree.map(lambda x: x, memory))
 found |= {"features": arrays.features, "sums": arrays.class_sums, "counts": arrays.class_counts}
 found["devices"] = mesh.size
 np.savez(f"{folder}/{processes}-{process}.npz", **found)

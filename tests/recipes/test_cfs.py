@@ -12,7 +12,7 @@ import pytest
 from configs import cfs_luperson
 from dmosnet_jax import models
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.data import rankings
 from dmosnet_jax.data.splits import load_split
 from dmosnet_jax.evaluation.extract import Extractor

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dmosnet_jax import models
-from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train.checkpoints import Checkpoints
 

@@ -32,7 +32,7 @@ TRAINING = {
 # Runs a recipe without the check that refuses its settings.
 UNCHECKED = """
 import runpy
-from dmosnet_jax.core import settings
+from dmosnet_jax.core import config as settings
 
 settings._check_groups = lambda config, recipe: None
 runpy.run_module("dmosnet_jax.main", run_name="__main__", alter_sys=True)

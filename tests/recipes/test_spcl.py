@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from configs import spcl_market1501
-from dmosnet_jax.core.errors import ConfigError, UserError
-from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.core.errors import ConfigError, DataError, UserError
+from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.memory import cluster, hybrid, tables
 from dmosnet_jax.memory.clustering import TooFewClusteredError, host_memory
 from dmosnet_jax.models import Model
-from dmosnet_jax.recipes import feature_pass, pseudo_labels, training
-from dmosnet_jax.recipes.spcl import SpclRun, refreshing
+from dmosnet_jax.recipes import feature_pass, pseudo_labels, spcl, training
+from dmosnet_jax.recipes.spcl import refreshing
 from dmosnet_jax.recipes.weights import build_for
 from dmosnet_jax.train.checkpoints import Checkpoints
 
@@ -98,17 +98,6 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-class Marked(SpclRun):
-    """Notes how many programs had been compiled when each epoch began."""
-
-    compiled: list[str]
-    marks: list[int]
-
-    def begin_epoch(self, state, epoch, offset):
-        self.marks.append(len(self.compiled))
-        return super().begin_epoch(state, epoch, offset)
-
-
 class Compilations(logging.Handler):
     def __init__(self, names):
         super().__init__()
@@ -120,34 +109,36 @@ class Compilations(logging.Handler):
             self.names.append(text.split()[1])
 
 
-def test_twenty_epochs_with_changing_class_counts_compile_once(settings, tmp_path, capsys):
+def test_twenty_epochs_with_changing_class_counts_compile_once(settings, tmp_path, capsys, monkeypatch):
     fields = {"train__epochs": 20, "train__steps_per_epoch": 1, "optim__learning_rate": 3e-3}
-    run = Marked(settings(spcl__eps=0.2, spcl__eps_end=0.7, spcl__refresh_every_steps=3, **fields), tmp_path)
-    run.compiled, run.marks = [], []
-    handler, logger = Compilations(run.compiled), logging.getLogger("jax")
+    config = settings(spcl__eps=0.2, spcl__eps_end=0.7, spcl__refresh_every_steps=3, **fields)
+    compiled, marks, begin = [], [], spcl.Epochs.begin
+    # How many programs had been compiled when each epoch began.
+    monkeypatch.setattr(spcl.Epochs, "begin", lambda *args: marks.append(len(compiled)) or begin(*args))
+    handler, logger = Compilations(compiled), logging.getLogger("jax")
     logger.addHandler(handler)
     # Each of these lines is pages long.
     logger.propagate = False
     try:
         with jax.log_compiles():
-            run.run()
+            spcl.run(config, tmp_path)
     finally:
         logger.removeHandler(handler)
         logger.propagate = True
     notes = [row for row in rows(tmp_path) if "clusters" in row]
-    assert len(notes) == len(run.marks) == 20
+    assert len(notes) == len(marks) == 20
     assert len({(row["clusters"], row["unclustered"]) for row in notes}) >= 5
-    assert sum("step" in name for name in run.compiled) == 1, run.compiled
-    assert run.compiled[: run.marks[1]], "the handler sees compilations"
+    assert sum("step" in name for name in compiled) == 1, compiled
+    assert compiled[: marks[1]], "the handler sees compilations"
     # The second epoch measures the drift of the class sums for the first time.
-    assert run.compiled[run.marks[2] :] == []
+    assert compiled[marks[2] :] == []
     np.testing.assert_allclose([row["eps"] for row in notes], np.linspace(0.2, 0.7, 20))
     assert all(0 <= row["class_sum_drift"] < 1e-5 for row in notes[1:])
     for name in ("pseudo_nmi", "pseudo_adjusted_rand", "pseudo_pair_precision", "pseudo_pair_recall"):
         assert all(-1 <= row[name] <= 1 for row in notes)
     printed = capsys.readouterr().out
     assert "clustering 48 images of 16 values takes up to" in printed
-    assert printed.count("clusters, ") == 20
+    assert printed.count(" un-clustered images, largest") == 20
 
 
 @pytest.mark.parametrize("memory", ["image", "cluster", "cluster_hardest"])
@@ -156,23 +147,20 @@ def test_options_that_are_off_by_default(settings, tmp_path, memory, monkeypatch
     monkeypatch.setattr(
         feature_pass, "extract", lambda *args, **rest: passes.append(original(*args, **rest)) or passes[-1]
     )
-    run = SpclRun(
-        settings(
-            spcl__memory=memory,
-            spcl__eps=0.12,
-            optim__learning_rate=0.02,
-            spcl__reextract=True,
-            spcl__refresh_every_steps=1,
-            spcl__max_classes=48,
-            train__steps_per_epoch=3,
-        ),
-        tmp_path,
+    config = settings(
+        spcl__memory=memory,
+        spcl__eps=0.12,
+        optim__learning_rate=0.02,
+        spcl__reextract=True,
+        spcl__refresh_every_steps=1,
+        spcl__max_classes=48,
+        train__steps_per_epoch=3,
     )
     states = []
-    finish = run.finish_step
+    compile_step = training.compile_step
 
-    def watching(step):
-        step = finish(step)
+    def watching(*args):
+        step = compile_step(*args)
 
         def call(state, batch):
             state, metrics = step(state, batch)
@@ -181,8 +169,8 @@ def test_options_that_are_off_by_default(settings, tmp_path, memory, monkeypatch
 
         return call
 
-    monkeypatch.setattr(run, "finish_step", watching)
-    run.run()
+    monkeypatch.setattr(training, "compile_step", watching)
+    spcl.run(config, tmp_path)
     assert len(passes) == 2, "once at the start, once before the second clustering"
     assert np.abs(passes[1] - passes[0]).max() > 1e-3
     last, before = states[-1], states[-2]
@@ -226,7 +214,7 @@ def test_class_sums_are_rebuilt_by_the_number_of_the_step(rng):
 
 def test_a_radius_without_clusters_is_refused_with_a_picture(settings, tmp_path):
     with pytest.raises(TooFewClusteredError, match=r"eps=0\.05.*--config\.spcl\.eps.*k_distances\.svg") as caught:
-        SpclRun(settings(spcl__eps=0.05, spcl__min_clustered=0.9), tmp_path).run()
+        spcl.run(settings(spcl__eps=0.05, spcl__min_clustered=0.9), tmp_path)
     assert "\n" not in str(caught.value)
     picture = (tmp_path / pseudo_labels.PICTURE).read_text()
     assert picture.startswith("<svg ")
@@ -236,17 +224,16 @@ def test_a_radius_without_clusters_is_refused_with_a_picture(settings, tmp_path)
 
 def test_too_few_classes_name_the_field(settings, tmp_path):
     config = settings(spcl__max_classes=8)
-    run = SpclRun(config, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "PADDING", 8)
         with pytest.raises(ConfigError, match=r"capacity of 8 classes.*spcl\.max_classes=8 is too low"):
-            run.run()
+            spcl.run(config, tmp_path)
 
 
 def test_a_run_goes_on_with_more_classes_when_these_were_too_few(settings, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "PADDING", 8)
-        SpclRun(settings(spcl__max_classes=48, train__epochs=1), tmp_path).run()
+        spcl.run(settings(spcl__max_classes=48, train__epochs=1), tmp_path)
         sizes, set_labels = [], hybrid.set_labels
 
         def watched(memory, *args, **options):
@@ -256,39 +243,39 @@ def test_a_run_goes_on_with_more_classes_when_these_were_too_few(settings, tmp_p
             return after
 
         patch.setattr(hybrid, "set_labels", watched)
-        SpclRun(settings(spcl__max_classes=96), tmp_path).run()
+        spcl.run(settings(spcl__max_classes=96), tmp_path)
     assert sizes == [48, 96]
     assert [row["epoch"] for row in rows(tmp_path) if "clusters" in row] == [0, 1]
 
 
 def test_a_resumed_run_restores_into_shapes(settings, tmp_path, monkeypatch):
-    SpclRun(settings(train__epochs=1), tmp_path).run()
+    spcl.run(settings(train__epochs=1), tmp_path)
     targets, restore = [], Checkpoints.restore
     monkeypatch.setattr(
         Checkpoints, "restore", lambda self, like, *rest: targets.append(like.memory) or restore(self, like, *rest)
     )
-    SpclRun(settings(), tmp_path).run()
+    spcl.run(settings(), tmp_path)
     assert len(targets) == 1
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(targets))
 
 
 def test_another_kind_of_memory_does_not_continue_a_run(settings, tmp_path):
-    SpclRun(settings(train__epochs=1), tmp_path).run()
-    with pytest.raises(ConfigError, match=r"spcl\.memory='cluster' \(was 'image' in this run\)"):
-        SpclRun(settings(spcl__memory="cluster"), tmp_path).run()
+    spcl.run(settings(train__epochs=1), tmp_path)
+    with pytest.raises(DataError, match=r"spcl\.memory='cluster' \(was 'image'\)"):
+        spcl.run(settings(spcl__memory="cluster"), tmp_path)
 
 
 def test_too_little_memory_is_told_before_anything_is_extracted(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(host_memory, "machine_memory", lambda: 1000)
     monkeypatch.setattr(feature_pass, "extract", lambda *_, **__: pytest.fail("extracted"))
     with pytest.raises(UserError, match=r"48 images of 16 values need about .* GiB of memory"):
-        SpclRun(settings(), tmp_path).run()
+        spcl.run(settings(), tmp_path)
 
 
 def test_what_is_logged_are_the_labels_that_are_trained_on(capsys):
     labels = np.array([0, 0, 0, 1, 1, -1, -1, 2], np.int32)
     found = types.SimpleNamespace(indep_threshold=0.5, recall=None, seconds={})
-    notes = pseudo_labels.report(found, labels, np.full(8, -1), epoch=0, eps=0.6, since=0.0)
+    notes = pseudo_labels.report(found, labels, np.full(8, -1), np.full(8, 1), epoch=0, eps=0.6, since=0.0)
     assert (notes["clusters"], notes["unclustered"], notes["largest_cluster"]) == (2, 3, 3)
     assert "epoch 1: 2 clusters, 3 un-clustered images, largest cluster 3" in capsys.readouterr().out
 

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from configs import common
 from dmosnet_jax import models
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.core.trees import named_leaves
 from dmosnet_jax.export.opening import open_weights
 from dmosnet_jax.recipes import weights

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.memory import hybrid
 from dmosnet_jax.train import checkpoints
 from dmosnet_jax.train import state as train_state

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from dmosnet_jax.core.mesh import make_mesh
+from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.train import loop as loops
 from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train.checkpoints import Checkpoints
@@ -42,7 +42,7 @@ class Recipe:
         self.events.append(event)
         self.actions.get(event, lambda: None)()
 
-    def begin_epoch(self, state, epoch, offset):
+    def begin_epoch(self, run, epoch, offset):
         self.act(f"epoch {epoch} from {offset}")
         batches = []
         for step in range(epoch * self.steps_per_epoch + offset, (epoch + 1) * self.steps_per_epoch):
@@ -50,14 +50,12 @@ class Recipe:
             index = (np.arange(ROWS, dtype=np.int32) + step) % 50
             batches.append({"value": np.full(ROWS, value, np.float32), "index": index})
         self.streams.append(Stream(batches))
-        return state, self.streams[-1], {"clusters": 10 + epoch} if offset == 0 else {}
+        run = run.replace(state=run.state, epoch=epoch)
+        return run, self.streams[-1], {"clusters": 10 + epoch} if offset == 0 else {}
 
-    def evaluate(self, state, epoch):
+    def evaluate(self, run, epoch):
         self.act(f"evaluate {epoch}")
-        return {"mAP": float(state.params["sum"]) / 1e4} if self.scores else None
-
-    def meta(self):
-        return {"loop": {"epochs": len(self.streams)}}
+        return {"mAP": float(run.state.params["sum"]) / 1e4} if self.scores else None
 
     def files(self, indices):
         return [f"{index}.jpg" for index in indices]
@@ -85,11 +83,16 @@ def run(workdir, recipe, *, epochs=3, log_every=1, checkpoint_every=3, eval_ever
         return compiled(state, batch)
 
     schedule = loops.Schedule(recipe.steps_per_epoch, epochs, log_every, checkpoint_every, eval_every)
-    runner = loops.Loop(recipe, step, schedule, mesh=mesh, workdir=workdir, checkpoints=store, batch_size=ROWS)
+    bound = loops.Recipe(step, recipe.begin_epoch, recipe.evaluate, recipe.files)
+    begun = train_state.RunState(state, {"loop": {}})
+    first = int(state.step)
     try:
-        return runner.run(state)
+        run = loops.train(begun, bound, schedule, store, mesh=mesh, workdir=workdir, batch_size=ROWS)
     finally:
         store.close()
+    if first < int(run.state.step):
+        assert run.meta["loop"] == {"epoch": epochs - 1}
+    return run.state
 
 
 def metrics(workdir):

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from dmosnet_jax import models
-from dmosnet_jax.core.mesh import make_mesh, to_devices
+from dmosnet_jax.core.parallel import make_mesh, to_devices
 from dmosnet_jax.data import augment
 from dmosnet_jax.losses import identity, triplet
 from dmosnet_jax.memory import hybrid

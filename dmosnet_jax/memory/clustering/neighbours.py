@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dmosnet_jax.core import mesh as meshes
+from dmosnet_jax.core import parallel
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.kernels import jit, thread_count
 
@@ -174,7 +174,7 @@ def _search_hosts(features: np.ndarray, k: int, processes: Sequence[int], **opti
     """`search_host` with the blocks shared out over processes, which all call this with the same features."""
     share = (sorted(processes).index(jax.process_index()), len(processes))
     mine = search_host(features, k, share=share, **options)
-    indices, similarities = meshes.by_process((mine.indices, mine.similarities))
+    indices, similarities = parallel.by_process((mine.indices, mine.similarities))
     return merge([Neighbours(indices[p], similarities[p]) for p in processes])
 
 

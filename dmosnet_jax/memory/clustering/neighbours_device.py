@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from dmosnet_jax.core import mesh as meshes
+from dmosnet_jax.core import parallel
 from dmosnet_jax.memory.clustering import jaccard
 from dmosnet_jax.memory.clustering.neighbours import Neighbours
 from dmosnet_jax.memory.tables import allocate
@@ -176,15 +176,15 @@ def search_device(
     Returns:
         `Neighbours` as NumPy arrays, the same in every process.
     """
-    mesh = meshes.make_mesh() if mesh is None else mesh
+    mesh = parallel.make_mesh() if mesh is None else mesh
     rows, dim = features.shape
     k = min(k, rows)
     length = min(max(candidates, k), rows)
     query, block, local = _blocks(-(-rows // mesh.size), query_block, candidate_block)
     sharded = isinstance(features, jax.Array) and not features.is_fully_addressable
-    host = np.asarray(meshes.to_host(features) if sharded else features, np.float32)
+    host = np.asarray(parallel.to_host(features) if sharded else features, np.float32)
     table = jax.ShapeDtypeStruct((local * mesh.size, dim), jnp.float32)
-    array = allocate(host, table, meshes.by_rows(mesh))
+    array = allocate(host, table, parallel.by_rows(mesh))
     queries = local // query
     per_part = -(-queries // min(_PARTS, queries))
     how = _How(length, query, per_part, block, jnp.bfloat16 if candidates else jnp.float32)
@@ -194,7 +194,7 @@ def search_device(
     for begin in range(0, local, span):
         # The last call may look at some rows again, so that all calls are one program.
         start = min(begin, local - span)
-        found = meshes.to_host(run(array, np.int32(start)))
+        found = parallel.to_host(run(array, np.int32(start)))
         for whole, part in zip((values, ids), found, strict=True):
             whole[:, start : start + span] = part.reshape(mesh.size, span, length)
         if progress is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from dmosnet_jax.core import mesh as meshes
+from dmosnet_jax.core import parallel
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.memory.clustering import criterion, jaccard, neighbours
 from dmosnet_jax.memory.clustering.dbscan import dbscan
@@ -159,7 +159,7 @@ def cluster(
     features = _check_features(features)
     images, dim = features.shape
     k1 = min(k1, images)
-    meshes.agree(lambda: check_memory(images, dim, k1=k1, threads=threads, limit=memory_limit))
+    parallel.agree(lambda: check_memory(images, dim, k1=k1, threads=threads, limit=memory_limit))
     if nearest is not None and (nearest.shape[0] != images or nearest.shape[1] < k1):
         raise DataError(f"clustering: nearest has shape {nearest.shape}; expected [{images}, at least {k1}]")
     with stages("neighbours") as report:
@@ -169,7 +169,7 @@ def cluster(
     options: dict[str, Any] = {"k1": k1, "k2": k2, "radii": (eps, eps - eps_gap, eps + eps_gap)}
     options |= {"min_samples": min_samples, "min_clustered": min_clustered}
     options |= {"indep_threshold": indep_threshold, "threads": threads}
-    tables = meshes.agree(lambda: _label(features, nearest, stages, **options))
+    tables = parallel.agree(lambda: _label(features, nearest, stages, **options))
     recall = neighbours.recall(features, nearest) if candidates else None
     return _from_first(tables, images, stages.seconds, recall)
 
@@ -212,7 +212,7 @@ def _from_first(
     if tables is None:
         numbers, scores = np.zeros(images, np.int32), np.zeros(images, np.float32)
         tables = (numbers, numbers, numbers, numbers, scores, scores, np.zeros(2, np.uint32))
-    labels, middle, tight, loose, r_comp, r_indep, threshold = meshes.from_first(tables)
+    labels, middle, tight, loose, r_comp, r_indep, threshold = parallel.from_first(tables)
     return Clustering(
         labels=labels,
         dbscan=middle,

@@ -1,4 +1,4 @@
-"""The device mesh, the shardings, and the way from host arrays to global ones. All parallelism is spelled here.
+"""The device mesh, the shardings, and what processes tell each other: no other module speaks to several processes.
 
 There is one axis, `data`: batches and memory rows are split over it, parameters are the same on every device. A batch
 is always the global batch, so no result depends on the number of devices.
@@ -83,6 +83,12 @@ def by_process(tree: Any) -> Any:
     from jax.experimental import multihost_utils
 
     return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree))
+
+
+def print_once(text: str) -> None:
+    """Prints a line on process 0."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def agree(work: Callable[[], _Result]) -> _Result | None:

@@ -3,7 +3,7 @@ import math
 import pytest
 from ml_collections import ConfigDict
 
-from dmosnet_jax.core import settings
+from dmosnet_jax.core import config as settings
 from dmosnet_jax.core.errors import ConfigError
 
 
