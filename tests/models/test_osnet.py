@@ -128,23 +128,22 @@ def test_gradients_reach_every_parameter(small):
 def _loss_of(block, params, stats, x, weights):
     def loss(params, x):
         y, moved = block.apply(params, stats, x, train=True)
-        return jnp.sum(y.astype(jnp.float32) * weights), (y, moved)
+        return jnp.sum(y.astype(weights.dtype) * weights), (y, moved)
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 
 
-def _block_inputs(block, rng, batch=4):
+def _block_inputs(block, rng, batch=4, dtype=np.float32):
     params, stats = block.init(jax.random.key(1))
-    x = jnp.asarray(rng.normal(size=(batch, 8, 8, 32)), jnp.float32)
-    weights = jnp.asarray(rng.normal(size=(batch, 8, 8, 64)), jnp.float32)
+    x, weights = (rng.normal(size=(batch, 8, 8, width)).astype(dtype) for width in (32, 64))
     return params, stats, x, weights
 
 
 def _assert_near(got, wanted, tolerance):
     """Every leaf within `tolerance` of its largest value; what cancels to nearly zero, of the tree's largest."""
-    top = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(wanted))
+    top = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
     for (path, theirs), ours in zip(jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(got), strict=True):
-        scale = max(float(jnp.abs(theirs).max()), 1e-2 * top)
+        scale = max(np.abs(theirs).max(), 1e-2 * top)
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * scale, err_msg=str(path))
 
 
@@ -152,8 +151,9 @@ def _assert_near(got, wanted, tolerance):
 def test_block_gradients_are_those_of_plain_layers(rng, monkeypatch, attention):
     """The fast convolutions and norms, composed, against lax convolutions and the formula under autodiff."""
     block = _block(attention)
-    inputs = _block_inputs(block, rng)
-    ours = jax.jit(lambda *a: _loss_of(block, *a))(*inputs)
+    inputs = _block_inputs(block, rng, dtype=np.float64)
+    with jax.enable_x64(True):
+        ours = jax.jit(lambda *a: _loss_of(block, *a))(*inputs)
 
     def plain_conv(x, kernel, groups=1):
         pad = (kernel.shape[0] - 1) // 2
@@ -172,15 +172,16 @@ def test_block_gradients_are_those_of_plain_layers(rng, monkeypatch, attention):
     monkeypatch.setattr(layers, "pointwise", lambda x, kernel: plain_conv(x, kernel[None, None]))
     monkeypatch.setattr(layers, "depthwise3x3", lambda x, kernel: plain_conv(x, kernel, groups=x.shape[-1]))
     monkeypatch.setattr(norms, "normalise_groups", plain_norm)
-    plain = jax.jit(lambda *a: _loss_of(block, *a))(*inputs)
-    _assert_near(ours, plain, 2e-4)
+    with jax.enable_x64(True):
+        plain = jax.jit(lambda *a: _loss_of(block, *a))(*inputs)
+    _assert_near(ours, plain, 1e-6)
 
 
 def test_block_in_bfloat16_keeps_float32_gradients(rng):
     block = _block(attention=True)
     params, stats, x, weights = _block_inputs(block, rng)
     run = jax.jit(lambda *a: _loss_of(block, *a))
-    (_, (y, moved)), (gradients, _) = run(params, stats, x.astype(jnp.bfloat16), weights)
+    (_, (y, moved)), (gradients, _) = run(params, stats, jnp.asarray(x, jnp.bfloat16), weights)
     (_, (wanted, wanted_stats)), (wanted_gradients, _) = run(params, stats, x, weights)
     assert y.dtype == jnp.bfloat16
     assert {leaf.dtype.name for leaf in jax.tree.leaves((moved, gradients))} == {"float32"}
@@ -194,15 +195,16 @@ def test_block_in_bfloat16_keeps_float32_gradients(rng):
 
 def test_block_over_eight_devices_equals_one(rng):
     block = _block(attention=True, group_size=4)
-    params, stats, x, weights = _block_inputs(block, rng, batch=16)
+    inputs = _block_inputs(block, rng, batch=16, dtype=np.float64)
     rows = NamedSharding(Mesh(np.asarray(jax.devices()), ("data",)), PartitionSpec("data"))
     everywhere = NamedSharding(rows.mesh, PartitionSpec())
 
     def run(*arguments):
         return _loss_of(block, *arguments)
 
-    sharded = jax.jit(run, in_shardings=(everywhere, everywhere, rows, rows))(params, stats, x, weights)
-    _assert_near(sharded, jax.jit(run)(params, stats, x, weights), 2e-4)
+    with jax.enable_x64(True):
+        sharded = jax.jit(run, in_shardings=(everywhere, everywhere, rows, rows))(*inputs)
+        _assert_near(sharded, jax.jit(run)(*inputs), 1e-6)
 
 
 def _naive_attention(q, k, v):
