@@ -167,7 +167,8 @@ def untrained(tmp_path) -> pathlib.Path:
 
     workdir = tmp_path / "untrained"
     model = models.build("osnet_x0_25", image_size=(64, 32))
-    state = train_state.create(*model.init(jax.random.key(0)), optax.identity(), seed=0, mesh=make_mesh())
+    mesh = make_mesh(jax.devices()[:1])
+    state = train_state.create(*model.init(jax.random.key(0)), optax.identity(), seed=0, mesh=mesh)
     store = Checkpoints(workdir)
     store.save(state, {"model": {"name": model.name, "neck": model.neck}, "config": {}, "loop": {}})
     store.close()
