@@ -7,6 +7,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import dataclasses
+import gc
 import io
 import json
 import pathlib
@@ -27,6 +28,9 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = pathlib.Path(os.environ.get("DMOSNET_SHARED", ROOT.parent / "shared"))
 CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+
+# Tracing makes many objects that stay: looking through them for garbage again and again is a tenth of its time.
+gc.set_threshold(100_000)
 
 # A shell starts background jobs with SIGINT ignored, and commands started here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -255,8 +259,7 @@ small.register()
 runpy.run_module("dmosnet_jax.main", run_name="__main__", alter_sys=True)
 """
 
-# The libraries take seconds to import; nothing of them has threads or devices before the fork. Tracing makes many
-# objects that stay: looking through them for garbage again and again is a tenth of its time.
+# The libraries take seconds to import; nothing of them has threads or devices before the fork.
 _SERVER = """
 import gc, importlib, json, os, sys
 for recipe in ("spcl", "supervised", "evaluate", "extract", "export", "cfs"):

@@ -87,11 +87,11 @@ def test_equals_direct_computation_with_repeated_indices(rng, temperature):
 def test_blocks_of_classes_and_rows_change_nothing(rng, monkeypatch):
     features, labels, inputs, indices = problem(rng, rows=200, classes=150)
     whole = hybrid.init(features, labels, momentum=0.2, temperature=0.05)
-    expected = step(whole, jnp.asarray(inputs), jnp.asarray(indices))
+    expected = jax.jit(step)(whole, jnp.asarray(inputs), jnp.asarray(indices))
     monkeypatch.setattr(hybrid, "BLOCK", 32)
     blocked = hybrid.init(features, labels, momentum=0.2, temperature=0.05, multiple=4)
     assert hybrid._block_count(blocked.class_sums.shape[0]) == 7
-    result = step(blocked, jnp.asarray(inputs), jnp.asarray(indices))
+    result = jax.jit(lambda *given: step(*given))(blocked, jnp.asarray(inputs), jnp.asarray(indices))
     np.testing.assert_allclose(result[1], expected[1], rtol=1e-6)
     np.testing.assert_allclose(result[2], expected[2], atol=1e-6)
     np.testing.assert_allclose(result[0].class_sums[:150], expected[0].class_sums[:150], atol=1e-6)

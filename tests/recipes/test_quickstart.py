@@ -6,6 +6,8 @@ import pathlib
 
 import pytest
 
+from tests.recipes import small
+
 CONFIG = pathlib.Path(__file__).resolve().parents[2] / "configs" / "quickstart.py"
 FIELDS = {
     "image_size": "(64, 32)",
@@ -24,7 +26,7 @@ FIELDS = {
 def test_whole_chain_runs_and_is_not_done_twice(cli, tmp_path):
     if importlib.util.find_spec("tensorflow") is None:
         pytest.skip("could not import tensorflow: the conversion needs the convert extra")
-    options = "model=osnet_x0_25,pretrain_epochs=1,finetune_epochs=1"
+    options = f"model={small.NAME},pretrain_epochs=1,finetune_epochs=1"
     flags = [f"--config={CONFIG}:{options}", f"--workdir={tmp_path}"]
     flags += [f"--config.{name}={value}" for name, value in FIELDS.items()]
     first = cli.forked(*flags)

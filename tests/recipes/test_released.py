@@ -7,7 +7,7 @@ import pytest
 
 @pytest.mark.slow
 def test_released_recipe_trains_and_scores(cli, tiny_flags, tmp_path):
-    flags = tiny_flags("finetune", **{"model.name": "dmosnet_ibn_x0_25", "image_size": "(128, 64)"})
+    flags = tiny_flags("finetune", **{"model.name": "dmosnet_ibn_x0_25", "image_size": "(64, 32)"})
     flags[0] += ":tiny,recipe=released"
     shorter = ("--config.train.epochs=1", "--config.train.steps_per_epoch=3", "--config.augment.autoaugment=0.5")
     workdir = tmp_path / "run"
