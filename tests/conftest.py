@@ -7,6 +7,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import dataclasses
+import gc
 import io
 import json
 import pathlib
@@ -27,6 +28,9 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = pathlib.Path(os.environ.get("DMOSNET_SHARED", ROOT.parent / "shared"))
 CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+
+# Tracing makes many objects that stay: looking through them for garbage again and again is a tenth of its time.
+gc.set_threshold(100_000)
 
 # A shell starts background jobs with SIGINT ignored, and commands started here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -211,7 +215,7 @@ class CommandLine:
             text=True,
         )
 
-    def __call__(self, *args: str, timeout: float = 300, **options: Any) -> Finished:
+    def __call__(self, *args: str, timeout: float = 1800, **options: Any) -> Finished:
         """Runs a command to its end."""
         process = self.start(*args, **options)
         try:
@@ -220,8 +224,8 @@ class CommandLine:
             process.kill()
         return Finished(process.returncode, out, err)
 
-    def forked(self, *args: str) -> Finished:
-        """Runs a command to its end on one device, in a fork of a process that has imported the libraries already."""
+    def forked(self, *args: str, devices: int = 1, script: str | None = None) -> Finished:
+        """Runs a command in a fork of a process that has imported the libraries; the network `small` is known there."""
         if self._server is None:
             self._server = subprocess.Popen(
                 [sys.executable, "-c", _SERVER],
@@ -235,7 +239,8 @@ class CommandLine:
         assert self._server.stdout is not None
         self._jobs += 1
         out, err = (self._folder / f"{self._jobs}.{name}" for name in ("out", "err"))
-        self._server.stdin.write(json.dumps([str(out), str(err), *args]) + "\n")
+        flags = _environment(devices)["XLA_FLAGS"]
+        self._server.stdin.write(json.dumps([str(out), str(err), flags, script or _MODULE, *args]) + "\n")
         self._server.stdin.flush()
         status = int(self._server.stdout.readline())
         return Finished(status, out.read_text(), err.read_text())
@@ -246,20 +251,31 @@ class CommandLine:
             self._server.communicate()
 
 
+_MODULE = """
+import runpy
+from tests.recipes import small
+
+small.register()
+runpy.run_module("dmosnet_jax.main", run_name="__main__", alter_sys=True)
+"""
+
 # The libraries take seconds to import; nothing of them has threads or devices before the fork.
 _SERVER = """
-import importlib, json, os, runpy, sys
+import gc, importlib, json, os, sys
 for recipe in ("spcl", "supervised", "evaluate", "extract", "export", "cfs"):
     importlib.import_module("dmosnet_jax.recipes." + recipe)
+gc.freeze()
+gc.set_threshold(100_000)
 answers = os.dup(1)
 for line in sys.stdin:
-    out, err, *args = json.loads(line)
+    out, err, flags, script, *args = json.loads(line)
     child = os.fork()
     if not child:
         for number, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+        os.environ["XLA_FLAGS"] = flags
         sys.argv = ["dmosnet_jax.main", *args]
-        runpy.run_module("dmosnet_jax.main", run_name="__main__", alter_sys=True)
+        exec(script, {"__name__": "__main__"})
         sys.exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.write(answers, f"{status}\\n".encode())
@@ -267,8 +283,10 @@ for line in sys.stdin:
 
 
 def _environment(devices: int) -> dict[str, str]:
+    # Whole runs are compared with each other only: code that is compiled in two thirds of the time does as well.
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return os.environ | {
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}",
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "JAX_COMPILATION_CACHE_DIR": CACHE,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

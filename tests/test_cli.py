@@ -40,7 +40,8 @@ def checkpoint(tmp_path_factory):
     """A workdir with a checkpoint of osnet_x0_25, as a run leaves it."""
     workdir = tmp_path_factory.mktemp("trained")
     model = models.build("osnet_x0_25", image_size=(64, 32))
-    state = train_state.create(*model.init(jax.random.key(0)), optax.identity(), seed=0, mesh=make_mesh())
+    mesh = make_mesh(jax.devices()[:1])
+    state = train_state.create(*model.init(jax.random.key(0)), optax.identity(), seed=0, mesh=mesh)
     store = Checkpoints(workdir)
     settings = {"name": model.name, "attention": list(model.attention), "neck": model.neck, "pool": model.pool}
     store.save(state, {"model": settings, "config": {}, "loop": {}})
@@ -127,7 +128,7 @@ def test_settings_that_do_not_fit_model_or_data(cli, tiny_flags, tmp_path, field
 
 def test_a_batch_that_the_devices_can_not_share(cli, tiny_flags, tmp_path):
     flags = tiny_flags("finetune", batch_size=20, **{"model.bn_group_size": 0})
-    finished = cli(*flags, f"--workdir={tmp_path / 'run'}", devices=8)
+    finished = cli.forked(*flags, f"--workdir={tmp_path / 'run'}", devices=8)
     refused(finished, 2, "batch_size=20 can't be split over 8 devices", "e.g. 24")
     assert list(tmp_path.iterdir()) == []
 

@@ -262,7 +262,7 @@ def decoding_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("grain")]
 
 
-def wait_until(condition, seconds=20.0):
+def wait_until(condition, seconds=300.0):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)

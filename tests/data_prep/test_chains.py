@@ -14,6 +14,7 @@ from data_prep.synthetic.pedestrians import Scene
 from dmosnet_jax.data.splits import load_split, split_names
 from tests.data_prep import raw_copies
 from tests.data_prep.raw_copies import Label
+from tests.recipes import small
 
 SCENE = Scene(train_ids=5, test_ids=6, cameras=3, images=3, distractors=3, junk=2, image_size=(48, 24))
 CASES = {
@@ -143,7 +144,8 @@ def test_all_can_be_evaluated(cli, tiny_flags, untrained, tmp_path):
         dataset, options, given = CASES[case]
         expected[dataset] = raw_copies.write(dataset, tmp_path / case, SCENE, **options)
         convert.convert(dataset, tmp_path / "data", source=tmp_path / case, options=given)
-    line = tiny_flags("evaluate", dataset="+".join(expected), data_dir=tmp_path / "data", checkpoint=untrained)
+    fields = {"data_dir": tmp_path / "data", "checkpoint": untrained, "model.name": small.NAME}
+    line = tiny_flags("evaluate", dataset="+".join(expected), **fields)
     finished = cli.forked(*line, f"--workdir={tmp_path / 'run'}")
     assert finished.status == 0, finished.err
     results = json.loads((tmp_path / "run" / "results.json").read_text())["datasets"]
@@ -167,8 +169,10 @@ def untrained(tmp_path) -> pathlib.Path:
     from dmosnet_jax.train.checkpoints import Checkpoints
 
     workdir = tmp_path / "untrained"
-    model = models.build("osnet_x0_25", image_size=(64, 32))
-    state = train_state.create(*model.init(jax.random.key(0)), optax.identity(), seed=0, mesh=make_mesh())
+    small.register()
+    model = models.build(small.NAME, image_size=(64, 32))
+    mesh = make_mesh(jax.devices()[:1])
+    state = train_state.create(*model.init(jax.random.key(0)), optax.identity(), seed=0, mesh=mesh)
     store = Checkpoints(workdir)
     store.save(state, {"model": {"name": model.name, "neck": model.neck}, "config": {}, "loop": {}})
     store.close()

@@ -45,7 +45,7 @@ def run(tmp_path, rng):
     """A run's checkpoint with a BNNeck and a classifier, and its weights."""
     model = models.build("dmosnet_x0_25", image_size=(64, 32), pool="gem", num_classes=3)
     params, stats = (draw_tree(tree, rng) for tree in model.shapes())
-    state = train_state.create(params, stats, optax.sgd(0.1), seed=0, mesh=make_mesh())
+    state = train_state.create(params, stats, optax.sgd(0.1), seed=0, mesh=make_mesh(jax.devices()[:1]))
     store = checkpoints.Checkpoints(tmp_path / "run")
     described = {name: getattr(model, name) for name in (*opening.PARTS, "image_size")}
     store.save(state, {"model": described, "config": {"pixel_mean": (0.5, 0.5, 0.5)}, "loop": {}})

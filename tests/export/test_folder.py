@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -15,13 +16,22 @@ from tests.models.drawn import draw_tree
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
-@pytest.fixture
-def exported(tmp_path, rng):
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "model"
     model = models.build("dmosnet_ibn_x0_25", attention=(0, 1, 0), pool="gem", image_size=(128, 64), num_classes=3)
+    rng = np.random.default_rng(0)
     params, stats = (draw_tree(tree, rng) for tree in model.shapes())
     card = folder.Card.of(model, mean=MEAN, std=STD, source="drawn", licence="CC0")
-    folder.save(tmp_path / "model", params, stats, card)
-    return tmp_path / "model", params, stats, card
+    folder.save(path, params, stats, card)
+    return path, params, stats, card
+
+
+@pytest.fixture
+def exported(saved, tmp_path):
+    """A copy to damage."""
+    path, *rest = saved
+    return shutil.copytree(path, tmp_path / "model"), *rest
 
 
 def test_round_trip_is_bit_identical(exported):

@@ -146,7 +146,7 @@ def test_pytorch_files_tell_their_network(tmp_path, arrays):
 
 def test_a_run_tells_its_network_size_and_pixels(tmp_path):
     model, params, stats = _drawn("osnet_ibn_x0_25", neck="fc", num_classes=3)
-    state = train_state.create(params, stats, optax.sgd(0.1), seed=0, mesh=make_mesh())
+    state = train_state.create(params, stats, optax.sgd(0.1), seed=0, mesh=make_mesh(jax.devices()[:1]))
     store = checkpoints.Checkpoints(tmp_path / "run")
     described = {name: getattr(model, name) for name in (*opening.PARTS, "image_size")}
     meta = {"model": described, "config": {"pixel_mean": MEAN, "pixel_std": STD}, "loop": {}}

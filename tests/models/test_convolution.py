@@ -1,5 +1,7 @@
 """The fast forms against plain convolutions: values and gradients, in both ways of summing the weights' gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +32,10 @@ def _value_and_gradients(function, x, kernel, weights):
     return y, *pull(weights)
 
 
+def _compiled(function, *arrays):
+    return jax.jit(functools.partial(_value_and_gradients, function))(*arrays)
+
+
 @pytest.fixture(params=["scan", "reduction"])
 def path(request, monkeypatch):
     """Forces one of the two ways in which the gradient of the weights is summed."""
@@ -40,8 +46,8 @@ def path(request, monkeypatch):
 @pytest.mark.parametrize("shape", [(8, 6, 5, 7), (16, 3, 3, 4), (3, 8, 4, 5), (1, 1, 1, 2)])
 def test_pointwise_is_a_1x1_convolution(rng, path, shape):
     x, kernel, weights = _draw(rng, shape, (shape[-1], 9), (*shape[:-1], 9))
-    got = _value_and_gradients(pointwise, x, kernel, weights)
-    wanted = _value_and_gradients(lambda x, k: _plain(x, k[None, None]), x, kernel, weights)
+    got = _compiled(pointwise, x, kernel, weights)
+    wanted = _compiled(lambda x, k: _plain(x, k[None, None]), x, kernel, weights)
     for ours, theirs in zip(got, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
@@ -50,8 +56,8 @@ def test_pointwise_is_a_1x1_convolution(rng, path, shape):
 def test_depthwise_is_a_grouped_convolution(rng, path, shape):
     channels = shape[-1]
     x, kernel, weights = _draw(rng, shape, (3, 3, 1, channels), shape)
-    got = _value_and_gradients(depthwise3x3, x, kernel, weights)
-    wanted = _value_and_gradients(lambda x, k: _plain(x, k, groups=channels), x, kernel, weights)
+    got = _compiled(depthwise3x3, x, kernel, weights)
+    wanted = _compiled(lambda x, k: _plain(x, k, groups=channels), x, kernel, weights)
     for ours, theirs in zip(got, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 

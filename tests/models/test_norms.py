@@ -24,6 +24,17 @@ def _plain(x, scale, bias):
     return (x - mean) / jnp.sqrt(var + NORM_EPSILON) * scale.reshape(wide) + bias.reshape(wide)
 
 
+def _with_gradients(function, weights, *arguments):
+    """Value and gradients in one program: one by one, every operation would be compiled by itself."""
+
+    @jax.jit
+    def both(weights, *arguments):
+        y, pull = jax.vjp(function, *arguments)
+        return y, pull(weights)
+
+    return both(weights, *arguments)
+
+
 def _batch_norm(group_size=None):
     return Functional(lambda rngs: BatchNorm(CHANNELS, group_size=group_size))
 
@@ -39,11 +50,12 @@ def _drawn_norm(rng, group_size=None):
 def test_gradients_are_those_of_the_formula(rng, shape):
     x, weights = _draw(rng, *shape, scale=2.0, shift=0.7), _draw(rng, *shape)
     scale, bias = _draw(rng, CHANNELS, shift=1.0), _draw(rng, CHANNELS)
-    ours, pull = jax.vjp(lambda *a: normalise_groups(*a)[0], x, scale, bias)
-    theirs, pull_plain = jax.vjp(_plain, x, scale, bias)
+    (ours, got), (theirs, wanted) = (
+        _with_gradients(function, weights, x, scale, bias) for function in (lambda *a: normalise_groups(*a)[0], _plain)
+    )
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    for got, wanted in zip(pull(weights), pull_plain(weights), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    for one, other in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_a_constant_channel_has_finite_output_and_gradient():
@@ -142,12 +154,9 @@ def test_instance_norm_is_per_image_and_channel(rng):
         # An image is a group of rows.
         return _plain(x, params["scale"], params["bias"])
 
-    y, pull = jax.vjp(ours, params, x)
-    wanted, pull_plain = jax.vjp(plain, params, x)
+    (y, got), (wanted, plainly) = (_with_gradients(function, weights, params, x) for function in (ours, plain))
     np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), pull(weights), pull_plain(weights)
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, plainly)
     alone = ours(params, x[1:2])
     np.testing.assert_allclose(alone, y[1:2], rtol=1e-5, atol=1e-6)
 

@@ -20,6 +20,7 @@ from dmosnet_jax.export.opening import open_weights
 from dmosnet_jax.recipes import cfs, chunks
 from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train.checkpoints import Checkpoints
+from tests.recipes import small
 
 FILES = ["contact_sheet.png", "names.txt", "results.json", "run.json", "scores.npz"]
 
@@ -37,14 +38,19 @@ def killing(self, number, *rest):
         os.kill(os.getpid(), signal.SIGKILL)
 
 Chunks.write = killing
+from tests.recipes import small
+
+small.register()
 runpy.run_module("dmosnet_jax.main", run_name="__main__", alter_sys=True)
 """
 
 
-def trained(workdir, seed, name="osnet_x0_25", **options):
+def trained(workdir, seed, **options):
     """A workdir with a checkpoint, as a run leaves it."""
-    model = models.build(name, **{"image_size": (64, 32), **options})
-    state = train_state.create(*model.init(jax.random.key(seed)), optax.identity(), seed=0, mesh=make_mesh())
+    small.register()
+    model = models.build(small.NAME, **{"image_size": (64, 32), **options})
+    mesh = make_mesh(jax.devices()[:1])
+    state = train_state.create(*model.init(jax.random.key(seed)), optax.identity(), seed=0, mesh=mesh)
     store = Checkpoints(workdir)
     settings = {"name": model.name, "neck": model.neck, "image_size": list(model.image_size)}
     store.save(state, {"model": settings, "config": {}, "loop": {}})
@@ -160,7 +166,7 @@ def test_killed_on_the_command_line(cli, tiny_flags, proxies, whole, tmp_path, s
     fields = {"checkpoint_pretrained": proxies[0], "checkpoint_finetuned": proxies[1], "cfs.chunk_images": 16}
     flags = [flag for flag in tiny_flags("cfs_luperson", **fields) if ".model." not in flag]
     command = [*flags, f"--workdir={tmp_path / 'run'}"]
-    finished = cli("0", *command, script=KILLED)
+    finished = cli.forked("0", *command, script=KILLED)
     assert finished.status == -signal.SIGKILL
     assert files_in(tmp_path / "run") == ["chunks", "run.json"]
     finished = cli.forked(*command)
@@ -196,7 +202,7 @@ def test_proxies_that_do_not_go_together_are_refused(config_of, proxies, tmp_pat
     with pytest.raises(ConfigError, match=r"image_size: checkpoint_pretrained has \(64, 32\), checkpoint_f"):
         cfs.run(config_of(checkpoint_finetuned=str(other)), tmp_path / "run")
     longer = trained(tmp_path / "longer", 0, neck="fc")
-    with pytest.raises(DataError, match=r"gives embeddings of 128 values and .*longer of 512: their cosine needs"):
+    with pytest.raises(DataError, match=r"gives embeddings of 64 values and .*longer of 512: their cosine needs"):
         cfs.run(config_of(checkpoint_finetuned=str(longer)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -226,7 +232,12 @@ def test_training_on_the_better_half(cli, tiny_flags, whole, proxies, tmp_path):
     path = whole[0] / "scores.npz"
 
     def train(share):
-        fields = {"train.epochs": 1, "train.steps_per_epoch": 3, "data.subset": f'("cfs", "{path}", {share})'}
+        fields = {
+            "model.name": small.NAME,
+            "train.epochs": 1,
+            "train.steps_per_epoch": 3,
+            "data.subset": f'("cfs", "{path}", {share})',
+        }
         flags = tiny_flags("spcl_market1501", pretrained=proxies[0], **{"model.neck": "bnneck"} | fields)
         return cli.forked(*flags, f"--workdir={tmp_path / 'run'}")
 

@@ -6,6 +6,8 @@ import pathlib
 
 import pytest
 
+from tests.recipes import small
+
 CONFIG = pathlib.Path(__file__).resolve().parents[2] / "configs" / "quickstart.py"
 FIELDS = {
     "image_size": "(64, 32)",
@@ -24,10 +26,10 @@ FIELDS = {
 def test_whole_chain_runs_and_is_not_done_twice(cli, tmp_path):
     if importlib.util.find_spec("tensorflow") is None:
         pytest.skip("could not import tensorflow: the conversion needs the convert extra")
-    options = "model=osnet_x0_25,pretrain_epochs=1,finetune_epochs=1"
+    options = f"model={small.NAME},pretrain_epochs=1,finetune_epochs=1"
     flags = [f"--config={CONFIG}:{options}", f"--workdir={tmp_path}"]
     flags += [f"--config.{name}={value}" for name, value in FIELDS.items()]
-    first = cli(*flags, timeout=900)
+    first = cli.forked(*flags)
     assert first.status == 0, first.err
     assert first.errors == []
     stages = json.loads((tmp_path / "results.json").read_text())
@@ -40,7 +42,7 @@ def test_whole_chain_runs_and_is_not_done_twice(cli, tmp_path):
         assert name.split("/")[0] in first.out
         assert (tmp_path / name).exists()
 
-    again = cli(*flags, timeout=900)
+    again = cli.forked(*flags)
     assert again.status == 0, again.err
     assert json.loads((tmp_path / "results.json").read_text()) == stages
     assert "goes on from step 2 of 2" in again.out
@@ -50,7 +52,7 @@ def test_whole_chain_runs_and_is_not_done_twice(cli, tmp_path):
 def test_failing_conversion_is_one_line(cli, tmp_path):
     place = tmp_path / "file"
     place.write_text("not a folder")
-    finished = cli(f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", f"--config.data_dir={place}")
+    finished = cli.forked(f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}", f"--config.data_dir={place}")
     assert finished.status == 1
     assert finished.errors[-1].startswith("error: ")
     assert "Traceback" not in finished.err

@@ -7,11 +7,11 @@ import pytest
 
 @pytest.mark.slow
 def test_released_recipe_trains_and_scores(cli, tiny_flags, tmp_path):
-    flags = tiny_flags("finetune", **{"model.name": "dmosnet_ibn_x0_25", "image_size": "(128, 64)"})
+    flags = tiny_flags("finetune", **{"model.name": "dmosnet_ibn_x0_25", "image_size": "(64, 32)"})
     flags[0] += ":tiny,recipe=released"
     shorter = ("--config.train.epochs=1", "--config.train.steps_per_epoch=3", "--config.augment.autoaugment=0.5")
     workdir = tmp_path / "run"
-    finished = cli(*flags, "--config.sampler.instances=4", *shorter, f"--workdir={workdir}")
+    finished = cli.forked(*flags, "--config.sampler.instances=4", *shorter, f"--workdir={workdir}")
     assert finished.status == 0, finished.err
     assert finished.errors == []
     config = json.loads((workdir / "config.json").read_text())
@@ -25,7 +25,7 @@ def test_released_recipe_trains_and_scores(cli, tiny_flags, tmp_path):
     # The network tells what it is: nothing but the workdir is needed.
     evaluated = [flag for flag in tiny_flags("evaluate", checkpoint=workdir) if "model.name" not in flag]
     evaluated = [flag for flag in evaluated if "image_size" not in flag]
-    finished = cli(*evaluated, f"--workdir={tmp_path / 'scores'}")
+    finished = cli.forked(*evaluated, f"--workdir={tmp_path / 'scores'}")
     assert finished.status == 0, finished.err
     scores = [json.loads((folder / "results.json").read_text())["mAP"] for folder in (workdir, tmp_path / "scores")]
     assert scores[0] == scores[1]

@@ -3,19 +3,14 @@
 import json
 import signal
 import socket
-import time
 
 import jax
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from dmosnet_jax import models
-from dmosnet_jax.core.parallel import make_mesh
-from dmosnet_jax.train import state as train_state
-from dmosnet_jax.train.checkpoints import Checkpoints
+from tests.recipes import small
 
 RECIPES = ("finetune", "spcl_market1501")
 STEPS = 20
@@ -36,14 +31,30 @@ def interrupting(self, first, *rest, **options):
         os.kill(os.getpid(), int(number))
 
 setattr(owner, name, interrupting)
+from tests.recipes import small
+
+small.register()
 runpy.run_module("dmosnet_jax.main", run_name="__main__", alter_sys=True)
 """
 
-# Runs the command line where what only conversion needs can't be imported.
+# Runs the command line where what only conversion needs can't be imported, and prints which images each batch has.
 WITHOUT_CONVERTERS = """
 import runpy, sys
 
 sys.modules.update(dict.fromkeys(("tensorflow", "torch", "apache_beam", "data_prep")))
+from dmosnet_jax.data.pipeline import TrainStream
+
+original = TrainStream.__next__
+
+def printing(self):
+    batch = original(self)
+    print("batch", batch["index"].tolist())
+    return batch
+
+TrainStream.__next__ = printing
+from tests.recipes import small
+
+small.register()
 runpy.run_module("dmosnet_jax.main", run_name="__main__", alter_sys=True)
 """
 
@@ -53,6 +64,9 @@ import atexit, runpy, sys
 
 heavy = ("tensorflow", "torch", "apache_beam", "data_prep")
 atexit.register(lambda: print("imported:", [name for name in heavy if name in sys.modules]))
+from tests.recipes import small
+
+small.register()
 runpy.run_module("dmosnet_jax.main", run_name="__main__", alter_sys=True)
 """
 
@@ -62,6 +76,28 @@ def rows(workdir):
     found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     timed = ("images_per_second", "seconds_")
     return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in found]
+
+
+def batches(out):
+    """The images of each batch, in order."""
+    return [json.loads(line.removeprefix("batch ")) for line in out.splitlines() if line.startswith("batch [")]
+
+
+def assert_begins_alike(workdir, expected):
+    """The first step agrees to rounding, and the first epoch is the same run.
+
+    In every further step rounding may grow, by how much depends on the processor; in ten steps of this network it was
+    measured at 1e-6.
+    """
+    steps, expected_steps = ([row for row in rows(w) if "loss" in row][: STEPS // 2] for w in (workdir, expected))
+    assert [row["step"] for row in steps] == list(range(1, STEPS // 2 + 1))
+    for name in ("loss", "gradient_norm"):
+        found, wanted = ([row[name] for row in one] for one in (steps, expected_steps))
+        np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, err_msg=name)
+    counts = ("clusters", "unclustered", "largest_cluster", "pseudo_nmi", "pseudo_pair_precision")
+    found, wanted = ([rows(w)[0].get(name) for name in counts] for w in (workdir, expected))
+    assert found == wanted
 
 
 def arrays(workdir, step):
@@ -76,34 +112,13 @@ def leftovers(workdir):
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Weights under which rounding stays rounding.
-
-    A deep network with batch norm multiplies a relative change of 1e-7 in its fresh weights by 50,000 on the way to the
-    gradient; with each block's last scale at a tenth, by about 20.
-    """
-    workdir = tmp_path_factory.mktemp("start")
-    model = models.build("osnet_x0_25", image_size=(64, 32))
-    params, stats = model.init(jax.random.key(0))
-    damped = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf * np.float32(0.1 if "['conv3']['bn']['scale']" in jax.tree_util.keystr(path) else 1),
-        params,
-    )
-    state = train_state.create(damped, stats, optax.identity(), seed=0, mesh=make_mesh())
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save(state, {"model": {"name": model.name, "neck": model.neck}})
-    checkpoints.close()
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def flags(tiny_flags, start, uninterrupted):
-    """The function `flags(recipe)`: fine-tuning from `start`, SpCL from what fine-tuning gave."""
+def flags(tiny_flags, uninterrupted):
+    """The function `flags(recipe)`: fine-tuning, and SpCL from what that gave."""
 
     def give(recipe):
+        fields = {"model.name": small.NAME, "model.neck": "bnneck"}
         if recipe == "finetune":
-            return tiny_flags(recipe, pretrained=start)
-        fields = {"model.neck": "bnneck", "optim.learning_rate": 1e-5}
+            return tiny_flags(recipe, **fields)
         return tiny_flags(recipe, pretrained=uninterrupted("finetune")[0], **fields)
 
     return give
@@ -146,27 +161,24 @@ def test_whole_run_leaves_what_it_should(uninterrupted, recipe):
 def test_killed_and_stopped_run_ends_as_an_uninterrupted_one(uninterrupted, cli, flags, tmp_path, recipe):
     place = tmp_path / "run"
     command = [*flags(recipe), f"--workdir={place}"]
-    # From outside, wherever it is: no checkpoint needs to be there yet.
-    process = cli.start(*command)
-    while process.poll() is None and len(rows_so_far(place)) < 3:
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    # Before there is a checkpoint: it starts anew.
+    finished = cli.forked(f"step:3:{signal.SIGKILL.value}", *command, script=INTERRUPTED)
+    assert finished.status == -signal.SIGKILL, finished.err
+    assert rows(place)[-1]["step"] == 3
     # While a checkpoint is being written in the background.
-    finished = cli(f"save:8:{signal.SIGKILL.value}", *command, script=INTERRUPTED)
+    finished = cli.forked(f"save:8:{signal.SIGKILL.value}", *command, script=INTERRUPTED)
     assert finished.status == -signal.SIGKILL, finished.err
     half = [p.name for p in (place / "checkpoints").iterdir() if not p.name.isdigit()]
     assert half == ["8.orbax-checkpoint-tmp"]
     # Politely, in the next epoch.
-    finished = cli(f"step:13:{signal.SIGTERM.value}", *command, script=INTERRUPTED)
+    finished = cli.forked(f"step:13:{signal.SIGTERM.value}", *command, script=INTERRUPTED)
     assert finished.status == 143, finished.err
     assert len(finished.errors) == 1
     assert finished.errors[0].startswith("error: stopped by SIGTERM at step 13")
     assert (place / "checkpoints" / "13").is_dir()
     assert leftovers(place) == []
 
-    finished = cli(*command, script=TELLING)
+    finished = cli.forked(*command, script=TELLING)
     assert finished.status == 0, finished.err
     assert finished.out.endswith("imported: []\n")
     workdir, _ = uninterrupted(recipe)
@@ -181,56 +193,53 @@ def test_killed_and_stopped_run_ends_as_an_uninterrupted_one(uninterrupted, cli,
         assert json.loads((place / name).read_text()) == json.loads((workdir / name).read_text())
 
 
-def rows_so_far(workdir):
-    path = workdir / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_eight_devices_give_the_losses_of_one(uninterrupted, cli, flags, tmp_path, recipe):
-    finished = cli(*flags(recipe), f"--workdir={tmp_path}", devices=8)
+def test_eight_devices_begin_as_one(uninterrupted, cli, flags, tmp_path, recipe):
+    command = [*flags(recipe), "--config.train.epochs=1", f"--workdir={tmp_path}"]
+    finished = cli.forked(*command, devices=8, script=WITHOUT_CONVERTERS)
     assert finished.status == 0, finished.err
     assert "devices: 8 cpu" in finished.out
-    workdir, _ = uninterrupted(recipe)
-    for name, tolerance in (("loss", 1e-4), ("gradient_norm", 1e-2)):
-        one, eight = ([row[name] for row in rows(folder) if name in row] for folder in (workdir, tmp_path))
-        assert len(one) == STEPS
-        np.testing.assert_allclose(eight, one, rtol=tolerance, err_msg=name)
+    workdir, one = uninterrupted(recipe)
+    assert batches(finished.out) == batches(one.out)[: STEPS // 2]
+    assert_begins_alike(tmp_path, workdir)
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(uninterrupted, cli, flags, tmp_path):
+def test_two_processes_begin_as_one(uninterrupted, cli, flags, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         host, port = probe.getsockname()
     job = ["--distributed", f"--coordinator={host}:{port}", "--num_processes=2"]
     # One epoch: two processes share what one has otherwise.
     command = [*flags("spcl_market1501"), "--config.train.epochs=1", f"--workdir={tmp_path}", *job]
-    started = [cli.start(*command, f"--process_id={number}") for number in range(2)]
+    started = [cli.start(*command, f"--process_id={number}", script=WITHOUT_CONVERTERS) for number in range(2)]
     try:
-        printed = [process.communicate(timeout=600) for process in started]
+        printed = [process.communicate(timeout=1800) for process in started]
     finally:
         for process in started:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], printed
     assert "devices: 2 cpu" in printed[0][0]
     assert "epoch" not in printed[1][0], "process 0 speaks for all"
-    workdir, _ = uninterrupted("spcl_market1501")
-    for name, tolerance in (("loss", 1e-4), ("gradient_norm", 1e-2), ("clusters", 0), ("pseudo_nmi", 0)):
-        one, two = ([row[name] for row in rows(folder) if name in row] for folder in (workdir, tmp_path))
-        assert two
-        np.testing.assert_allclose(two, one[: len(two)], rtol=tolerance, err_msg=name)
-    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(1, STEPS // 2 + 1))
+    workdir, one = uninterrupted("spcl_market1501")
+    # Each process has half of every batch.
+    halves = zip(*(batches(out) for out, _ in printed), strict=True)
+    assert [first + second for first, second in halves] == batches(one.out)[: STEPS // 2]
+    assert_begins_alike(tmp_path, workdir)
 
 
 @pytest.mark.slow
-def test_a_trained_network_is_evaluated_and_extracts_by_its_workdir_alone(uninterrupted, cli, tiny_flags, tmp_path):
+@pytest.mark.parametrize("script", [WITHOUT_CONVERTERS, TELLING], ids=["without converters", "importing none"])
+def test_a_trained_network_is_evaluated_and_extracts_by_its_workdir_alone(
+    uninterrupted, cli, tiny_flags, tmp_path, script
+):
     workdir, _ = uninterrupted("finetune")
     flags = [flag for flag in tiny_flags("evaluate", checkpoint=workdir) if "model.name" not in flag]
-    finished = cli(*flags, f"--workdir={tmp_path / 'scores'}", script=WITHOUT_CONVERTERS)
+    finished = cli(*flags, f"--workdir={tmp_path / 'scores'}", script=script)
     assert finished.status == 0, finished.err
     assert finished.errors == []
+    assert "imported: []" in finished.out or script != TELLING
     expected, found = (json.loads((folder / "results.json").read_text()) for folder in (workdir, tmp_path / "scores"))
     shared = expected.keys() & found.keys()
     assert {"mAP", "rank1", "rank5", "rank10", "mINP", "num_query", "num_valid_query", "num_gallery"} <= shared
@@ -242,12 +251,14 @@ def test_a_trained_network_is_evaluated_and_extracts_by_its_workdir_alone(uninte
     output = tmp_path / "new" / "features.npz"
     fields = {"images": tmp_path / "photos", "checkpoint": workdir, "output": output}
     flags = [flag for flag in tiny_flags("extract", **fields) if "model.name" not in flag]
-    finished = cli(*flags, script=WITHOUT_CONVERTERS)
+    finished = cli(*flags, script=script)
     assert finished.status == 0, finished.err
     assert finished.errors == []
+    assert "3 features of 64 values" in finished.out
+    assert "imported: []" in finished.out or script != TELLING
     with np.load(output, allow_pickle=False) as arrays:
         assert arrays["files"].tolist() == ["b.png", "deep/a.jpg", "deep/c.jpg"]
-        assert (arrays["features"].shape, arrays["features"].dtype) == ((3, 128), np.float32)
+        assert (arrays["features"].shape, arrays["features"].dtype) == ((3, 64), np.float32)
         assert np.isfinite(arrays["features"]).all()
         assert len(np.unique(arrays["features"].round(4), axis=0)) == 3
     assert [p.name for p in output.parent.iterdir()] == ["features.npz"]

@@ -75,6 +75,9 @@ def settings(data_dir):
             "model__name": "osnet_x0_25",
             "model__neck": "bnneck",
             "model__bn_group_size": 8,
+            # Most of what compiling takes, and not the point here.
+            "augment__erase": 0.0,
+            "augment__pad": 0,
             "data__threads": 1,
             "train__epochs": 2,
             "train__steps_per_epoch": 2,

@@ -1,5 +1,6 @@
 """One network on several data sets: evaluation side by side, and training on their union."""
 
+import functools
 import json
 
 import jax
@@ -11,6 +12,7 @@ from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.recipes import targets
 from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train.checkpoints import Checkpoints
+from tests.recipes import small
 
 CONTRACT = ("mAP", "rank1", "rank5", "rank10", "mINP", "num_query", "num_valid_query", "num_gallery")
 
@@ -28,30 +30,38 @@ def data_dir(tmp_path_factory, tiny_writer):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained")
-    model = models.build("osnet_x0_25", image_size=(64, 32))
-    state = train_state.create(*model.init(jax.random.key(0)), optax.identity(), seed=0, mesh=make_mesh())
+    small.register()
+    model = models.build(small.NAME, image_size=(64, 32))
+    mesh = make_mesh(jax.devices()[:1])
+    state = train_state.create(*model.init(jax.random.key(0)), optax.identity(), seed=0, mesh=mesh)
     store = Checkpoints(workdir)
     store.save(state, {"model": {"name": model.name, "neck": model.neck}, "config": {}, "loop": {}})
     store.close()
     return workdir
 
 
+@pytest.fixture
+def flags(tiny_flags, data_dir):
+    """`tiny_flags` of the small network on these data sets."""
+    return functools.partial(tiny_flags, data_dir=data_dir, **{"model.name": small.NAME})
+
+
 def results_in(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_several_targets_are_scored_as_each_alone(cli, tiny_flags, data_dir, checkpoint, tmp_path):
-    fields = {"checkpoint": checkpoint, "data_dir": data_dir, "eval.report": True, "eval.rank_lists": 1}
+def test_several_targets_are_scored_as_each_alone(cli, flags, data_dir, checkpoint, tmp_path):
+    fields = {"checkpoint": checkpoint, "eval.report": True, "eval.rank_lists": 1}
     alone = {}
     for name in ("tiny", "other"):
-        finished = cli.forked(*tiny_flags("evaluate", dataset=name, **fields), f"--workdir={tmp_path / name}")
+        finished = cli.forked(*flags("evaluate", dataset=name, **fields), f"--workdir={tmp_path / name}")
         assert finished.status == 0, finished.err
         alone[name] = results_in(tmp_path / name)
         assert set(CONTRACT) <= alone[name].keys()
         assert alone[name]["dataset"] == name
     workdir = tmp_path / "both"
-    flags = tiny_flags("evaluate", dataset='("tiny", "other")', **fields)
-    finished = cli.forked(*flags, f"--workdir={workdir}")
+    command = flags("evaluate", dataset='("tiny", "other")', **fields)
+    finished = cli.forked(*command, f"--workdir={workdir}")
     assert finished.status == 0, finished.err
     assert finished.errors == []
     results = results_in(workdir)
@@ -61,7 +71,7 @@ def test_several_targets_are_scored_as_each_alone(cli, tiny_flags, data_dir, che
         assert results["mean"][name] == pytest.approx((alone["tiny"][name] + alone["other"][name]) / 2)
     for name in alone:
         assert results_in(workdir / name) == alone[name]
-        assert f"osnet_x0_25 on {name}" in (workdir / name / "report.html").read_text()
+        assert f"{small.NAME} on {name}" in (workdir / name / "report.html").read_text()
     lines = finished.out.splitlines()
     start = next(number for number, line in enumerate(lines) if line.split()[:2] == ["mAP", "rank-1"])
     table = {line.split()[0]: line.split()[1:] for line in lines[start + 1 : start + 4]}
@@ -88,10 +98,10 @@ def test_the_table_has_a_row_for_each_and_columns_that_align():
 
 
 @pytest.mark.slow
-def test_training_on_the_union(cli, tiny_flags, data_dir, tmp_path):
-    fields = {"data_dir": data_dir, "train.epochs": 1, "train.steps_per_epoch": 3, "data.threads": 1}
+def test_training_on_the_union(cli, flags, data_dir, tmp_path):
+    fields = {"train.epochs": 1, "train.steps_per_epoch": 3, "data.threads": 1}
     workdir = tmp_path / "run"
-    finished = cli.forked(*tiny_flags("finetune", dataset="tiny+other+crowd", **fields), f"--workdir={workdir}")
+    finished = cli.forked(*flags("finetune", dataset="tiny+other+crowd", **fields), f"--workdir={workdir}")
     # The crowd has no queries, the others are scored by themselves.
     assert finished.status == 0, finished.err
     assert finished.errors == []
@@ -107,12 +117,12 @@ def test_training_on_the_union(cli, tiny_flags, data_dir, tmp_path):
     meta = json.loads((workdir / "checkpoints" / "3" / "meta" / "metadata").read_text())
     assert meta["model"]["num_classes"] == 17
     # The tuple means the same; another order gives other labels.
-    flags = tiny_flags("finetune", dataset='("tiny", "other", "crowd")', **fields)
-    finished = cli.forked(*flags, f"--workdir={workdir}")
+    command = flags("finetune", dataset='("tiny", "other", "crowd")', **fields)
+    finished = cli.forked(*command, f"--workdir={workdir}")
     assert finished.status == 0, finished.err
     assert "goes on from step 3 of 3" in finished.out
     assert results_in(workdir) == results
-    finished = cli.forked(*tiny_flags("finetune", dataset="other+tiny+crowd", **fields), f"--workdir={workdir}")
+    finished = cli.forked(*flags("finetune", dataset="other+tiny+crowd", **fields), f"--workdir={workdir}")
     assert finished.status == 1
     assert "dataset='other+tiny+crowd' (was 'tiny+other+crowd')" in finished.err
 
@@ -128,10 +138,10 @@ def test_training_on_the_union(cli, tiny_flags, data_dir, tmp_path):
         ("finetune", "tiny+../x", 2, "dataset='../x' is not a name"),
     ],
 )
-def test_bad_names(cli, tiny_flags, data_dir, checkpoint, tmp_path, recipe, dataset, status, part):
+def test_bad_names(cli, flags, data_dir, checkpoint, tmp_path, recipe, dataset, status, part):
     fields = {"checkpoint": checkpoint} if recipe == "evaluate" else {}
-    flags = tiny_flags(recipe, dataset=dataset, data_dir=data_dir, **fields)
-    finished = cli.forked(*flags, f"--workdir={tmp_path / 'run'}")
+    command = flags(recipe, dataset=dataset, **fields)
+    finished = cli.forked(*command, f"--workdir={tmp_path / 'run'}")
     assert (finished.status, len(finished.errors)) == (status, 1), finished.err
     assert part in finished.errors[0]
     assert not (tmp_path / "run").exists()

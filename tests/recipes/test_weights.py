@@ -30,7 +30,7 @@ def config(**fields):
 def save(workdir, model, *, seed=1, **values):
     """A checkpoint of random weights and what it was made of."""
     params, stats = model.init(jax.random.key(seed))
-    state = train_state.create(params, stats, optax.identity(), seed=0, mesh=make_mesh())
+    state = train_state.create(params, stats, optax.identity(), seed=0, mesh=make_mesh(jax.devices()[:1]))
     store = Checkpoints(workdir)
     store.save(state, {"model": weights.settings_of(model), "config": values, "loop": {}})
     store.close()

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data.splits import load_split
 from dmosnet_jax.recipes.splits import training_images
+from tests.recipes import small
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +82,18 @@ def test_where_there_is_nothing_to_add_it_is_refused(data_dir):
 
 @pytest.mark.slow
 def test_results_of_training_and_of_its_evaluation_tell(cli, tiny_flags, data_dir, tmp_path):
-    short = {"data_dir": data_dir, "train.epochs": 1, "train.steps_per_epoch": 2, "train.eval_every_epochs": 1}
+    short = {
+        "model.name": small.NAME,
+        "data_dir": data_dir,
+        "train.epochs": 1,
+        "train.steps_per_epoch": 2,
+        "train.eval_every_epochs": 1,
+    }
     finished = cli.forked(*tiny_flags("finetune", with_val=True, **short), f"--workdir={tmp_path / 'run'}")
     assert finished.status == 0, finished.err
     assert json.loads((tmp_path / "run" / "results.json").read_text())["with_val"] is True
     assert json.loads((tmp_path / "run" / "config.json").read_text())["with_val"] is True
-    flags = tiny_flags("evaluate", data_dir=data_dir, checkpoint=tmp_path / "run")
+    flags = tiny_flags("evaluate", data_dir=data_dir, checkpoint=tmp_path / "run", **{"model.name": small.NAME})
     finished = cli.forked(*flags, f"--workdir={tmp_path / 'evaluation'}")
     assert finished.status == 0, finished.err
     assert json.loads((tmp_path / "evaluation" / "results.json").read_text())["with_val"] is True

@@ -62,6 +62,7 @@ def read(path, event_class):
 
 
 def test_scalars_and_the_restart_are_read_back(tmp_path, event_class):
+    since = time.time()
     file = EventFile(tmp_path, purge_step=7)
     file.scalars(8, {"loss": 0.5, "clusters": 528, "größe": -1e30})
     file.scalars(2_090_122, {"loss": 0.25})
@@ -76,7 +77,7 @@ def test_scalars_and_the_restart_are_read_back(tmp_path, event_class):
         ("clusters", 528),
         ("größe", np.float32(-1e30)),
     ]
-    assert all(abs(event.wall_time - time.time()) < 600 for event in rest)
+    assert all(since <= event.wall_time <= time.time() for event in rest)
     file.close()
 
 
