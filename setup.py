@@ -37,7 +37,15 @@ CONVERT = [
 ]
 # Data behind URLs; for other storages than Google's, their fsspec package (s3fs, adlfs, ...).
 REMOTE = ["fsspec>=2024.6", "gcsfs>=2024.6"]
-TEST = ["pytest>=8.3", "pytest-xdist>=3.7", "ruff>=0.9", "mypy>=1.14", "scikit-learn>=1.6"]
+TEST = [
+    "pytest>=8.3",
+    "pytest-xdist>=3.7",
+    "packaging>=24",
+    "setuptools>=70.1",  # builds the wheel under test; older ones need another package for that
+    "ruff>=0.9",
+    "mypy>=1.14",
+    "scikit-learn>=1.6",
+]
 
 setuptools.setup(
     name="dmosnet_jax",
@@ -46,11 +54,26 @@ setuptools.setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=setuptools.find_packages(include=["dmosnet_jax", "dmosnet_jax.*", "data_prep", "data_prep.*", "configs"]),
+    packages=[
+        *setuptools.find_packages(include=["dmosnet_jax", "dmosnet_jax.*", "data_prep", "data_prep.*"]),
+        "dmosnet_jax.configs",
+    ],
+    # Elsewhere than in a checkout, `--config=configs/<file>.py` is found inside the package.
+    package_dir={"dmosnet_jax.configs": "configs"},
+    package_data={"dmosnet_jax": ["py.typed"]},
+    entry_points={
+        "console_scripts": [
+            "dmosnet = dmosnet_jax.main:main",
+            "dmosnet-convert = data_prep.convert:start",
+            "dmosnet-lint = data_prep.lint:start",
+        ]
+    },
     python_requires=">=3.11",
     install_requires=_requirements(),
     extras_require={
         "convert": CONVERT,
+        # The `tfds` command itself, whose sub-commands tensorflow-datasets imports all at once.
+        "tfds": [*CONVERT, "mlcroissant>=1.0"],
         "remote": REMOTE,
         "test": [*TEST, *CONVERT, "fsspec>=2024.6"],
         # Only to compare with the PyTorch implementations; of torchreid, single modules are loaded by file path.

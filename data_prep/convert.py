@@ -303,5 +303,10 @@ def _scene() -> Scene | None:
     return Scene(**given) if given else None
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Runs this command as the program."""
     command.start(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -209,7 +209,12 @@ def _run(argv: Sequence[str]) -> int:
     return report.exit_status
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """Runs this command as the program."""
     # Who reads only the first lines need not hear of it.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     command.start(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -8,11 +8,12 @@ import importlib
 import os
 import pathlib
 import sys
+import types
 from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections.config_flags import config_flags
 
 from dmosnet_jax.core.config import read, validate
 from dmosnet_jax.core.errors import ConfigError, UserError, refusal
@@ -26,14 +27,44 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0,
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, where the cluster does not tell.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, where the cluster does not tell.")
 
+# The folder `configs` lies beside this file where the package is installed, and beside the package in a checkout.
+_HERE = pathlib.Path(__file__).resolve().parent
+_PACKAGED = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
+
+
+class _ConfigFile(config_flags.ConfigFileFlagParser):
+    """Takes `configs/<file>.py` from the package where the current folder has no such file."""
+
+    def parse(self, path: str) -> Any:
+        file, *arguments = path.split(":", 1)
+        found = _find(pathlib.Path(file))
+        # What a config imports from `configs` is beside it, or else in the package; `sys.path` need not hold either.
+        configs = types.ModuleType("configs")
+        configs.__path__ = [str(found.parent), str(_PACKAGED)]
+        sys.modules["configs"] = configs
+        return super().parse(":".join([str(found), *arguments]))
+
+
+flags.FLAGS["config"].parser = _ConfigFile("config", lock_config=True)
+
+
+def _find(file: pathlib.Path) -> pathlib.Path:
+    if file.is_file():
+        return file.absolute()
+    missing = f"--config={file}: no such file"
+    if file.parent == pathlib.Path("configs"):
+        packaged = _PACKAGED / file.name
+        if packaged.is_file():
+            return packaged
+        missing += f", and no {packaged}"
+    raise ConfigError(f"{missing}: give configs/<file>.py[:arguments]")
+
 
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
         if not flags.FLAGS["config"].present:
             raise ConfigError("--config is not set: give --config=configs/<file>.py, e.g. configs/quickstart.py")
-        if not _config_file().is_file():
-            raise ConfigError(f"--config={_config_file()}: no such file: give configs/<file>.py[:arguments]")
         # A file that could not be loaded says so only when it is read.
         read(_CONFIG.value, "recipe")
         if len(rest) > 1:
@@ -49,12 +80,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _config_file() -> pathlib.Path:
-    return pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
-
-
 def _workdir() -> pathlib.Path:
-    return pathlib.Path(_WORKDIR.value or os.path.join("runs", _config_file().stem))
+    config_file = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
+    return pathlib.Path(_WORKDIR.value or os.path.join("runs", pathlib.Path(config_file).stem))
 
 
 def _join_cluster() -> None:
