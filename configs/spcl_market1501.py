@@ -17,6 +17,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = common.spcl(common.training(common.base("spcl", options["model"])))
     config.model.neck = "fc"
     config.model.bn_group_size = 0
+    # SpCL's filter, also for weights that were trained with another.
+    config.data.interpolation = "bicubic"
     config.train.epochs = options["epochs"]
     config.train.steps_per_epoch = 150
     config.optim.decay_epochs = (20, 40)

@@ -145,3 +145,14 @@ def test_every_config_is_written_down():
     written = {case.partition(":")[0] for case in make_configs.CASES.values()}
     assert written == {path.stem for path in FILES}
     assert {path.stem for path in GOLDEN.glob("*.txt")} == set(make_configs.CASES)
+
+
+def test_every_field_that_is_checked_exists(monkeypatch):
+    """`config.read` gives None for a part that a recipe has not, and would hide a misspelt name."""
+    checked, read = set(), settings.read
+    monkeypatch.setattr(settings, "read", lambda config, field: checked.add(field) or read(config, field))
+    for path in FILES:
+        settings.validate(load(path).get_config())
+    fields = {line.partition(" = ")[0] for path in GOLDEN.glob("*.txt") for line in path.read_text().splitlines()}
+    assert len(checked) > 40
+    assert checked <= fields
