@@ -253,9 +253,10 @@ ON_RESUME = (
     ("train.checkpoint_every_steps", FREE),
     ("train.eval_every_epochs", FREE),
     ("train.keep", FREE),
-    # The network is compared as it was built, not as it was asked for; steps of an epoch as they came out.
+    # Compared as they came out, not as they were asked for: the network, the chosen images, the steps of an epoch.
     ("model.*", FREE),
     ("default_model", FREE),
+    ("data.subset", FREE),
     ("train.steps_per_epoch", FREE),
     # The weights have been taken over; where they came from may be gone.
     ("pretrained", TOLD),

@@ -17,6 +17,7 @@ from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.parallel import by_rows, replicated
 from dmosnet_jax.data import augment
 from dmosnet_jax.data.loading import Images
+from dmosnet_jax.data.transforms import DEFAULT_FILTER
 from dmosnet_jax.evaluation.extract import in_batches
 from dmosnet_jax.models import Model
 
@@ -58,7 +59,7 @@ class ForgettingScorer:
         finetuned: Proxy,
         mesh: Mesh,
         *,
-        interpolation: str,
+        interpolation: str = DEFAULT_FILTER,
         batch_size: int,
         threads: int = 2,
         workers: int = 0,

@@ -142,7 +142,6 @@ def test_changes_of_a_run_are_free_told_or_refused():
     assert found["refused"] == [
         "seed=1 (was 0)",
         "batch_size=32 (was 64)",
-        "data.subset=['cfs', 'x', 0.5] (was None)",
         "data.interpolation='bilinear' (was 'bicubic')",
         "spcl.memory='cluster' (was 'image')",
     ]

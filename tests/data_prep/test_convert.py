@@ -263,7 +263,7 @@ def test_write_failure_is_one_line_and_leaves_nothing(raw, tmp_path, monkeypatch
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert.sources, "load_index", full)
+    monkeypatch.setattr(convert.shards, "load_index", full)
     with pytest.raises(DataError, match=r"No space left on device.*: free space"):
         convert.convert("market1501", tmp_path / "data", source=raw)
     assert not (tmp_path / "data").exists()

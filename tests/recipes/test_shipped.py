@@ -131,6 +131,6 @@ def test_pre_training_as_shipped_runs_and_finds_eight_people(cli, eight, tmp_pat
     clustered = [row for row in rows if "pseudo_nmi" in row]
     assert len(clustered) == 3
     # Eight colours are told apart by any network; how many clusters span several cameras is told.
-    assert clustered[0]["pseudo_nmi"] > 0.8
+    assert clustered[0]["pseudo_nmi"] > 0.6
     assert 0 <= clustered[0]["clusters_over_cameras"] <= 1
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
