@@ -18,7 +18,7 @@ from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train import steps
 
 CONFIG = {
-    "augment": {"flip": 0.5, "pad": 2, "erase": 0.5},
+    "augment": {"flip": 0.5, "pad": 2, "erase": 0.5, "erasing": "fastreid"},
     "pixel_mean": (0.5, 0.4, 0.3),
     "pixel_std": (0.2, 0.2, 0.25),
     "loss": {
