@@ -135,6 +135,11 @@ def with_memory(state, rng, mesh):
     return state.replace(memory=hybrid.init(features, labels, momentum=0.2, temperature=0.05, mesh=mesh))
 
 
+def on(state, mesh):
+    """The state, whose memory knows the devices that its tables are split over, for another mesh."""
+    return state if state.memory is None else state.replace(memory=state.memory.replace(mesh=mesh))
+
+
 def test_spcl_step_contrasts_with_the_memory_from_before_it_moves(rng):
     mesh = make_mesh(jax.devices()[:1])
     params, stats = linear_weights(rng)
@@ -168,13 +173,13 @@ def test_device_counts_agree(rng, recipe):
     if recipe == "spcl":
         state = with_memory(state, np.random.default_rng(1), meshes[0])
     step = make_step(Linear(), optimiser, ConfigDict(CONFIG))
-    compiled = [steps.compile_step(step, state, mesh) for mesh in meshes]
+    compiled = [steps.compile_step(step, on(state, mesh), mesh) for mesh in meshes]
     for seed in range(5):
         batch, start = make_batch(np.random.default_rng(seed)), jax.tree.map(np.array, state)
         outcomes = []
         for run_step, mesh in zip(compiled, meshes, strict=True):
-            places = train_state.shardings(state, mesh)
-            after, metrics = run_step(jax.device_put(start, places), to_devices(batch, mesh))
+            places = train_state.shardings(on(state, mesh), mesh)
+            after, metrics = run_step(jax.device_put(on(start, mesh), places), to_devices(batch, mesh))
             for leaf, place in zip(jax.tree.leaves(after), jax.tree.leaves(places), strict=True):
                 assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
             outcomes.append((after, metrics))
