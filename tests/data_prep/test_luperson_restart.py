@@ -209,7 +209,9 @@ def test_a_killed_worker_ends_the_run_at_once(pictures, tmp_path):
 
 def _children(pid):
     """Worker processes; the one that looks after semaphores is none."""
-    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    # Without -ww, lines end at the terminal's width, before the name where the interpreter's path is long.
+    command = ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
 
 
