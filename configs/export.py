@@ -7,8 +7,8 @@
 
 `output` with the suffix .safetensors, .pth or .pt is a state dict under the names of `layout` (torchreid, fastreid or
 openunreid; by default fast-reid's for a network with a BNNeck, torchreid's for others). Any other name is a new folder:
-parameters in Orbax form, and `model.json` with the network's name, input size, pixel statistics, feature size, source
-and licence; `evaluate`, `extract` and `dmosnet_jax.load` open it. `checkpoint` may be any weights that they open.
+`model.safetensors`, and `config.json` with the network's name, input size, pixel statistics, feature size, source and
+licence; `evaluate`, `extract` and `dmosnet_jax.load` open it. `checkpoint` may be any weights that they open.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -25,7 +25,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.layout = ""
     # Of the training identities.
     config.keep_classifier = True
-    # For `model.json`; the source is the checkpoint's path where nothing is given.
+    # For `config.json`; the source is the checkpoint's path where nothing is given.
     config.source = ""
     config.licence = ""
     # None: as the weights say.

@@ -8,6 +8,7 @@ Adding a layout means adding an entry to `LAYOUTS`.
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from dmosnet_jax.core.errors import DataError, printable
 
@@ -15,22 +16,11 @@ from dmosnet_jax.core.errors import DataError, printable
 _WRAPPERS = ("module.", "_orig_mod.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """Renames what `pattern` matches to `target`; None drops the entry, which no model of ours has.
-
-    Patterns are anchored at both ends; the first rule that matches decides.
-    """
+class Rule(NamedTuple):
+    """Renames what `pattern` matches from end to end to `target`; None drops the entry, which no model of ours has."""
 
     pattern: str
     target: str | None
-
-    def apply(self, name: str) -> tuple[bool, str | None]:
-        """Whether the rule matches, and the new name."""
-        match = re.fullmatch(self.pattern, name)
-        if match is None:
-            return False, name
-        return True, None if self.target is None else match.expand(self.target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,18 +196,15 @@ def rename(names: Iterable[str], layout: Layout, domain: int = -1) -> dict[str, 
     """
     short = unwrap(names)
     chosen = _choose_domain(short.values(), domain)
-    result: dict[str, str | None] = {}
-    for name, current in short.items():
-        kept = _one_domain(current, chosen)
-        result[name] = None if kept is None else _first_match(kept, layout.rules)
-    return result
+    plain = {name: _without_domain(wrapped, chosen) for name, wrapped in short.items()}
+    return {name: None if kept is None else apply_rules(kept, layout.rules) for name, kept in plain.items()}
 
 
-def _first_match(name: str, rules: Iterable[Rule]) -> str | None:
+def apply_rules(name: str, rules: Iterable[Rule]) -> str | None:
+    """The new name by the first rule that matches, None where it drops the entry; a name without a rule stays."""
     for rule in rules:
-        matched, target = rule.apply(name)
-        if matched:
-            return target
+        if match := re.fullmatch(rule.pattern, name):
+            return None if rule.target is None else match.expand(rule.target)
     return name
 
 
@@ -238,7 +225,7 @@ def _choose_domain(names: Iterable[str], domain: int) -> int:
     return domain % count if count else 0
 
 
-def _one_domain(name: str, chosen: int) -> str | None:
+def _without_domain(name: str, chosen: int) -> str | None:
     """The name without its domain level, None for a norm of another domain."""
     index = _domain_of(name)
     if index is None:

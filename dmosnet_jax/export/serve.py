@@ -18,7 +18,7 @@ from PIL import Image
 
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import augment, transforms
-from dmosnet_jax.export.opening import open_weights
+from dmosnet_jax.export.weights import open_weights
 from dmosnet_jax.models import Model
 
 Picture = np.ndarray | Image.Image | str | os.PathLike[str]
@@ -169,7 +169,7 @@ def load(
     """Opens weights for feature extraction.
 
     Args:
-        path: a folder with a `model.json`, a run's workdir or checkpoint, or a PyTorch or safetensors file.
+        path: an exported folder, a run's workdir or checkpoint, or a PyTorch or safetensors file.
         name: registry name of the network, for weights that don't tell it.
         image_size: (height, width), where not the weights' own or 256x128.
         interpolation: filter that resizes the images, "bilinear" or "bicubic", where not the weights' own.
@@ -184,15 +184,13 @@ def load(
         ConfigError: an unknown option, or the network is not told.
         DataError: the weights can't be read, or are of another network.
     """
-    opened = open_weights(path)
-    model = opened.model(name=name, image_size=image_size, dtype=dtype, **options)
-    params, stats = opened.weights(model)
+    weights = open_weights(path)
+    model = weights.model(name=name, image_size=image_size, dtype=dtype, **options)
     return Extractor(
         model,
-        params,
-        stats,
-        mean=opened.mean,
-        std=opened.std,
-        interpolation=interpolation or opened.interpolation,
+        *weights.arrays(model),
+        mean=weights.mean,
+        std=weights.std,
+        interpolation=interpolation or weights.interpolation,
         batch_size=batch_size,
     )

@@ -18,11 +18,11 @@ import safetensors.numpy
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.trees import named_leaves
-from dmosnet_jax.export.layouts import EXPORTS, KERNEL_AXES, LEAVES, Rule
+from dmosnet_jax.export.layouts import EXPORTS, KERNEL_AXES, LEAVES, Rule, apply_rules
 from dmosnet_jax.export.torch_write import write_pth
 from dmosnet_jax.models import Model
 
-Tree = Mapping[str, Any]
+Tree = dict[str, Any]
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
 # Name of a leaf in PyTorch by its tree and name in ours.
@@ -30,15 +30,9 @@ _TORCH_LEAVES = {(leaf.tree, ours): theirs for theirs, leaf in LEAVES.items() fo
 
 
 def to_state_dict(
-    params: Tree,
-    stats: Tree,
-    model: Model,
-    *,
-    layout: str = "torchreid",
-    batches: int = 0,
-    pixels: tuple[Sequence[float], Sequence[float]] | None = None,
+    params: Tree, stats: Tree, model: Model, *, layout: str = "torchreid", batches: int = 0
 ) -> dict[str, np.ndarray]:
-    """Weights by PyTorch names.
+    """Weights by the names of a PyTorch code base.
 
     Args:
         params: the model's parameters.
@@ -46,8 +40,6 @@ def to_state_dict(
         model: the model.
         layout: "torchreid", "fastreid", "openunreid" or "spcl".
         batches: value of the `num_batches_tracked` counters, which we don't keep and nothing reads.
-        pixels: mean and standard deviation in [0, 1] units, for the `pixel_mean` and `pixel_std` that fast-reid's older
-            files hold; None leaves them out.
 
     Returns:
         Arrays that share no memory with the trees.
@@ -56,18 +48,20 @@ def to_state_dict(
         ConfigError: that code base has no such network, so that the file would compute something else there.
     """
     check_layout(model, layout)
+    return by_torch_names(params, stats, batches=batches, rules=EXPORTS[layout])
+
+
+def by_torch_names(params: Tree, stats: Tree, *, batches: int = 0, rules: Sequence[Rule] = ()) -> dict[str, np.ndarray]:
+    """`to_state_dict` under the names that all layouts share, or under those that rules make of them."""
     result: dict[str, np.ndarray] = {}
     for tree, root in (("params", params), ("stats", stats)):
-        for path, value in named_leaves(dict(root)):
+        for path, value in named_leaves(root):
             module, _, last = path.rpartition(".")
-            name = _renamed(f"{module}.{_TORCH_LEAVES[tree, last]}", EXPORTS[layout])
+            name = str(apply_rules(f"{module}.{_TORCH_LEAVES[tree, last]}", rules))
             result[name] = _to_torch(np.asarray(value), kernel=last == "kernel")
             if last == "var":
                 counter = name.removesuffix("running_var") + "num_batches_tracked"
                 result[counter] = np.asarray(batches, np.int64)
-    if pixels is not None:
-        for name, values in zip(("pixel_mean", "pixel_std"), pixels, strict=True):
-            result[name] = (255 * np.asarray(values, np.float64)).astype(np.float32).reshape(3, 1, 1)
     return result
 
 
@@ -75,14 +69,6 @@ def _to_torch(value: np.ndarray, *, kernel: bool) -> np.ndarray:
     axes = KERNEL_AXES.get(value.ndim) if kernel else None
     theirs = value if axes is None else value.transpose(np.argsort(axes))
     return np.array(theirs, order="C")
-
-
-def _renamed(name: str, rules: Sequence[Rule]) -> str:
-    for rule in rules:
-        matched, target = rule.apply(name)
-        if matched and target is not None:
-            return target
-    return name
 
 
 def check_layout(model: Model, layout: str) -> None:

@@ -1,7 +1,7 @@
 """PyTorch weights as `(params, stats)` of our models, without torch.
 
     state_dict = torch_import.load("osnet_x0_25_market1501.pth")
-    model = models.build(**torch_import.describe(state_dict))
+    model = models.build(**identify.describe(state_dict))
     params, stats = torch_import.convert(state_dict, model)
 
 `load` never executes what is in the file (see `safe_pickle`); `convert` checks names and shapes in both directions and
@@ -10,36 +10,23 @@ reports all differences at once.
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from dmosnet_jax.core.errors import DataError, printable
+from dmosnet_jax.core.trees import named_leaves
 from dmosnet_jax.export import layouts
-from dmosnet_jax.export.identify import describe, infer_neck, infer_num_classes, infer_pool, layout
 from dmosnet_jax.export.torch_file import read_tensors
 from dmosnet_jax.export.torch_pickle import TensorRef
-
-__all__ = [
-    "HEADS",
-    "Conversion",
-    "convert",
-    "describe",
-    "fill",
-    "infer_neck",
-    "infer_num_classes",
-    "infer_pool",
-    "layout",
-    "load",
-    "plan",
-]
+from dmosnet_jax.models import Model
 
 Tree = dict[str, Any]
 StateDict = Mapping[str, np.ndarray]
-# Path in a tree, and which of the two trees ("params" or "stats").
-_Target = tuple[str, str]
+# A leaf of a model: which of its two trees ("params" or "stats"), and the path there.
+_Leaf = tuple[str, str]
 
 # What a backbone trained elsewhere need not share with the model that starts from it.
 HEADS = ("fc", "bottleneck", "classifier", "pool")
@@ -56,21 +43,6 @@ _WRAPPER_KEYS = (
     "module",
 )
 _MAX_DEPTH = 4
-
-
-class Model(Protocol):
-    """What `convert` needs of a model; `dmosnet_jax.models.Model` has it."""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-
-    @property
-    def num_classes(self) -> int:
-        """Classifier size, 0 for none."""
-
-    def shapes(self) -> tuple[Tree, Tree]:
-        """`(params, stats)` with `jax.ShapeDtypeStruct` leaves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +81,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         DataError: no such file, damaged, refused because it refers to code that has no place among weights, or without
             tensors.
     """
-    where = str(path)
-    tensors = read_tensors(path, lambda root: _find_state_dict(root, where))
+    tensors = read_tensors(path, lambda root: _find_state_dict(root, str(path)))
     if not tensors:
-        raise DataError(f"{where}: holds no tensors; give a file with a state dict")
+        raise DataError(f"{path}: holds no tensors; give a file with a state dict")
     return {short: tensors[name] for name, short in layouts.unwrap(tensors).items()}
 
 
@@ -135,23 +106,9 @@ def _search(node: Any, depth: int, seen: set[int]) -> dict[str, TensorRef]:
     return {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, TensorRef)}
 
 
-def convert(
-    state_dict: StateDict,
-    model: Model,
-    *,
-    missing_ok: Sequence[str] = (),
-    unexpected_ok: Sequence[str] = (),
-    domain: int = -1,
-) -> tuple[Tree, Tree]:
-    """Weights in the model's layout; see `plan` for the arguments and for what was left out.
-
-    Returns:
-        `(params, stats)`: nested dicts of NumPy arrays.
-
-    Raises:
-        DataError: the file does not fit the model; lists every difference.
-    """
-    result = plan(state_dict, model, missing_ok=missing_ok, unexpected_ok=unexpected_ok, domain=domain)
+def convert(state_dict: StateDict, model: Model, **options: Any) -> tuple[Tree, Tree]:
+    """`params` and `stats` of `plan`, which says what the options are and what is raised."""
+    result = plan(state_dict, model, **options)
     return result.params, result.stats
 
 
@@ -170,7 +127,7 @@ def plan(
 
     Args:
         state_dict: arrays by name, in any known layout.
-        model: the target.
+        model: what the weights are for.
         missing_ok: top-level names of the model ("classifier") that the file may lack or have in another shape; such
             leaves are absent from the result.
         unexpected_ok: top-level names that the file may have and the model not. A classifier may always be left behind
@@ -180,15 +137,18 @@ def plan(
     Raises:
         DataError: missing, unexpected, misshapen, doubled or non-finite entries: all of them, in one line.
     """
-    found = layouts.recognise(state_dict)
+    layout = layouts.recognise(state_dict)
     surplus = (*unexpected_ok, *(() if model.num_classes else ("classifier",)))
-    matcher = _Matcher(_leaf_shapes(model), tuple(missing_ok), surplus)
-    for source, name in layouts.rename(state_dict, found, domain).items():
+    params, stats = model.shapes()
+    shapes = {("params", path): leaf for path, leaf in named_leaves(params)}
+    shapes |= {("stats", path): leaf for path, leaf in named_leaves(stats)}
+    matcher = _Matcher(shapes, tuple(missing_ok), surplus)
+    for source, name in layouts.rename(state_dict, layout, domain).items():
         if name is not None:
             matcher.take(source, name, state_dict[source])
-    left_out = matcher.finish(f"checkpoint (layout {found.name}) does not fit model {model.name}")
-    params, stats = (_nested(matcher.leaves, tree) for tree in ("params", "stats"))
-    return Conversion(params, stats, found.name, left_out, tuple(matcher.unused))
+    left_out = matcher.finish(f"checkpoint (layout {layout.name}) does not fit model {model.name}")
+    found_params, found_stats = (_nested(matcher.leaves, tree) for tree in ("params", "stats"))
+    return Conversion(found_params, found_stats, layout.name, left_out, tuple(matcher.unused))
 
 
 def fill(fresh: Tree, loaded: Tree) -> Tree:
@@ -197,7 +157,7 @@ def fill(fresh: Tree, loaded: Tree) -> Tree:
     Raises:
         DataError: `loaded` has a leaf that `fresh` has not.
     """
-    unknown = set(dict(_walk(loaded))) - set(dict(_walk(fresh)))
+    unknown = set(dict(named_leaves(loaded))) - set(dict(named_leaves(fresh)))
     if unknown:
         raise DataError(f"checkpoint: leaves that the model does not have: {', '.join(sorted(unknown))}")
     return _overlay(fresh, loaded)
@@ -214,46 +174,46 @@ class _Matcher:
 
     def __init__(
         self,
-        targets: Mapping[_Target, jax.ShapeDtypeStruct],
+        shapes: Mapping[_Leaf, jax.ShapeDtypeStruct],
         missing_ok: tuple[str, ...],
         unexpected_ok: tuple[str, ...],
     ):
-        self.targets = targets
+        self.shapes = shapes
         self.missing_ok = missing_ok
         self.unexpected_ok = unexpected_ok
-        self.leaves: dict[_Target, np.ndarray] = {}
+        self.leaves: dict[_Leaf, np.ndarray] = {}
         self.unused: list[str] = []
-        self._named: set[_Target] = set()
+        self._named: set[_Leaf] = set()
         self._problems: dict[str, list[str]] = {}
 
     def take(self, source: str, name: str, value: np.ndarray) -> None:
         """Takes the entry `source` of the file, whose common name is `name`."""
-        target = _target_of(name, self.targets)
-        if target is None:
+        leaf = self._leaf(name)
+        if leaf is None:
             if _part_of(name) in self.unexpected_ok:
                 self.unused.append(printable(source))
             else:
                 self._problem("unexpected", printable(source))
             return
-        expected = self.targets[target]
-        axes = layouts.KERNEL_AXES.get(value.ndim) if target[1].endswith(".kernel") else None
+        expected = self.shapes[leaf]
+        axes = layouts.KERNEL_AXES.get(value.ndim) if leaf[1].endswith(".kernel") else None
         ours = value if axes is None else value.transpose(axes)
         if ours.shape != expected.shape and _part_of(name) in self.missing_ok:
             self.unused.append(printable(source))
             return
         if ours.shape != expected.shape:
-            self._problem("misshapen", f"{printable(source)} {value.shape} for {target[1]} {expected.shape}")
-        elif target in self._named:
+            self._problem("misshapen", f"{printable(source)} {value.shape} for {leaf[1]} {expected.shape}")
+        elif leaf in self._named:
             self._problem("doubled", printable(source))
         elif not np.isfinite(ours).all():
             self._problem("not finite", printable(source))
         else:
-            self.leaves[target] = np.array(ours, dtype=expected.dtype, order="C")
-        self._named.add(target)
+            self.leaves[leaf] = np.array(ours, dtype=expected.dtype, order="C")
+        self._named.add(leaf)
 
     def finish(self, headline: str) -> tuple[str, ...]:
         """The leaves that the file did not give and need not; raises one error with all problems, counts first."""
-        absent = [path for tree, path in self.targets if (tree, path) not in self._named]
+        absent = [path for tree, path in self.shapes if (tree, path) not in self._named]
         left_out = tuple(path for path in absent if _part_of(path) in self.missing_ok)
         missing = [path for path in absent if _part_of(path) not in self.missing_ok]
         problems = {"missing": missing, **self._problems} if missing else self._problems
@@ -263,39 +223,22 @@ class _Matcher:
             raise DataError(f"{headline}: {counts}; {lists}; check model.name, model.neck and model.num_classes")
         return left_out
 
+    def _leaf(self, name: str) -> _Leaf | None:
+        """The model's leaf for a common name, None where there is none."""
+        module, _, last = name.rpartition(".")
+        known = layouts.LEAVES.get(last)
+        candidates = [] if known is None else [(known.tree, f"{module}.{ours}") for ours in known.names]
+        return next((candidate for candidate in candidates if candidate in self.shapes), None)
+
     def _problem(self, kind: str, text: str) -> None:
         self._problems.setdefault(kind, []).append(text)
-
-
-def _leaf_shapes(model: Model) -> dict[_Target, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every leaf of the model."""
-    params, stats = model.shapes()
-    return {(tree, path): leaf for tree, root in (("params", params), ("stats", stats)) for path, leaf in _walk(root)}
-
-
-def _walk(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _walk(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _part_of(name: str) -> str:
     return name.split(".", 1)[0]
 
 
-def _target_of(name: str, targets: Mapping[_Target, Any]) -> _Target | None:
-    """The model's leaf for a common name, None where there is none."""
-    module, _, last = name.rpartition(".")
-    leaf = layouts.LEAVES.get(last)
-    if leaf is None:
-        return None
-    candidates = ((leaf.tree, f"{module}.{ours}") for ours in leaf.names)
-    return next((candidate for candidate in candidates if candidate in targets), None)
-
-
-def _nested(leaves: Mapping[_Target, np.ndarray], tree: str) -> Tree:
+def _nested(leaves: Mapping[_Leaf, np.ndarray], tree: str) -> Tree:
     root: Tree = {}
     for (kind, path), value in leaves.items():
         if kind == tree:

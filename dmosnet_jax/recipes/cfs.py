@@ -17,11 +17,10 @@ from dmosnet_jax.data.splits import Split, Subset, load_split
 from dmosnet_jax.data.subset import share_count
 from dmosnet_jax.evaluation.contact_sheet import POSITIONS, write_contact_sheet
 from dmosnet_jax.evaluation.forgetting import ForgettingScorer, Proxy
-from dmosnet_jax.export.opening import Opened, open_weights
 from dmosnet_jax.recipes.chunks import SCORES, Chunks
-from dmosnet_jax.recipes.splits import read_names
+from dmosnet_jax.recipes.datasets import read_names
+from dmosnet_jax.recipes.network import open_network, require_paths
 from dmosnet_jax.recipes.training import locked
-from dmosnet_jax.recipes.weights import as_trained, build_for
 from dmosnet_jax.train.metrics import progress_bar, write_json
 
 NAMES, SHEET, RESULTS = "names.txt", "contact_sheet.png", "results.json"
@@ -35,9 +34,7 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         ConfigError: a checkpoint is not given, or the two do not go together.
         DataError: data or a checkpoint missing or damaged, or the workdir is of another run.
     """
-    for field in _FIELDS:
-        if not config[field]:
-            raise ConfigError(f"{field} is not set: give --config.{field}=PATH (a run's workdir or a PyTorch file)")
+    require_paths(config, *_FIELDS, hint=" (a run's workdir or a PyTorch file)")
     [name] = dataset_names(config.dataset)
     split = load_split(config.data_dir, name, config.split)
     proxies, about = _open_proxies(config)
@@ -56,13 +53,11 @@ def _open_proxies(config: Any) -> tuple[list[Proxy], dict[str, Any]]:
     """The two networks, and what identifies them."""
     proxies, about, sizes, filters = [], {}, {}, {}
     for field in _FIELDS:
-        weights = open_weights(config[field])
-        own = as_trained(config, weights)
-        model = build_for(own, weights)
-        params, stats = weights.weights(model)
-        proxies.append(Proxy(model, params, stats, tuple(own.pixel_mean), tuple(own.pixel_std)))
-        sizes[field], filters[field] = tuple(model.image_size), own.data.interpolation
-        about[field] = {"path": weights.path, **_fingerprint(weights, proxies[-1])}
+        network = open_network(config, config[field])
+        pixels = tuple(network.config.pixel_mean), tuple(network.config.pixel_std)
+        proxies.append(Proxy(network.model, network.params, network.stats, *pixels))
+        sizes[field], filters[field] = tuple(network.model.image_size), network.config.data.interpolation
+        about[field] = {"path": network.weights.path, **_fingerprint(proxies[-1])}
     if len(set(sizes.values())) > 1:
         raise ConfigError(
             f"image_size: {', '.join(f'{field} has {size}' for field, size in sizes.items())}: give "
@@ -83,7 +78,7 @@ def _open_proxies(config: Any) -> tuple[list[Proxy], dict[str, Any]]:
     return proxies, about
 
 
-def _fingerprint(weights: Opened, proxy: Proxy) -> dict[str, Any]:
+def _fingerprint(proxy: Proxy) -> dict[str, Any]:
     """What must stay the same for scores to go together; the path need not."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path((proxy.params, proxy.stats)):

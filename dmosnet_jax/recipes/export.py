@@ -1,11 +1,15 @@
-"""Weights of any kind as a PyTorch file or as a folder of their own."""
+"""Weights of any kind to weights of any kind: a run's checkpoint, a PyTorch file or a folder of ours, in and out."""
 
+import os
 import pathlib
 from typing import Any
 
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.parallel import print_once
-from dmosnet_jax.export import conversion, opening
+from dmosnet_jax.export import folder, torch_export
+from dmosnet_jax.export.weights import open_weights
+from dmosnet_jax.models import Model
+from dmosnet_jax.recipes.network import options_of, require_paths
 
 
 def run(config: Any, workdir: pathlib.Path) -> None:
@@ -16,13 +20,8 @@ def run(config: Any, workdir: pathlib.Path) -> None:
         DataError: the checkpoint can't be read or is another network's, or the output can't be written.
     """
     del workdir
-    for field in ("checkpoint", "output"):
-        if not config[field]:
-            raise ConfigError(f"{field} is not set: give --config.{field}=PATH")
-    options = {part: config.model.get(part) for part in opening.PARTS}
-    if options["attention"] is not None:
-        options["attention"] = tuple(int(bool(flag)) for flag in options["attention"])
-    model = conversion.convert(
+    require_paths(config, "checkpoint", "output")
+    model = convert(
         config.checkpoint,
         config.output,
         layout=config.layout or None,
@@ -31,6 +30,73 @@ def run(config: Any, workdir: pathlib.Path) -> None:
         licence=config.licence,
         image_size=config.image_size,
         interpolation=config.data.interpolation or None,
-        **options,
+        **options_of(config),
     )
     print_once(f"{model.name}: {config.checkpoint} written to {config.output}")
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    layout: str | None = None,
+    keep_classifier: bool = True,
+    origin: str = "",
+    licence: str = "",
+    interpolation: str | None = None,
+    **options: Any,
+) -> Model:
+    """Exports weights.
+
+    Args:
+        source: see `open_weights`.
+        target: a file with the suffix `.safetensors`, `.pth` or `.pt`, or a folder that doesn't exist yet.
+        layout: of a file, see `torch_export.to_state_dict`; None takes fast-reid's names for a BNNeck and torchreid's
+            for others, where these code bases have the network.
+        keep_classifier: keep the training identities' classifier.
+        origin: for a folder's card: where the weights come from; default the source's path.
+        licence: for a folder's card.
+        interpolation: for a folder's card: filter that resizes the images; None: as the weights say.
+        **options: options of `models.build` that the weights don't tell; None means: as they say.
+
+    Returns:
+        The network.
+
+    Raises:
+        ConfigError: the network isn't told, or the layout has no such network.
+        DataError: the source can't be read or belongs to another network, or the target can't be written.
+    """
+    weights = open_weights(source)
+    model = weights.model(**options, num_classes=weights.num_classes if keep_classifier else 0)
+    params, stats = weights.arrays(model)
+    if pathlib.Path(target).suffix in torch_export.SUFFIXES:
+        layout = layout or _usual_layout(model)
+        arrays = torch_export.to_state_dict(params, stats, model, layout=layout, batches=weights.batches)
+        torch_export.save(target, arrays)
+        return model
+    if layout is not None:
+        suffixes = ", ".join(torch_export.SUFFIXES)
+        raise ConfigError(f"{target}: layout={layout!r} is for a file: give it one of the suffixes {suffixes}")
+    card = folder.Card(
+        model,
+        mean=weights.mean,
+        std=weights.std,
+        interpolation=interpolation or weights.interpolation,
+        source=origin or str(source),
+        licence=licence,
+    )
+    folder.save(target, params, stats, card)
+    return model
+
+
+def _usual_layout(model: Model) -> str:
+    """fast-reid's names for its kind of head, else the first layout that has the network.
+
+    Raises:
+        ConfigError: none has.
+    """
+    preferred = sorted(torch_export.EXPORTS, key=lambda name: model.neck == "bnneck" and name != "fastreid")
+    for name in preferred:
+        if torch_export.fits(model, name):
+            return name
+    raise ConfigError(f"model {model.name} fits no PyTorch code base: export it as a folder (a path without a suffix)")

@@ -7,13 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.data.records import Record
-from dmosnet_jax.export.opening import open_weights
-from dmosnet_jax.recipes import scoring
-from dmosnet_jax.recipes.weights import as_trained, build_for
+from dmosnet_jax.recipes.network import open_network, require_paths
+from dmosnet_jax.recipes.scoring import make_extractor
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
@@ -33,13 +32,10 @@ class ImageFiles:
 
     @property
     def pids(self) -> np.ndarray:
-        """int32 [N] of -1: identities are not known."""
+        """int32 [N] of -1: neither identities nor cameras are known."""
         return np.full(len(self.files), -1, np.int32)
 
-    @property
-    def camids(self) -> np.ndarray:
-        """int32 [N] of -1: cameras are not known."""
-        return np.full(len(self.files), -1, np.int32)
+    camids = pids
 
     def record(self, index: int) -> Record:
         """The file's bytes.
@@ -88,15 +84,10 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         DataError: images or checkpoint missing or damaged.
     """
     del workdir
-    for field in ("images", "checkpoint", "output"):
-        if not config[field]:
-            raise ConfigError(f"{field} is not set: give --config.{field}=PATH")
+    require_paths(config, "images", "checkpoint", "output")
     images = find_images(config.images)
-    weights = open_weights(config.checkpoint)
-    config = as_trained(config, weights)
-    model = build_for(config, weights)
-    params, stats = weights.weights(model)
-    features = scoring.make_extractor(config, model, make_mesh())(params, stats, images)
+    network = open_network(config, config.checkpoint)
+    features = make_extractor(network.config, network.model, make_mesh())(network.params, network.stats, images)
     arrays = {"features": features, "files": np.asarray(images.files)}
     if jax.process_index() == 0:
         with atomic_write(config.output) as part, part.open("wb") as file:

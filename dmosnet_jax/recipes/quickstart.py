@@ -11,10 +11,10 @@ import numpy as np
 from dmosnet_jax.core.config import validate
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.parallel import make_mesh, print_once
-from dmosnet_jax.data.splits import split_names
+from dmosnet_jax.data.splits import Split, split_names
 from dmosnet_jax.evaluation import ranking
 from dmosnet_jax.recipes import scoring, spcl, supervised
-from dmosnet_jax.recipes.weights import as_trained, build_for
+from dmosnet_jax.recipes.network import as_trained, build_for
 from dmosnet_jax.train.metrics import write_json
 
 # What the stages take from the top of the config, so that one override reaches them all.
@@ -42,7 +42,10 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         validate(_stage(config, name))
     _make_data(config)
     untrained = _untrained(config)
-    stages: dict[str, Any] = {"chance": _chance(untrained.scorer, config.seed), "untrained": untrained.metrics()}
+    stages: dict[str, Any] = {
+        "chance": _chance(untrained.query, untrained.gallery, config.seed),
+        "untrained": scoring.metrics({config.dataset: untrained}),
+    }
     print_once("\n[2/3] pre-training without labels (SpCL)")
     stages["pretrained"] = spcl.run(_stage(config, "pretrain"), workdir / "pretrain")
     print_once("\n[3/3] fine-tuning with labels, from the pre-trained network")
@@ -94,20 +97,19 @@ def _make_data(config: Any) -> None:
 
 
 def _untrained(config: Any) -> scoring.Scores:
-    """Scores of the network as it is drawn."""
+    """Scores of the network as it is initialised."""
     model = build_for(config)
     params, stats = model.init(jax.random.key(config.seed))
-    scores = scoring.Scorer(config, model, make_mesh())(params, stats)
-    print_once(f"untrained {model.name}: {scoring.summary(scores.ranking.results())}")
+    [scores] = scoring.Scorer(config, model, make_mesh(), [config.dataset])(params, stats).values()
+    print_once(f"untrained {model.name}: {scoring.describe(scores.ranking.results())}")
     return scores
 
 
-def _chance(scorer: scoring.Scorer, seed: int) -> dict[str, float]:
+def _chance(query: Split, gallery: Split, seed: int) -> dict[str, float]:
     """Scores of random features: what a network that has learnt nothing gets."""
-    draw = np.random.default_rng(seed).normal
-    query, gallery = (draw(size=(len(split), 64)).astype(np.float32) for split in (scorer.query, scorer.gallery))
-    labels = (scorer.query.pids, scorer.gallery.pids, scorer.query.camids, scorer.gallery.camids)
-    result = ranking.evaluate(query, gallery, *labels)
+    normal = np.random.default_rng(seed).normal
+    first, second = (normal(size=(len(split), 64)).astype(np.float32) for split in (query, gallery))
+    result = ranking.evaluate(first, second, query.pids, gallery.pids, query.camids, gallery.camids)
     return {name: float(result[name]) for name in scoring.METRICS}
 
 

@@ -1,12 +1,15 @@
-"""Scores of a network on a data set's query and gallery, and the files that show them."""
+"""Scores of a network on the query and gallery of one or several data sets, and the files that show them."""
 
+import dataclasses
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dmosnet_jax.core.config import joined
 from dmosnet_jax.data.loading import ImageCache, Images
 from dmosnet_jax.data.splits import Split, load_split
 from dmosnet_jax.evaluation import ranking, report
@@ -16,97 +19,75 @@ from dmosnet_jax.evaluation.rerank import rerank
 from dmosnet_jax.models import Model
 from dmosnet_jax.train.metrics import read_rows, write_json
 
-RESULTS = "results.json"
+RESULTS, REPORT = "results.json", "report.html"
 METRICS = ("mAP", "rank1", "rank5", "rank10", "mINP")
-REPORT = "report.html"
+_TITLES = {"mAP": "mAP", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10", "mINP": "mINP"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Features and ranking of one set of weights on one data set."""
+
+    query: Split
+    gallery: Split
+    query_features: np.ndarray
+    gallery_features: np.ndarray
+    ranking: ranking.Ranking
+
+    @property
+    def labels(self) -> tuple[np.ndarray, ...]:
+        """Identities of query and gallery, and their cameras."""
+        return self.query.pids, self.gallery.pids, self.query.camids, self.gallery.camids
 
 
 class Scorer:
-    """Extracts and ranks query and gallery; reads the data once, for any number of evaluations."""
+    """Extracts and ranks the query and gallery of data sets; the data are opened once, for any number of scorings."""
 
     def __init__(
         self,
         config: Any,
         model: Model,
         mesh: Mesh,
+        names: Sequence[str],
         *,
         extractor: Extractor | None = None,
-        dataset: str | None = None,
-        label: str = "",
+        keep_images: bool = False,
     ):
-        """Opens a data set's query and gallery.
+        """Opens the data sets.
 
         Args:
             config: the run's config.
             model: the network.
             mesh: the devices.
+            names: of the data sets.
             extractor: None: one with the config's sizes.
-            dataset: None: the config's.
-            label: what the progress bars' names begin with.
+            keep_images: keep decoded images in host memory, where they fit.
 
         Raises:
-            DataError: the data set is not there.
+            DataError: a data set is not there.
         """
-        self._config, self._label = config, label
-        self.query = load_split(config.data_dir, dataset or config.dataset, "query")
-        self.gallery = load_split(config.data_dir, dataset or config.dataset, "gallery")
         self._extract = extractor or make_extractor(config, model, mesh)
-        self._caches: dict[str, ImageCache | None] = {}
+        self._splits = {
+            name: [load_split(config.data_dir, name, split) for split in ("query", "gallery")] for name in names
+        }
+        self._caches = {
+            name: [image_cache(config, split) if keep_images else None for split in splits]
+            for name, splits in self._splits.items()
+        }
 
-    def keep_images(self) -> None:
-        """Keeps decoded images in host memory, for repeated evaluations of small sets."""
-        for split in (self.query, self.gallery):
-            self._caches[split.split] = image_cache(self._config, split)
+    def __call__(self, params: Any, stats: Any) -> dict[str, Scores]:
+        """Scores of one set of weights, by data set."""
+        return {name: self._score(name, params, stats) for name in self._splits}
 
-    def __call__(self, params: Any, stats: Any) -> "Scores":
-        """Features and ranking of one set of weights."""
-        features = [
-            self._extract(params, stats, split, label=self._label + split.split, cache=self._caches.get(split.split))
-            for split in (self.query, self.gallery)
-        ]
-        ranked = ranking.evaluate(*features, *self._labels())
-        return Scores(self, features[0], features[1], ranked)
-
-    def _labels(self) -> tuple[np.ndarray, ...]:
-        return self.query.pids, self.gallery.pids, self.query.camids, self.gallery.camids
-
-    def rank_again(self, scores: "Scores") -> ranking.Ranking:
-        """The ranking after k-reciprocal re-ranking (Zhong et al. 2017)."""
-        reranked = rerank(scores.query_features, scores.gallery_features)
-        return ranking.evaluate(None, None, *self._labels(), distance=reranked)
-
-    def rank_lists(self, scores: "Scores", count: int) -> list[report.RankList]:
-        """Rank-10 lists of queries spread evenly over the valid ones."""
-        valid = np.flatnonzero(scores.ranking.first_match > 0)
-        if not count or not valid.size:
-            return []
-        chosen = valid[np.linspace(0, valid.size - 1, min(count, valid.size)).round().astype(int)]
-        lists = ranking.ranking_lists(
-            scores.query_features, scores.gallery_features, *self._labels(), queries=chosen, top=10
+    def _score(self, name: str, params: Any, stats: Any) -> Scores:
+        query, gallery = self._splits[name]
+        prefix = f"{name} " if len(self._splits) > 1 else ""
+        first, second = (
+            self._extract(params, stats, split, label=prefix + split.split, cache=cache)
+            for split, cache in zip((query, gallery), self._caches[name], strict=True)
         )
-        return [
-            report.RankList(
-                self.query.record(int(query)).image,
-                _caption(self.query, int(query)),
-                [
-                    report.RankItem(self.gallery.record(int(row)).image, _caption(self.gallery, int(row)), bool(match))
-                    for row, match in zip(rows, matches, strict=True)
-                    if row >= 0
-                ],
-            )
-            for query, rows, matches in zip(lists.queries, lists.indices, lists.match, strict=True)
-        ]
-
-
-class Scores:
-    """Outcome of one evaluation: features, ranking, and the values that a log keeps."""
-
-    def __init__(self, scorer: Scorer, query: np.ndarray, gallery: np.ndarray, ranked: ranking.Ranking):
-        self.scorer, self.query_features, self.gallery_features, self.ranking = scorer, query, gallery, ranked
-
-    def metrics(self) -> dict[str, float]:
-        """mAP, rank1, rank5, rank10 and mINP as fractions."""
-        return {name: float(self.ranking[name]) for name in METRICS}
+        ranked = ranking.evaluate(first, second, query.pids, gallery.pids, query.camids, gallery.camids)
+        return Scores(query, gallery, first, second, ranked)
 
 
 def make_extractor(config: Any, model: Model, mesh: Mesh) -> Extractor:
@@ -130,61 +111,138 @@ def image_cache(config: Any, split: Images) -> ImageCache | None:
     return ImageCache.within(split, tuple(config.image_size), config.data.cache_mib * 2**20)
 
 
-def _caption(split: Split, row: int) -> str:
-    return f"id {split.pids[row]}, camera {split.camids[row]}"
+def metrics(scores: Mapping[str, Scores]) -> dict[str, float]:
+    """The values that a log keeps: `mAP`, `rank1`, ...; of several data sets their means, and `<name>/mAP`, ... too."""
+    each = {name: {metric: float(found.ranking[metric]) for metric in METRICS} for name, found in scores.items()}
+    values = {metric: float(np.mean([found[metric] for found in each.values()])) for metric in METRICS}
+    if len(each) > 1:
+        values |= {f"{name}/{metric}": value for name, found in each.items() for metric, value in found.items()}
+    return values
 
 
-def summary(results: dict[str, Any]) -> str:
-    """One line with the usual figures in percent."""
-    parts = [f"{name} {100 * results[key]:.2f}" for name, key in _SUMMARY]
+def summary(scores: Mapping[str, Scores]) -> str:
+    """MAP and rank-1 in one line, with those of each data set where there are several."""
+    found = metrics(scores)
+    text = f"mAP {100 * found['mAP']:.2f}  rank-1 {100 * found['rank1']:.2f}"
+    if len(scores) == 1:
+        return text
+    each = (f"{name} {100 * found[f'{name}/mAP']:.2f} / {100 * found[f'{name}/rank1']:.2f}" for name in scores)
+    return f"{text}  ({', '.join(each)})"
+
+
+def describe(results: Mapping[str, Any]) -> str:
+    """One line with the usual figures of a data set in percent, and the numbers of images."""
+    parts = [f"{title} {100 * results[metric]:.2f}" for metric, title in _TITLES.items()]
     counts = f"{results['num_valid_query']} of {results['num_query']} queries, {results['num_gallery']} gallery images"
     return f"{'  '.join(parts)}  ({counts})"
 
 
-_SUMMARY = (("mAP", "mAP"), ("rank-1", "rank1"), ("rank-5", "rank5"), ("rank-10", "rank10"), ("mINP", "mINP"))
-
-
 def publish(
-    scores: Scores,
-    workdir: pathlib.Path,
-    config: Any,
-    *,
-    title: str,
-    extra: dict[str, Any],
-    run: pathlib.Path | None = None,
+    scores: Mapping[str, Scores], workdir: pathlib.Path, config: Any, *, model: str, extra: dict[str, Any]
 ) -> dict[str, Any]:
-    """Prints the scores and writes `results.json` and `report.html` into the workdir.
+    """Prints the scores and writes `results.json` and `report.html`.
+
+    Of several data sets each gets them in a folder of its name, and the workdir a `results.json` with `datasets` (the
+    contents of each one's) and `mean`; then a table is printed.
 
     Args:
-        scores: the evaluation.
-        workdir: where to write.
+        scores: by data set.
+        workdir: where to write; its metrics are drawn in the reports.
         config: the run's config.
-        title: of the report.
+        model: name of the network.
         extra: further values for `results.json`.
-        run: the folder whose metrics the report shows; None: the workdir.
 
     Returns:
-        The contents of `results.json`.
+        The contents of the workdir's `results.json`.
     """
-    results = {**scores.ranking.results(), "interpolation": config.data.interpolation, **extra}
+    several, first_process = len(scores) > 1, jax.process_index() == 0
+    each = {}
+    for name, found in scores.items():
+        results = _results(found, config) | extra | {"model": model, "dataset": name}
+        each[name] = results
+        if first_process:
+            folder = workdir / name if several else workdir
+            folder.mkdir(parents=True, exist_ok=True)
+            print(f"{name}: " if several else "", end="")
+            _write(found, results, folder, config, run=workdir)
+    if not several:
+        return each[next(iter(scores))]
+    mean = {
+        metric: float(np.mean([found[metric] for found in each.values()]))
+        for metric in (*METRICS, *(f"reranked_{metric}" for metric in METRICS))
+        if all(metric in found for found in each.values())
+    }
+    results = {"datasets": each, "mean": mean, **extra, "model": model, "dataset": joined(list(scores))}
+    if first_process:
+        write_json(workdir / RESULTS, results)
+        print(f"\n{table(each, mean)}\n\nwritten: {workdir / RESULTS}")
+    return results
+
+
+def _results(scores: Scores, config: Any) -> dict[str, Any]:
+    results = {**scores.ranking.results(), "interpolation": config.data.interpolation}
     if config.eval.rerank:
-        again = scores.scorer.rank_again(scores)
+        distance = rerank(scores.query_features, scores.gallery_features)
+        again = ranking.evaluate(None, None, *scores.labels, distance=distance)
         results |= {f"reranked_{name}": float(again[name]) for name in METRICS}
-    if jax.process_index() != 0:
-        return results
-    write_json(workdir / RESULTS, results)
-    print(summary(results))
+    return results
+
+
+def _write(scores: Scores, results: dict[str, Any], folder: pathlib.Path, config: Any, *, run: pathlib.Path) -> None:
+    """Prints the results of one data set and writes its files; the report has the curves of `run`."""
+    write_json(folder / RESULTS, results)
+    print(describe(results))
     if config.eval.rerank:
         print(f"re-ranked: mAP {100 * results['reranked_mAP']:.2f}  rank-1 {100 * results['reranked_rank1']:.2f}")
     if config.eval.report:
         report.write_report(
-            workdir / REPORT,
-            title=title,
+            folder / REPORT,
+            title=f"{results['model']} on {results['dataset']}",
             results=results,
             cmc=scores.ranking.cmc,
-            curves=charts_from_metrics(read_rows((run or workdir) / "metrics.jsonl")),
-            rank_lists=scores.scorer.rank_lists(scores, config.eval.rank_lists),
+            curves=charts_from_metrics(read_rows(run / "metrics.jsonl")),
+            rank_lists=_rank_lists(scores, config.eval.rank_lists),
             config=config.to_dict(),
         )
-    print(f"written: {workdir / RESULTS}" + (f", {workdir / REPORT}" if config.eval.report else ""))
-    return results
+    print(f"written: {folder / RESULTS}" + (f", {folder / REPORT}" if config.eval.report else ""))
+
+
+def _rank_lists(scores: Scores, count: int) -> list[report.RankList]:
+    """Rank-10 lists of queries spread evenly over the valid ones."""
+    valid = np.flatnonzero(scores.ranking.first_match > 0)
+    if not count or not valid.size:
+        return []
+    chosen = valid[np.linspace(0, valid.size - 1, min(count, valid.size)).round().astype(int)]
+    lists = ranking.ranking_lists(
+        scores.query_features, scores.gallery_features, *scores.labels, queries=chosen, top=10
+    )
+
+    def shown(split: Split, row: int) -> tuple[bytes, str]:
+        return split.record(row).image, f"id {split.pids[row]}, camera {split.camids[row]}"
+
+    return [
+        report.RankList(
+            *shown(scores.query, int(query)),
+            [
+                report.RankItem(*shown(scores.gallery, int(row)), bool(match))
+                for row, match in zip(rows, matches, strict=True)
+                if row >= 0
+            ],
+        )
+        for query, rows, matches in zip(lists.queries, lists.indices, lists.match, strict=True)
+    ]
+
+
+def table(each: Mapping[str, Mapping[str, Any]], mean: Mapping[str, float]) -> str:
+    """Lines of a table in percent: a row for each data set, and their mean."""
+    columns = [(title, metric) for metric, title in _TITLES.items()]
+    if "reranked_mAP" in mean:
+        columns += [("mAP re-ranked", "reranked_mAP"), ("rank-1 re-ranked", "reranked_rank1")]
+    width = max(len(name) for name in (*each, "mean"))
+    head = "".join(f"{title:>{max(8, len(title) + 2)}}" for title, _ in columns)
+    lines = [f"{'':{width}}{head}{'queries':>10}{'gallery':>10}"]
+    for name, found in (*each.items(), ("mean", mean)):
+        cells = "".join(f"{100 * found[key]:{max(8, len(title) + 2)}.2f}" for title, key in columns)
+        counts = f"{found['num_valid_query']:>10,}{found['num_gallery']:>10,}" if "num_query" in found else ""
+        lines.append(f"{name:{width}}{cells}{counts}")
+    return "\n".join(lines)

@@ -21,9 +21,9 @@ from dmosnet_jax.data.pipeline import TrainStream
 from dmosnet_jax.data.samplers import class_epoch
 from dmosnet_jax.memory import cluster, hybrid
 from dmosnet_jax.recipes import feature_pass, pseudo_labels
-from dmosnet_jax.recipes.splits import training_images
+from dmosnet_jax.recipes.datasets import training_images
+from dmosnet_jax.recipes.network import settings_of
 from dmosnet_jax.recipes.training import Experiment, open_experiment, train
-from dmosnet_jax.recipes.weights import settings_of
 from dmosnet_jax.train.state import RunState, TrainState
 from dmosnet_jax.train.steps import Batch, Metrics, Step, spcl_step
 

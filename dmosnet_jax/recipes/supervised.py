@@ -6,7 +6,7 @@ from typing import Any
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data.samplers import identity_epoch
 from dmosnet_jax.data.splits import relabel
-from dmosnet_jax.recipes.splits import training_images
+from dmosnet_jax.recipes.datasets import training_images
 from dmosnet_jax.recipes.training import open_experiment, train
 from dmosnet_jax.train.steps import supervised_step
 

@@ -6,6 +6,7 @@ A recipe calls `open_experiment`, says what an epoch and a step are, and hands a
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -24,12 +25,11 @@ from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.pipeline import TrainStream
 from dmosnet_jax.data.splits import Rows
 from dmosnet_jax.evaluation.extract import Extractor
-from dmosnet_jax.export import opening
-from dmosnet_jax.export.opening import describe_run, open_weights
+from dmosnet_jax.export.weights import PARTS, Weights, describe_run, open_weights
 from dmosnet_jax.models import Model
-from dmosnet_jax.recipes import scoring, targets
-from dmosnet_jax.recipes.splits import chosen_rows, evaluated
-from dmosnet_jax.recipes.weights import HEAD, as_trained, build_for, settings_of, start_from
+from dmosnet_jax.recipes import scoring
+from dmosnet_jax.recipes.datasets import chosen_rows, evaluated
+from dmosnet_jax.recipes.network import HEAD, as_trained, build_for, settings_of
 from dmosnet_jax.train import loop, optim
 from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train.checkpoints import Checkpoints, latest_meta
@@ -48,7 +48,7 @@ class Experiment:
         workdir: of the run.
         images: the training images.
         mesh: the devices.
-        weights: what the network starts from, or a description of the run that goes on; None: drawn.
+        weights: what the network starts from, or a description of the run that goes on; None: a fresh network.
         model: the network.
         schedule: lengths and intervals.
         optimiser: with its learning rate.
@@ -60,7 +60,7 @@ class Experiment:
     workdir: pathlib.Path
     images: Rows
     mesh: Mesh
-    weights: opening.Opened | None
+    weights: Weights | None
     model: Model
     schedule: Schedule
     optimiser: optax.GradientTransformation
@@ -71,7 +71,7 @@ class Experiment:
         """What a checkpoint keeps beside the arrays; see `RunState`."""
         return {
             "model": settings_of(self.model),
-            "config": _plain(self.config),
+            "config": as_json(self.config),
             "loop": loop_values,
             "lengths": self.lengths(),
         }
@@ -116,7 +116,7 @@ def open_experiment(config: Any, workdir: pathlib.Path, images: Rows, *, num_cla
         DataError: weights missing or damaged.
     """
     begun = latest_meta(workdir)
-    weights: opening.Opened | None = None
+    weights = None
     if begun is not None:
         weights = describe_run(workdir, begun)
     elif config.pretrained:
@@ -124,7 +124,7 @@ def open_experiment(config: Any, workdir: pathlib.Path, images: Rows, *, num_cla
     config = as_trained(config, weights)
     mesh = make_mesh()
     check_batch(config.batch_size, mesh)
-    model = build_for(config, weights, num_classes=num_classes, free=HEAD if begun is None else opening.PARTS)
+    model = build_for(config, weights, num_classes=num_classes, free=HEAD if begun is None else PARTS)
     schedule = _schedule(config, images)
     rate = optim.learning_rate(
         config.optim,
@@ -180,26 +180,36 @@ def train(experiment: Experiment, step: Step, begin_epoch: BeginEpoch, *, prepar
         DataError: the workdir holds another run.
         StoppedError: a signal came; the state is saved.
     """
-    workdir, mesh = experiment.workdir, experiment.mesh
+    workdir, mesh, config = experiment.workdir, experiment.mesh, experiment.config
     workdir.mkdir(parents=True, exist_ok=True)
-    score = _Scoring(experiment)
-    with locked(workdir), contextlib.closing(Checkpoints(workdir, keep=experiment.config.train.keep)) as store:
+    names = evaluated(config)
+    scorer = scoring.Scorer(config, experiment.model, mesh, names, extractor=experiment.extractor, keep_images=True)
+    latest: dict[str, scoring.Scores] = {}
+
+    def evaluate(run: RunState, epoch: int) -> Mapping[str, float] | None:
+        if not names:
+            return None
+        latest.update(scorer(run.state.params, run.state.stats))
+        print_once(f"epoch {epoch}: {scoring.summary(latest)}")
+        return scoring.metrics(latest)
+
+    with locked(workdir), contextlib.closing(Checkpoints(workdir, keep=config.train.keep)) as store:
         run = _begin_or_go_on(experiment, store, prepare or (lambda state, kept: (state, {})))
         if jax.process_index() == 0:
-            write_json(workdir / "config.json", _plain(experiment.config))
-        recipe = loop.Recipe(compile_step(step, run.state, mesh), begin_epoch, score, experiment.images.filenames)
+            write_json(workdir / "config.json", as_json(config))
+        recipe = loop.Recipe(compile_step(step, run.state, mesh), begin_epoch, evaluate, experiment.images.filenames)
         run = loop.train(
-            run,
-            recipe,
-            experiment.schedule,
-            store,
-            mesh=mesh,
-            workdir=workdir,
-            batch_size=experiment.config.batch_size,
+            run, recipe, experiment.schedule, store, mesh=mesh, workdir=workdir, batch_size=config.batch_size
         )
         store.wait()
         print_once(f"trained {int(run.state.step)} steps; checkpoints in {workdir / 'checkpoints'}")
-        return score.publish(run)
+        if not names:
+            return {}
+        if not latest:
+            # An earlier process finished the last epoch.
+            evaluate(run, experiment.schedule.epochs)
+        extra = {"step": int(run.state.step), "with_val": bool(config.get("with_val"))}
+        return scoring.publish(latest, workdir, config, model=experiment.model.name, extra=extra)
 
 
 def _begin_or_go_on(experiment: Experiment, store: Checkpoints, prepare: Prepare) -> RunState:
@@ -217,7 +227,7 @@ def _begin_or_go_on(experiment: Experiment, store: Checkpoints, prepare: Prepare
     if experiment.weights is None:
         params, stats = model.init(key)
     else:
-        params, stats, fresh = start_from(experiment.weights, model, key)
+        params, stats, fresh = experiment.weights.start(model, key)
         print_once(f"starts from {experiment.weights.path}" + (f"; drawn afresh: {', '.join(fresh)}" if fresh else ""))
     state = train_state.create(params, stats, optimiser, seed=experiment.config.seed, mesh=experiment.mesh)
     print_once(
@@ -233,11 +243,11 @@ def _begin_or_go_on(experiment: Experiment, store: Checkpoints, prepare: Prepare
 
 def _check_same_run(experiment: Experiment, meta: Mapping[str, Any], step: int) -> None:
     """Refuses to continue a run under settings that would make it another one, and tells what else has changed."""
-    now, then = _plain(settings_of(experiment.model)), meta.get("model", {})
+    now, then = as_json(settings_of(experiment.model)), meta.get("model", {})
     changed = [
         f"model.{k}={now[k]!r} (was {then[k]!r})" for k in now if k in then and k != "dtype" and now[k] != then[k]
     ]
-    config, before = _plain(experiment.config), dict(meta.get("config", {}))
+    config, before = as_json(experiment.config), dict(meta.get("config", {}))
     for fields in (config, before):
         # A tuple of names is the same as names joined by +.
         fields.setdefault("with_val", False)
@@ -255,43 +265,6 @@ def _check_same_run(experiment: Experiment, meta: Mapping[str, Any], step: int) 
         print_once(f"goes on with {', '.join(found[TOLD])}")
 
 
-class _Scoring:
-    """Scores a run on the data sets of its config that have queries; the data are read once."""
-
-    def __init__(self, experiment: Experiment):
-        self._experiment, self._names = experiment, evaluated(experiment.config)
-        self._targets: targets.Targets | None = None
-        self._last: dict[str, scoring.Scores] | None = None
-
-    def __call__(self, run: RunState, epoch: int) -> Mapping[str, float] | None:
-        """See `loop.Recipe.evaluate`."""
-        if not self._names:
-            return None
-        if self._targets is None:
-            experiment = self._experiment
-            self._targets = targets.Targets(
-                experiment.config, experiment.model, experiment.mesh, self._names, extractor=experiment.extractor
-            )
-            self._targets.keep_images()
-        self._last = self._targets(run.state.params, run.state.stats)
-        print_once(f"epoch {epoch}: {targets.summary(self._last)}")
-        return targets.metrics(self._last)
-
-    def publish(self, run: RunState) -> dict[str, Any]:
-        """Writes the last scores into the workdir; empty where there is nothing to score on."""
-        if not self._names:
-            return {}
-        experiment = self._experiment
-        if self._last is None:
-            # The last epoch was finished by an earlier process.
-            self(run, experiment.schedule.epochs)
-        assert self._last is not None
-        extra = {"step": int(run.state.step), "with_val": bool(experiment.config.get("with_val"))}
-        return targets.publish(
-            self._last, experiment.workdir, experiment.config, model=experiment.model.name, extra=extra
-        )
-
-
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Holds the workdir for this run; the system lets go when the process ends, however that happens.
@@ -302,28 +275,19 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     folder = os.open(workdir, os.O_RDONLY)
     try:
         if jax.process_index() == 0:
-            _lock(folder, workdir)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(folder)
+        raise ConfigError(f"{workdir}: another process works there: wait for it, or give another --workdir") from error
+    except OSError:
+        # Some network file systems have no locks; there it is up to the user.
+        pass
+    try:
         yield
     finally:
         os.close(folder)
 
 
-def _lock(folder: int, workdir: pathlib.Path) -> None:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ConfigError(f"{workdir}: another process works there: wait for it, or give another --workdir") from error
-    except OSError:
-        # Some network file systems have no locks; there it is up to the user.
-        return
-
-
-def _plain(value: Any) -> Any:
-    """A config as JSON values: tuples become lists, as they come back from a checkpoint."""
-    if hasattr(value, "to_dict"):
-        value = value.to_dict()
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
+def as_json(value: Any) -> dict[str, Any]:
+    """A config or other settings as JSON values: tuples become lists, as they come back from a checkpoint."""
+    return json.loads(json.dumps(value.to_dict() if hasattr(value, "to_dict") else value))

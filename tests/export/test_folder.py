@@ -1,6 +1,7 @@
 """Exported folders: what is written is read back, and every kind of damage is one line."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 
@@ -10,7 +11,7 @@ import pytest
 
 from dmosnet_jax import models
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.export import folder
+from dmosnet_jax.export import folder, torch_import
 from tests.models.drawn import draw_tree
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -22,7 +23,7 @@ def saved(tmp_path_factory):
     model = models.build("dmosnet_ibn_x0_25", attention=(0, 1, 0), pool="gem", image_size=(128, 64), num_classes=3)
     rng = np.random.default_rng(0)
     params, stats = (draw_tree(tree, rng) for tree in model.shapes())
-    card = folder.Card.of(model, mean=MEAN, std=STD, source="drawn", licence="CC0")
+    card = folder.Card(model, mean=MEAN, std=STD, source="drawn", licence="CC0")
     folder.save(path, params, stats, card)
     return path, params, stats, card
 
@@ -47,7 +48,8 @@ def test_round_trip_is_bit_identical(exported):
 
 def test_card_says_what_a_user_needs(exported):
     path, *_ = exported
-    values = json.loads((path / "model.json").read_text())
+    values = json.loads((path / "config.json").read_text())
+    assert values.pop("sha256") == hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
     assert values == {
         "format": 1,
         "name": "dmosnet_ibn_x0_25",
@@ -67,12 +69,11 @@ def test_card_says_what_a_user_needs(exported):
     }
 
 
-def test_folders_from_before_the_filter_was_recorded_are_bicubic(exported):
-    path, *_, card = exported
-    values = json.loads((path / "model.json").read_text())
-    del values["interpolation"]
-    (path / "model.json").write_text(json.dumps(values))
-    assert folder.load(path)[2] == card
+def test_the_weights_are_a_pytorch_file_too(exported):
+    path, params, stats, card = exported
+    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]
+    found = torch_import.convert(torch_import.load(path / "model.safetensors"), card.model)
+    jax.tree.map(np.testing.assert_array_equal, found, (params, stats))
 
 
 def test_arrays_of_another_model_are_refused_with_all_differences(tmp_path, rng):
@@ -82,7 +83,7 @@ def test_arrays_of_another_model_are_refused_with_all_differences(tmp_path, rng)
     params["conv5"]["conv"]["kernel"] = np.zeros((1, 1, 128, 7), np.float32)
     stats["extra"] = {"mean": np.zeros(3, np.float32)}
     with pytest.raises(DataError) as caught:
-        folder.save(tmp_path / "model", params, stats, folder.Card.of(model, mean=MEAN, std=STD))
+        folder.save(tmp_path / "model", params, stats, folder.Card(model, mean=MEAN, std=STD))
     for part in ("missing bottleneck.scale", "missing bottleneck.bias", "conv5.conv.kernel has shape", "extra.mean"):
         assert part in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -90,10 +91,10 @@ def test_arrays_of_another_model_are_refused_with_all_differences(tmp_path, rng)
 
 def test_an_existing_folder_is_not_overwritten(exported):
     path, params, stats, card = exported
-    before = (path / "model.json").read_bytes()
+    before = (path / "config.json").read_bytes()
     with pytest.raises(DataError, match="exists already"):
         folder.save(path, params, stats, dataclasses.replace(card, source="other"))
-    assert (path / "model.json").read_bytes() == before
+    assert (path / "config.json").read_bytes() == before
 
 
 def test_an_unwritable_place(tmp_path, exported):
@@ -105,17 +106,18 @@ def test_an_unwritable_place(tmp_path, exported):
 
 def test_flipped_bits_and_missing_files_are_found(exported):
     path, *_ = exported
-    files = sorted(p for p in (path / "parameters").rglob("*") if p.is_file() and p.stat().st_size)
-    for file in files:
-        sound = file.read_bytes()
-        damaged = bytearray(sound)
-        damaged[len(damaged) // 2] ^= 0x10
-        for data in (bytes(damaged), sound[:-1], None):
-            file.unlink() if data is None else file.write_bytes(data)
-            with pytest.raises(DataError, match="is damaged") as caught:
-                folder.load(path)
-            assert "\n" not in str(caught.value)
-        file.write_bytes(sound)
+    file = path / "model.safetensors"
+    sound = file.read_bytes()
+    flipped = []
+    for position in (0, 20, len(sound) // 2, len(sound) - 1):
+        flipped.append(bytearray(sound))
+        flipped[-1][position] ^= 0x10
+    for data in (*map(bytes, flipped), sound[:-1], b"", None):
+        file.unlink() if data is None else file.write_bytes(data)
+        with pytest.raises(DataError, match="is damaged") as caught:
+            folder.load(path)
+        assert "\n" not in str(caught.value)
+    file.write_bytes(sound)
     folder.load(path)
 
 
@@ -125,24 +127,25 @@ def test_flipped_bits_and_missing_files_are_found(exported):
         ({"name": "osnet_x9"}, "model.name='osnet_x9' is not known"),
         ({"name": 3}, "model.name=3 is not known"),
         ({"image_size": [100, 64]}, "the height must be a multiple"),
-        ({"image_size": 5}, "model.json"),
+        ({"image_size": 5}, "config.json"),
         ({"mean": [1, 2]}, "mean=.1, 2. must be three numbers"),
         ({"mean": "grey"}, "mean='grey' must be three numbers"),
         ({"std": [0.1, 0, 0.1]}, "std=.* must be three numbers"),
         ({"interpolation": "nearest"}, "interpolation='nearest' must be one of bilinear, bicubic"),
         ({"feature_dim": 512}, "feature_dim=512 is 128"),
-        ({"num_classes": "many"}, "model.json"),
-        ({"num_classes": 4}, "has shape"),
+        ({"num_classes": "many"}, "config.json"),
+        ({"num_classes": 4}, "misshapen: classifier.weight"),
         ({"name": "osnet_x0_25", "attention": [0, 0, 0]}, "unexpected"),
         ({"format": 2}, "is not of format 1"),
         ({"format": None}, "is not of format 1"),
         ({"colour": "red"}, "missing or unknown fields: colour"),
+        ({"sha256": "0"}, "is damaged .the checksum of model.safetensors differs"),
     ],
 )
 def test_cards_that_do_not_fit(exported, change, message):
     path, *_ = exported
-    values = json.loads((path / "model.json").read_text())
-    (path / "model.json").write_text(json.dumps(values | change))
+    values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(values | change))
     with pytest.raises(DataError, match=message) as caught:
         folder.load(path)
     assert "\n" not in str(caught.value)
@@ -151,12 +154,12 @@ def test_cards_that_do_not_fit(exported, change, message):
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00\xff", '"name"'])
 def test_damaged_cards(exported, text):
     path, *_ = exported
-    (path / "model.json").write_text(text, encoding="latin-1")
-    with pytest.raises(DataError, match=r"model\.json: is (damaged|not of format 1)"):
+    (path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(DataError, match=r"config\.json: is (damaged|not of format 1)"):
         folder.load(path)
 
 
 def test_no_folder(tmp_path):
     assert not folder.is_folder(tmp_path)
-    with pytest.raises(DataError, match=r"model\.json: can't be read"):
+    with pytest.raises(DataError, match=r"config\.json: can't be read"):
         folder.load(tmp_path)

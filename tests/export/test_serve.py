@@ -18,7 +18,9 @@ from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.data import augment, transforms
 from dmosnet_jax.evaluation import ranking
-from dmosnet_jax.export import conversion, folder, opening, torch_export
+from dmosnet_jax.export import folder, torch_export
+from dmosnet_jax.export.weights import PARTS, open_weights
+from dmosnet_jax.recipes.export import convert
 from dmosnet_jax.train import checkpoints
 from dmosnet_jax.train import state as train_state
 from tests.models.drawn import draw_tree
@@ -38,7 +40,7 @@ def saved(tmp_path_factory):
     """A folder, and its model and weights."""
     model, params, stats = _drawn()
     path = tmp_path_factory.mktemp("export") / "model"
-    folder.save(path, params, stats, folder.Card.of(model, mean=MEAN, std=STD))
+    folder.save(path, params, stats, folder.Card(model, mean=MEAN, std=STD))
     return path, model, params, stats
 
 
@@ -141,14 +143,14 @@ def test_pytorch_files_tell_their_network(tmp_path, arrays):
     assert (loaded.model.name, loaded.model.attention, loaded.model.pool) == ("dmosnet_x0_25", (1, 0, 0), "gem")
     assert loaded.model.num_classes == 0
     assert (loaded.mean, loaded.std) == (augment.IMAGENET_MEAN, augment.IMAGENET_STD)
-    assert opening.open_weights(path).options["neck"] == "bnneck"
+    assert open_weights(path).options["neck"] == "bnneck"
 
 
 def test_a_run_tells_its_network_size_and_pixels(tmp_path):
     model, params, stats = _drawn("osnet_ibn_x0_25", neck="fc", num_classes=3)
     state = train_state.create(params, stats, optax.sgd(0.1), seed=0, mesh=make_mesh(jax.devices()[:1]))
     store = checkpoints.Checkpoints(tmp_path / "run")
-    described = {name: getattr(model, name) for name in (*opening.PARTS, "image_size")}
+    described = {name: getattr(model, name) for name in (*PARTS, "image_size")}
     meta = {"model": described, "config": {"pixel_mean": MEAN, "pixel_std": STD}, "loop": {}}
     store.save(state, meta)
     store.close()
@@ -171,8 +173,8 @@ def test_the_filter_is_that_of_the_weights(tmp_path, rng):
     assert np.abs(found["fastreid"](picture) - found["torchreid"](picture)).max() > 1e-3
     chosen = dmosnet_jax.load(tmp_path / "torchreid.pth", image_size=SIZE, interpolation="bicubic")
     np.testing.assert_array_equal(chosen(picture), found["fastreid"](picture))
-    conversion.convert(tmp_path / "torchreid.pth", tmp_path / "folder", image_size=SIZE)
-    card = json.loads((tmp_path / "folder" / "model.json").read_text())
+    convert(tmp_path / "torchreid.pth", tmp_path / "folder", image_size=SIZE)
+    card = json.loads((tmp_path / "folder" / "config.json").read_text())
     assert card["interpolation"] == dmosnet_jax.load(tmp_path / "folder").interpolation == "bilinear"
     with pytest.raises(ConfigError, match="interpolation='nearest' is not known: use one of bilinear, bicubic"):
         dmosnet_jax.load(tmp_path / "folder", interpolation="nearest")

@@ -10,7 +10,7 @@ import pytest
 
 from dmosnet_jax import models
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.export import layouts, torch_import
+from dmosnet_jax.export import identify, layouts, torch_import
 
 
 def _drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -50,10 +50,10 @@ def test_golden_files_hold_the_drawn_weights(shared, filename):
 def test_golden_files_convert_leaf_by_leaf(shared, filename):
     _, model_name, layout, neck = GOLDENS[filename]
     state_dict = torch_import.load(shared(f"goldens/{filename}"))
-    assert torch_import.layout(state_dict) == layout
-    assert torch_import.infer_neck(state_dict) == neck
-    assert torch_import.infer_pool(state_dict) == "avg"
-    classes = torch_import.infer_num_classes(state_dict)
+    assert layouts.recognise(state_dict).name == layout
+    described = identify.describe(state_dict)
+    assert (described["neck"], described["pool"]) == (neck, "avg")
+    classes = identify.infer_num_classes(state_dict)
     model = models.build(model_name, neck=neck, num_classes=classes)
     result = torch_import.plan(state_dict, model)
     assert (result.layout, result.left_out, result.unused) == (layout, (), ())
@@ -76,7 +76,7 @@ def test_golden_files_convert_leaf_by_leaf(shared, filename):
 @pytest.mark.parametrize("dataset", ["market1501", "msmt17"])
 def test_real_files_fit_a_model_without_classifier(shared, dataset):
     state_dict = torch_import.load(shared(f"weights/osnet_x0_25_{dataset}.pth"))
-    assert torch_import.infer_num_classes(state_dict) == {"market1501": 751, "msmt17": 1041}[dataset]
+    assert identify.infer_num_classes(state_dict) == {"market1501": 751, "msmt17": 1041}[dataset]
     result = torch_import.plan(state_dict, models.build("osnet_x0_25", neck="fc"))
     assert result.unused == ("classifier.weight", "classifier.bias")
     assert result.left_out == ()
@@ -127,9 +127,9 @@ def test_layouts_are_recognised_and_renamed(small_weights, small_model, layout):
     weights = small_weights(*NAMES[layout])
     wrapped = {f"module.{name}": value for name, value in weights.items()}
     for state_dict in (weights, wrapped):
-        assert torch_import.layout(state_dict) == layout
-        assert torch_import.infer_neck(state_dict) == "bnneck"
-        assert torch_import.infer_num_classes(state_dict) == 5
+        assert layouts.recognise(state_dict).name == layout
+        assert identify.describe(state_dict)["neck"] == "bnneck"
+        assert identify.infer_num_classes(state_dict) == 5
         _assert_trees(torch_import.convert(state_dict, small_model()), _expected(weights, *NAMES[layout]))
 
 
@@ -168,7 +168,7 @@ def test_a_teacher_is_preferred_to_its_student(small_weights, small_model):
     weights = small_weights(*NAMES["openunreid"])
     pair = {f"module.net.{name}": np.zeros_like(value) for name, value in weights.items()}
     pair |= {f"module.mean_net.{name}": value for name, value in weights.items()}
-    assert torch_import.layout(pair) == "openunreid"
+    assert layouts.recognise(pair).name == "openunreid"
     _assert_trees(torch_import.convert(pair, small_model()), _expected(weights, *NAMES["openunreid"]))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dmosnet_jax.export import torch_import
+from dmosnet_jax.export.identify import describe
 from dmosnet_jax.models import build, names
 from dmosnet_jax.models.attention import head_count
 from dmosnet_jax.models.osnet import CHANNELS
@@ -80,7 +81,7 @@ def test_torchreid_resnets_have_last_stride_two(rng, ibn):
         else peers.torchreid("resnet").resnet50(5, pretrained=False)
     )
     module, state = _drawn(module)
-    found = torch_import.describe(state)
+    found = describe(state)
     model = build(found["name"], image_size=SIZE, neck=found["neck"], variant=found["variant"])
     assert (model.variant, model.neck) == ("torchreid", "none")
     _assert_same_features(module, model, state, rng)
@@ -89,7 +90,7 @@ def test_torchreid_resnets_have_last_stride_two(rng, ibn):
 @pytest.mark.slow
 def test_spcl_resnet_has_padded_pool_and_last_stride_one(rng):
     module, state = _drawn(peers.spcl(peers.ResNet50("spcl", ibn=False)))
-    found = torch_import.describe(state)
+    found = describe(state)
     model = build(found["name"], image_size=SIZE, neck=found["neck"], variant=found["variant"], num_classes=5)
     assert (model.variant, model.neck) == ("spcl", "bnneck")
     _assert_same_features(module, model, state, rng)

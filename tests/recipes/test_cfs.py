@@ -16,7 +16,7 @@ from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.data import rankings
 from dmosnet_jax.data.splits import load_split
 from dmosnet_jax.evaluation.extract import Extractor
-from dmosnet_jax.export.opening import open_weights
+from dmosnet_jax.export.weights import open_weights
 from dmosnet_jax.recipes import cfs, chunks
 from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train.checkpoints import Checkpoints
@@ -110,7 +110,7 @@ def test_scores_are_the_cosine_of_the_two_embeddings(whole, proxies, split):
         opened = open_weights(folder)
         model = opened.model()
         extractor = Extractor(model, make_mesh(), batch_size=48, threads=0)
-        features.append(extractor(*opened.weights(model), split).astype(np.float64))
+        features.append(extractor(*opened.arrays(model), split).astype(np.float64))
     first, second = features
     expected = (first * second).sum(1) / np.sqrt((first**2).sum(1) * (second**2).sum(1))
     scores = rankings.read_scores(workdir / "scores.npz", split)

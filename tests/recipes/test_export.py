@@ -46,7 +46,7 @@ def test_the_folder_says_what_it_is_and_needs_no_config(cli, weights, tmp_path):
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     finished = cli.forked(CONFIG, f"--config.checkpoint={weights}", "--config.keep_classifier=False", *flags)
     assert finished.status == 0, finished.err
-    card = json.loads((folder / "model.json").read_text())
+    card = json.loads((folder / "config.json").read_text())
     expected = {
         "name": "dmosnet_x0_25",
         "num_classes": 0,

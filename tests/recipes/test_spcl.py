@@ -18,8 +18,8 @@ from dmosnet_jax.memory import cluster, hybrid, tables
 from dmosnet_jax.memory.clustering import TooFewClusteredError, host_memory
 from dmosnet_jax.models import Model
 from dmosnet_jax.recipes import feature_pass, pseudo_labels, spcl, training
+from dmosnet_jax.recipes.network import build_for
 from dmosnet_jax.recipes.spcl import refreshing
-from dmosnet_jax.recipes.weights import build_for
 from dmosnet_jax.train.checkpoints import Checkpoints
 
 

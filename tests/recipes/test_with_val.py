@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data.splits import load_split
-from dmosnet_jax.recipes.splits import training_images
+from dmosnet_jax.recipes.datasets import training_images
 from tests.recipes import small
 
 

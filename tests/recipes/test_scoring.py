@@ -9,7 +9,7 @@ import pytest
 
 from dmosnet_jax import models
 from dmosnet_jax.core.parallel import make_mesh
-from dmosnet_jax.recipes import targets
+from dmosnet_jax.recipes import scoring
 from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train.checkpoints import Checkpoints
 from tests.recipes import small
@@ -50,7 +50,7 @@ def results_in(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def test_several_targets_are_scored_as_each_alone(cli, flags, data_dir, checkpoint, tmp_path):
+def test_several_data_sets_are_scored_as_each_alone(cli, flags, data_dir, checkpoint, tmp_path):
     fields = {"checkpoint": checkpoint, "eval.report": True, "eval.rank_lists": 1}
     alone = {}
     for name in ("tiny", "other"):
@@ -82,14 +82,14 @@ def test_several_targets_are_scored_as_each_alone(cli, flags, data_dir, checkpoi
 
 
 def test_the_table_has_a_row_for_each_and_columns_that_align():
-    values = dict(zip(targets.METRICS, (0.5, 1.0, 1.0, 1.0, 0.25), strict=True))
+    values = dict(zip(scoring.METRICS, (0.5, 1.0, 1.0, 1.0, 0.25), strict=True))
     counts = {"num_query": 3_368, "num_valid_query": 3_367, "num_gallery": 15_913}
     each = {"market1501": values | counts, "msmt17_with_a_long_name": values | counts}
-    lines = targets.table(each, values).splitlines()
+    lines = scoring.table(each, values).splitlines()
     assert [line.split()[0] for line in lines] == ["mAP", "market1501", "msmt17_with_a_long_name", "mean"]
     assert lines[1].split()[1:] == ["50.00", "100.00", "100.00", "100.00", "25.00", "3,367", "15,913"]
     again = {f"reranked_{name}": value / 2 for name, value in values.items()}
-    wide = targets.table({name: found | again for name, found in each.items()}, values | again).splitlines()
+    wide = scoring.table({name: found | again for name, found in each.items()}, values | again).splitlines()
     assert wide[1].split()[1:] == ["50.00", "100.00", "100.00", "100.00", "25.00", "25.00", "50.00", "3,367", "15,913"]
     for table in (lines, wide):
         assert len({len(line) for line in table[:-1]}) == 1

@@ -8,7 +8,9 @@ import pytest
 from dmosnet_jax import models
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.parallel import make_mesh
-from dmosnet_jax.export import conversion, folder, opening, torch_export, torch_import
+from dmosnet_jax.export import folder, layouts, torch_export, torch_import
+from dmosnet_jax.export.weights import PARTS
+from dmosnet_jax.recipes.export import convert
 from dmosnet_jax.train import checkpoints
 from dmosnet_jax.train import state as train_state
 from tests.models.drawn import draw_tree
@@ -24,11 +26,11 @@ def _identical(got, wanted):
 @pytest.mark.parametrize("weights", ["market1501", "msmt17"])
 def test_real_file_to_folder_and_back(shared, tmp_path, weights):
     original = shared(f"weights/osnet_x0_25_{weights}.pth")
-    model = conversion.convert(original, tmp_path / "model", licence="MIT")
+    model = convert(original, tmp_path / "model", licence="MIT")
     assert (model.name, model.neck) == ("osnet_x0_25", "fc")
     *_, card = folder.load(tmp_path / "model")
     assert (card.source, card.licence) == (str(original), "MIT")
-    conversion.convert(tmp_path / "model", tmp_path / "again.pth")
+    convert(tmp_path / "model", tmp_path / "again.pth")
     wanted = {k: v for k, v in torch_import.load(original).items() if not k.endswith("num_batches_tracked")}
     got = {k: v for k, v in torch_import.load(tmp_path / "again.pth").items() if not k.endswith("num_batches_tracked")}
     _identical(got, wanted)
@@ -36,7 +38,7 @@ def test_real_file_to_folder_and_back(shared, tmp_path, weights):
 
 def test_real_file_to_safetensors_is_bit_identical(shared, tmp_path):
     original = shared("weights/osnet_x0_25_market1501.pth")
-    conversion.convert(original, tmp_path / "x.safetensors")
+    convert(original, tmp_path / "x.safetensors")
     _identical(torch_import.load(tmp_path / "x.safetensors"), torch_import.load(original))
 
 
@@ -47,7 +49,7 @@ def run(tmp_path, rng):
     params, stats = (draw_tree(tree, rng) for tree in model.shapes())
     state = train_state.create(params, stats, optax.sgd(0.1), seed=0, mesh=make_mesh(jax.devices()[:1]))
     store = checkpoints.Checkpoints(tmp_path / "run")
-    described = {name: getattr(model, name) for name in (*opening.PARTS, "image_size")}
+    described = {name: getattr(model, name) for name in (*PARTS, "image_size")}
     store.save(state, {"model": described, "config": {"pixel_mean": (0.5, 0.5, 0.5)}, "loop": {}})
     store.close()
     return tmp_path / "run", model, params, stats
@@ -55,36 +57,36 @@ def run(tmp_path, rng):
 
 def test_a_run_becomes_a_fastreid_file_and_a_folder(run, tmp_path):
     path, model, params, stats = run
-    conversion.convert(path, tmp_path / "x.pth")
+    convert(path, tmp_path / "x.pth")
     state_dict = torch_import.load(tmp_path / "x.pth")
-    assert torch_import.layout(state_dict) == "fastreid"
+    assert layouts.recognise(state_dict).name == "fastreid"
     got = torch_import.convert(state_dict, model)
     jax.tree.map(np.testing.assert_array_equal, got, (params, stats))
 
-    conversion.convert(path, tmp_path / "model", keep_classifier=False)
+    convert(path, tmp_path / "model", keep_classifier=False)
     got_params, got_stats, card = folder.load(tmp_path / "model")
     del params["classifier"]
     jax.tree.map(np.testing.assert_array_equal, (got_params, got_stats), (params, stats))
-    assert (card.num_classes, card.image_size, card.mean) == (0, (64, 32), (0.5, 0.5, 0.5))
-    assert card.attention == (1, 0, 0)
+    assert (card.model.num_classes, card.model.image_size, card.mean) == (0, (64, 32), (0.5, 0.5, 0.5))
+    assert card.model.attention == (1, 0, 0)
 
 
 def test_what_can_not_be_written_is_refused_before_anything_is(run, tmp_path, rng):
     path, *_ = run
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ConfigError, match=r"layout='torchreid' has no GeM pooling .*: use layout=fastreid"):
-        conversion.convert(path, tmp_path / "x.pth", layout="torchreid")
+        convert(path, tmp_path / "x.pth", layout="torchreid")
     with pytest.raises(ConfigError, match="layout='fastreid' is for a file"):
-        conversion.convert(path, tmp_path / "model", layout="fastreid")
+        convert(path, tmp_path / "model", layout="fastreid")
     with pytest.raises(DataError, match="does not fit model osnet_x0_25"):
-        conversion.convert(path, tmp_path / "x.pth", name="osnet_x0_25", attention=(0, 0, 0))
+        convert(path, tmp_path / "x.pth", name="osnet_x0_25", attention=(0, 0, 0))
     assert sorted(tmp_path.iterdir()) == before
     model = models.build("resnet50", neck="fc", pool="gem")
     folder.save(
         tmp_path / "odd",
         *(draw_tree(tree, rng) for tree in model.shapes()),
-        folder.Card.of(model, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        folder.Card(model, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
     )
     with pytest.raises(ConfigError, match="resnet50 fits no PyTorch code base: export it as a folder"):
-        conversion.convert(tmp_path / "odd", tmp_path / "x.pth")
+        convert(tmp_path / "odd", tmp_path / "x.pth")
     assert torch_export.EXPORTS.keys() == {"torchreid", "fastreid", "openunreid", "spcl"}

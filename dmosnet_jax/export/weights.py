@@ -6,14 +6,14 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.trees import differences
 from dmosnet_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from dmosnet_jax.data.transforms import DEFAULT_FILTER
-from dmosnet_jax.export import folder, layouts, torch_import
-from dmosnet_jax.export.identify import infer_batches
+from dmosnet_jax.export import folder, identify, layouts, torch_import
 from dmosnet_jax.models import Model, build
 from dmosnet_jax.train import checkpoints
 
@@ -23,7 +23,7 @@ PARTS = ("name", "attention", "neck", "pool", "classifier", "variant")
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
+class Weights:
     """Weights, and what is known of their network.
 
     Attributes:
@@ -64,17 +64,15 @@ class Opened:
             raise ConfigError(f"{self.path}: does not tell its network: give name=NAME, one of models.names()")
         return build(**options)
 
-    def weights(self, model: Model) -> tuple[Tree, Tree]:
-        """`(params, stats)` as NumPy arrays for a model.
+    def arrays(self, model: Model) -> tuple[Tree, Tree]:
+        """`(params, stats)` as NumPy arrays for a model, which must fit but for a classifier that it does not have.
 
         Raises:
             DataError: they belong to another model; every difference is listed.
         """
         if self.state_dict is not None:
-            try:
-                return torch_import.convert(self.state_dict, model)
-            except DataError as error:
-                raise DataError(f"{self.path}: {error}") from error
+            found = self._plan(model)
+            return found.params, found.stats
         assert self.trees is not None
         params, stats = self.trees
         params = {name: part for name, part in params.items() if name != "classifier" or model.num_classes}
@@ -84,13 +82,50 @@ class Opened:
             raise DataError(f"{self.path}: does not fit model {model.name}: {'; '.join(problems)}")
         return params, stats
 
+    def start(self, model: Model, key: jax.Array) -> tuple[Tree, Tree, list[str]]:
+        """Arrays to start training from: the backbone must fit, a head that does not is initialised from the key.
 
-def open_weights(path: str | os.PathLike[str]) -> Opened:
+        Returns:
+            `(params, stats, initialised)`: `initialised` names the top-level parts that are not from the weights.
+
+        Raises:
+            DataError: the backbone belongs to another model; every difference is listed.
+        """
+        params, stats = model.init(key)
+        if self.state_dict is not None:
+            found = self._plan(model, missing_ok=torch_import.HEADS, unexpected_ok=torch_import.HEADS)
+            initialised = {name.split(".")[0] for name in found.left_out}
+            return torch_import.fill(params, found.params), torch_import.fill(stats, found.stats), sorted(initialised)
+        assert self.trees is not None
+        problems, initialised = [], set()
+        for fresh, tree in zip((params, stats), self.trees, strict=True):
+            problems += [f"unexpected {name}" for name in set(tree) - set(fresh) - set(torch_import.HEADS)]
+            for name in fresh:
+                wrong = differences({name: fresh[name]}, {name: tree[name]} if name in tree else {})
+                if not wrong:
+                    fresh[name] = tree[name]
+                elif name in torch_import.HEADS:
+                    initialised.add(name)
+                else:
+                    problems += wrong
+        if problems:
+            raise DataError(f"{self.path}: checkpoint does not fit model {model.name}: {'; '.join(problems)}")
+        return params, stats, sorted(initialised)
+
+    def _plan(self, model: Model, **allowed: Any) -> torch_import.Conversion:
+        assert self.state_dict is not None
+        try:
+            return torch_import.plan(self.state_dict, model, **allowed)
+        except DataError as error:
+            raise DataError(f"{self.path}: {error}") from error
+
+
+def open_weights(path: str | os.PathLike[str]) -> Weights:
     """Opens weights.
 
     Args:
-        path: a folder with a `model.json`; a run's workdir, its `checkpoints` folder, one step of it or
-            `checkpoints/best`; or a PyTorch or safetensors file.
+        path: an exported folder; a run's workdir, its `checkpoints` folder, one step of it or `checkpoints/best`; or a
+            PyTorch or safetensors file.
 
     Raises:
         DataError: nothing there, damaged, or refused.
@@ -98,35 +133,37 @@ def open_weights(path: str | os.PathLike[str]) -> Opened:
     where, place = str(path), pathlib.Path(path)
     if folder.is_folder(place):
         params, stats, card = folder.load(place)
+        options = {name: getattr(card.model, name) for name in (*PARTS, "image_size")}
         inputs = card.mean, card.std, card.interpolation
-        return Opened(where, card.options(), *inputs, card.num_classes, trees=(params, stats))
+        return Weights(where, options, *inputs, card.model.num_classes, trees=(params, stats))
     if place.is_dir() or place.name == checkpoints.BEST:
-        return _from_run(checkpoints.load_model(place))
+        saved = checkpoints.load_model(place)
+        kernel = saved.params.get("classifier", {}).get("kernel")
+        classes, trees = 0 if kernel is None else kernel.shape[1], (saved.params, saved.stats)
+        told = describe_run(saved.path, saved.meta)
+        return dataclasses.replace(told, num_classes=classes, batches=saved.step, trees=trees)
     state_dict = torch_import.load(path)
-    told = {name: value for name, value in torch_import.describe(state_dict).items() if value is not None}
-    counts = torch_import.infer_num_classes(state_dict), infer_batches(state_dict)
-    inputs = IMAGENET_MEAN, IMAGENET_STD, layouts.recognise(state_dict).interpolation
-    return Opened(where, told, *inputs, *counts, state_dict=state_dict)
-
-
-def describe_run(path: str | os.PathLike[str], meta: Mapping[str, Any]) -> Opened:
-    """What a checkpoint's JSON values tell of its network, without its arrays."""
-    described, config = meta.get("model", {}), meta.get("config", {})
-    options = {name: described[name] for name in (*PARTS, "image_size") if described.get(name) not in (None, "")}
-    mean, std = (tuple(config.get(field) or default) for field, default in _PIXELS)
-    # Checkpoints from before the filter was recorded were trained with the default.
-    interpolation = config.get("data", {}).get("interpolation") or DEFAULT_FILTER
-    return Opened(str(path), options, mean, std, interpolation, with_val=bool(config.get("with_val")))
-
-
-def _from_run(saved: checkpoints.SavedModel) -> Opened:
-    kernel = saved.params.get("classifier", {}).get("kernel")
-    return dataclasses.replace(
-        describe_run(saved.path, saved.meta),
-        num_classes=0 if kernel is None else kernel.shape[1],
-        batches=saved.step,
-        trees=(saved.params, saved.stats),
+    options = {name: value for name, value in identify.describe(state_dict).items() if value is not None}
+    return Weights(
+        where,
+        options,
+        interpolation=layouts.recognise(state_dict).interpolation,
+        num_classes=identify.infer_num_classes(state_dict),
+        batches=identify.infer_batches(state_dict),
+        state_dict=state_dict,
     )
 
 
-_PIXELS = (("pixel_mean", IMAGENET_MEAN), ("pixel_std", IMAGENET_STD))
+def describe_run(path: str | os.PathLike[str], meta: Mapping[str, Any]) -> Weights:
+    """What a checkpoint's JSON values tell of its network, without its arrays."""
+    described, config = meta.get("model", {}), meta.get("config", {})
+    options = {name: described[name] for name in (*PARTS, "image_size") if described.get(name) not in (None, "")}
+    return Weights(
+        str(path),
+        options,
+        mean=tuple(config.get("pixel_mean") or IMAGENET_MEAN),
+        std=tuple(config.get("pixel_std") or IMAGENET_STD),
+        # Checkpoints from before the filter was recorded were trained with the default.
+        interpolation=config.get("data", {}).get("interpolation") or DEFAULT_FILTER,
+        with_val=bool(config.get("with_val")),
+    )

@@ -12,8 +12,8 @@ from dmosnet_jax import models
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.core.trees import named_leaves
-from dmosnet_jax.export.opening import open_weights
-from dmosnet_jax.recipes import weights
+from dmosnet_jax.export.weights import open_weights
+from dmosnet_jax.recipes import network
 from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train.checkpoints import Checkpoints
 
@@ -32,7 +32,7 @@ def save(workdir, model, *, seed=1, **values):
     params, stats = model.init(jax.random.key(seed))
     state = train_state.create(params, stats, optax.identity(), seed=0, mesh=make_mesh(jax.devices()[:1]))
     store = Checkpoints(workdir)
-    store.save(state, {"model": weights.settings_of(model), "config": values, "loop": {}})
+    store.save(state, {"model": network.settings_of(model), "config": values, "loop": {}})
     store.close()
     return params, stats
 
@@ -48,13 +48,13 @@ def assert_same(found, expected, but=()):
 
 
 def test_without_weights_the_config_decides():
-    model = weights.build_for(config(name="osnet_x0_25", bn_group_size=0), num_classes=7)
+    model = network.build_for(config(name="osnet_x0_25", bn_group_size=0), num_classes=7)
     assert (model.name, model.num_classes, model.bn_group_size, model.image_size) == ("osnet_x0_25", 7, None, SIZE)
     assert (model.neck, model.pool, model.attention) == ("bnneck", "avg", (0, 0, 0))
-    assert weights.build_for(config(name="dmosnet_x0_25")).attention == (1, 0, 0)
-    assert weights.build_for(config(name="dmosnet_x0_25", attention=(False, 0, False))).attention == (0, 0, 0)
+    assert network.build_for(config(name="dmosnet_x0_25")).attention == (1, 0, 0)
+    assert network.build_for(config(name="dmosnet_x0_25", attention=(False, 0, False))).attention == (0, 0, 0)
     with pytest.raises(ConfigError, match=r"model\.name is not set and the weights do not say it"):
-        weights.build_for(config())
+        network.build_for(config())
 
 
 def test_a_checkpoint_tells_its_network(tmp_path):
@@ -66,12 +66,12 @@ def test_a_checkpoint_tells_its_network(tmp_path):
     asked = config()
     with asked.unlocked():
         asked.image_size = asked.pixel_mean = asked.pixel_std = None
-    filled = weights.as_trained(asked, opened)
+    filled = network.as_trained(asked, opened)
     assert tuple(filled.image_size) == (128, 64)
     assert (tuple(filled.pixel_mean), tuple(filled.pixel_std)) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    model = weights.build_for(filled, opened)
+    model = network.build_for(filled, opened)
     assert (model.name, model.attention, model.neck, model.pool) == ("dmosnet_x0_25", (1, 1, 0), "fc", "gem")
-    found_params, found_stats = opened.weights(model)
+    found_params, found_stats = opened.arrays(model)
     # The classifier stays behind: nobody evaluates with it.
     assert_same(found_params, {name: part for name, part in params.items() if name != "classifier"})
     assert_same(found_stats, stats)
@@ -88,7 +88,7 @@ def test_a_checkpoint_tells_its_network(tmp_path):
 def test_a_config_that_contradicts_the_checkpoint(tmp_path, asked, message):
     save(tmp_path, models.build("osnet_x0_25", image_size=SIZE))
     with pytest.raises(DataError, match=message) as error:
-        weights.build_for(config(**asked), open_weights(tmp_path))
+        network.build_for(config(**asked), open_weights(tmp_path))
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -97,9 +97,9 @@ def test_training_starts_from_the_backbone_and_draws_another_head(tmp_path):
     params, stats = save(tmp_path, models.build("osnet_x0_25", neck="fc", num_classes=5, image_size=SIZE))
     opened = open_weights(tmp_path)
     # The same head, another number of classes.
-    model = weights.build_for(config(), opened, num_classes=9, free=weights.HEAD)
+    model = network.build_for(config(), opened, num_classes=9, free=network.HEAD)
     assert model.neck == "fc"
-    found_params, found_stats, drawn = weights.start_from(opened, model, jax.random.key(0))
+    found_params, found_stats, drawn = opened.start(model, jax.random.key(0))
     assert drawn == ["classifier"]
     assert found_params["classifier"]["kernel"].shape == (512, 9)
     assert_same(
@@ -108,8 +108,8 @@ def test_training_starts_from_the_backbone_and_draws_another_head(tmp_path):
     )
     assert_same(found_stats, stats)
     # Another neck.
-    model = weights.build_for(config(neck="bnneck"), opened, num_classes=5, free=weights.HEAD)
-    found_params, found_stats, drawn = weights.start_from(opened, model, jax.random.key(0))
+    model = network.build_for(config(neck="bnneck"), opened, num_classes=5, free=network.HEAD)
+    found_params, found_stats, drawn = opened.start(model, jax.random.key(0))
     assert drawn == ["bottleneck", "classifier"]
     backbone = {name: part for name, part in params.items() if name not in ("fc", "classifier")}
     assert_same({name: found_params[name] for name in backbone}, backbone)
@@ -122,7 +122,7 @@ def test_a_network_of_another_kind_starts_nothing(tmp_path):
     opened = open_weights(tmp_path)
     other = models.build("dmosnet_x0_25", image_size=SIZE)
     with pytest.raises(DataError, match=r"checkpoint does not fit model dmosnet_x0_25: .*missing conv2") as error:
-        weights.start_from(opened, other, jax.random.key(0))
+        opened.start(other, jax.random.key(0))
     assert "\n" not in str(error.value)
 
 
@@ -143,23 +143,23 @@ def torchreid_file(path, *, classes):
 def test_training_starts_from_a_pytorch_file(tmp_path):
     params, stats = torchreid_file(tmp_path / "weights.safetensors", classes=5)
     opened = open_weights(tmp_path / "weights.safetensors")
-    model = weights.build_for(config(name="osnet_x0_25"), opened, num_classes=5, free=weights.HEAD)
+    model = network.build_for(config(name="osnet_x0_25"), opened, num_classes=5, free=network.HEAD)
     assert model.neck == "fc"
-    found_params, found_stats, drawn = weights.start_from(opened, model, jax.random.key(0))
+    found_params, found_stats, drawn = opened.start(model, jax.random.key(0))
     assert drawn == []
     assert_same(found_params, params)
     assert_same(found_stats, stats)
-    model = weights.build_for(config(name="osnet_x0_25"), opened, num_classes=8, free=weights.HEAD)
-    found_params, _, drawn = weights.start_from(opened, model, jax.random.key(0))
+    model = network.build_for(config(name="osnet_x0_25"), opened, num_classes=8, free=network.HEAD)
+    found_params, _, drawn = opened.start(model, jax.random.key(0))
     assert drawn == ["classifier"]
     assert_same(found_params, params | {"classifier": model.init(jax.random.key(0))[0]["classifier"]})
     with pytest.raises(DataError, match=r"weights\.safetensors: "):
-        weights.start_from(opened, models.build("osnet_x0_5", image_size=SIZE), jax.random.key(0))
+        opened.start(models.build("osnet_x0_5", image_size=SIZE), jax.random.key(0))
 
 
 def test_settings_make_the_same_model_again(tmp_path):
     model = models.build("dmosnet_ibn_x0_25", pool="gem", num_classes=3, bn_group_size=8, image_size=SIZE)
-    settings = weights.settings_of(model)
+    settings = network.settings_of(model)
     assert settings.pop("feature_dim") == model.feature_dim
     assert models.build(**settings) == model
     assert ConfigDict(settings).to_json()
