@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dmosnet_jax.core.unit import unit_rows
 from dmosnet_jax.models.draws import Draws
 from dmosnet_jax.models.layers import Linear
 from dmosnet_jax.models.norms import BatchNorm
@@ -107,9 +108,4 @@ def cosines(features: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
         float32 `[B, C]` in [-1, 1]; 0 for zero vectors.
     """
-    return jnp.matmul(_unit(features, 1), _unit(kernel, 0), precision=jax.lax.Precision.HIGHEST)
-
-
-def _unit(x: jax.Array, axis: int) -> jax.Array:
-    # Clipped inside the root: a zero vector has a finite (zero) gradient.
-    return x / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=axis, keepdims=True), 1e-24))
+    return jnp.matmul(unit_rows(features, 1), unit_rows(kernel, 0), precision=jax.lax.Precision.HIGHEST)

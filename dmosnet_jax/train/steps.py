@@ -5,11 +5,11 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
 from dmosnet_jax.core.parallel import by_rows, replicated
+from dmosnet_jax.core.unit import unit_rows
 from dmosnet_jax.data import augment as augmentation
 from dmosnet_jax.losses import identity, triplet
 from dmosnet_jax.memory import hybrid
@@ -78,7 +78,7 @@ def spcl_step(
     def losses(params, state, batch):
         images = _augmented(state, batch, config)
         outputs, stats = model.apply(params, state.stats, images, train=True)
-        features = normalised(outputs["feature"])
+        features = unit_rows(outputs["feature"])
         return memory.loss(state.memory, features, batch["index"]), (stats, features)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -88,14 +88,6 @@ def spcl_step(
         return state, {"loss": loss, "gradient_norm": optax.global_norm(gradient)}
 
     return step
-
-
-def normalised(features: jax.Array) -> jax.Array:
-    """Rows `[B, E]` scaled to unit length; a zero row stays zero, as with PyTorch's `normalize`."""
-    square = jnp.sum(jnp.square(features), axis=1, keepdims=True)
-    # The root of zero has no gradient: a network that outputs zeros must not poison the others.
-    length = jnp.sqrt(jnp.where(square > 0, square, 1.0))
-    return features / jnp.maximum(length, 1e-12)
 
 
 def compile_step(step: Step, state: TrainState, mesh: Mesh) -> Step:

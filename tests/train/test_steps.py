@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from dmosnet_jax import models
 from dmosnet_jax.core.parallel import make_mesh, to_devices
+from dmosnet_jax.core.unit import unit_rows
 from dmosnet_jax.data import augment
 from dmosnet_jax.losses import identity, triplet
 from dmosnet_jax.memory import hybrid
@@ -150,7 +151,7 @@ def test_spcl_step_contrasts_with_the_memory_from_before_it_moves(rng):
 
     def loss_of(params):
         outputs, _ = Linear().apply(params, stats, augmented(state, batch), train=True)
-        features = steps.normalised(outputs["feature"])
+        features = unit_rows(outputs["feature"])
         return hybrid.loss(state.memory, features, indices), features
 
     (loss, features), gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
@@ -210,18 +211,6 @@ def test_shapes_are_those_of_create(rng):
     assert jax.tree.structure(shapes) == jax.tree.structure(state)
     for shape, leaf in zip(jax.tree.leaves(shapes), jax.tree.leaves(state), strict=True):
         assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
-
-
-def test_rows_are_scaled_to_unit_length_with_pytorchs_care_for_zero(rng):
-    rows = rng.standard_normal((5, 7), np.float32)
-    rows[2] = 0
-    found, pull = jax.vjp(steps.normalised, rows)
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), [1, 1, 0, 1, 1], rtol=1e-6)
-    np.testing.assert_allclose(found[0], rows[0] / np.linalg.norm(rows[0]), rtol=1e-6)
-    (gradient,) = pull(np.ones_like(rows))
-    assert np.isfinite(gradient).all()
-    # The gradient has no part along the row.
-    np.testing.assert_allclose(np.asarray(gradient * rows).sum(axis=1)[[0, 1, 3, 4]], 0, atol=1e-5)
 
 
 @pytest.mark.slow
