@@ -21,6 +21,7 @@ from typing import Any
 
 import google_crc32c
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook
@@ -87,6 +88,14 @@ def shared():
 def rng() -> np.random.Generator:
     """A seeded generator, the same for every test."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def unchecked():
+    """Leaves wrong shapes to the functions themselves, as outside of tests, where annotations are not checked."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # A data set small enough for whole runs, written byte by byte: nothing of the package or of TensorFlow takes part.

@@ -2,25 +2,30 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 
 def cross_entropy(
-    logits: jax.Array, labels: jax.Array, *, epsilon: float = 0.1, mask: jax.Array | None = None
-) -> jax.Array:
+    logits: Float[Array, "b c"],
+    labels: Int[Array, " b"],
+    *,
+    epsilon: float = 0.1,
+    mask: Bool[Array, " b"] | None = None,
+) -> Float32[Array, ""]:
     """Mean cross-entropy against smoothed labels.
 
     The smoothing is fast-reid's (`fastreid/modeling/losses/cross_entroy_loss.py`): the target keeps `1 - epsilon` and
     each of the other C - 1 classes gets `epsilon / (C - 1)`. Szegedy et al. 2016 (and torchreid) spread epsilon over C.
 
     Args:
-      logits: [B, C] floating point, any float dtype; computed in float32.
-      labels: [B] integers in [0, C). Another value makes the loss NaN, because a traced value cannot raise: the
-        training loop stops on it, where a silently absent target would teach the model nonsense.
+      logits: of any float dtype; computed in float32.
+      labels: in [0, C). Another value makes the loss NaN, because a traced value cannot raise: the training loop stops
+        on it, where a silently absent target would teach the model nonsense.
       epsilon: smoothing mass, in [0, 1).
-      mask: [B] bool, False rows count for nothing (their labels may be anything); all rows count when None.
+      mask: False rows count for nothing (their labels may be anything); all rows count when None.
 
     Returns:
-      float32 scalar, the mean over the counted rows (0 when there are none).
+      The mean over the counted rows, 0 when there are none.
 
     Raises:
       ValueError: shapes or dtypes do not fit, or epsilon is outside [0, 1); raised while tracing.
@@ -42,7 +47,9 @@ def cross_entropy(
     return _mean(loss, mask)
 
 
-def circle_logits(cosines: jax.Array, labels: jax.Array, *, scale: float = 64.0, margin: float = 0.35) -> jax.Array:
+def circle_logits(
+    cosines: Float[Array, "b c"], labels: Int[Array, " b"], *, scale: float = 64.0, margin: float = 0.35
+) -> Float32[Array, "b c"]:
     """Logits of the circle softmax (Sun et al. 2020, "Circle Loss", eq. 7, with class weights as proxies).
 
     Follows fast-reid's `CircleSoftmax` (`fastreid/layers/any_softmax.py`): with cosine s, the target's logit is
@@ -50,13 +57,10 @@ def circle_logits(cosines: jax.Array, labels: jax.Array, *, scale: float = 64.0,
     the factors with max carry no gradient. Give the result to `cross_entropy`, and the cosines to `accuracy`.
 
     Args:
-      cosines: [B, C] floating point in [-1, 1]; computed in float32.
-      labels: [B] integers in [0, C); a row with another value has no target.
+      cosines: in [-1, 1]; computed in float32.
+      labels: in [0, C); a row with another value has no target.
       scale: temperature, > 0.
       margin: > 0.
-
-    Returns:
-      float32 [B, C].
 
     Raises:
       ValueError: shapes or dtypes do not fit, or scale or margin is not positive; raised while tracing.
@@ -72,16 +76,10 @@ def circle_logits(cosines: jax.Array, labels: jax.Array, *, scale: float = 64.0,
     return scale * jnp.where(hits, target, other)
 
 
-def accuracy(logits: jax.Array, labels: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-    """Fraction of rows whose largest logit is the label's.
-
-    Args:
-      logits: [B, C] floating point.
-      labels: [B] integers.
-      mask: [B] bool, False rows do not count.
-
-    Returns:
-      float32 scalar in [0, 1] (0 when no row counts).
+def accuracy(
+    logits: Float[Array, "b c"], labels: Int[Array, " b"], *, mask: Bool[Array, " b"] | None = None
+) -> Float32[Array, ""]:
+    """Fraction of rows whose largest logit is the label's, 0 when no row counts; False rows of a mask do not.
 
     Raises:
       ValueError: shapes or dtypes do not fit; raised while tracing.

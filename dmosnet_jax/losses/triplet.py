@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
 
 
 def batch_hard(
-    embeddings: jax.Array, pids: jax.Array, *, margin: float | None = 0.3, norm_feat: bool = False
-) -> jax.Array:
+    embeddings: Float[Array, "b d"], pids: Int[Array, " b"], *, margin: float | None = 0.3
+) -> Float32[Array, ""]:
     """Mean over anchors of the hinge (or softplus) of hardest positive minus hardest negative Euclidean distance.
 
     Follows `fastreid/modeling/losses/triplet_loss.py` with hard mining: the anchor is among its own positives (an
@@ -14,13 +15,12 @@ def batch_hard(
     coincident embeddings is 0, not infinite. An anchor without a negative in the batch, where fast-reid fails, adds 0.
 
     Args:
-      embeddings: [B, D] floating point, before BNNeck; computed in float32.
-      pids: [B] integer identities.
+      embeddings: before BNNeck; computed in float32.
+      pids: identities.
       margin: hinge margin, > 0; None for the soft margin `log(1 + exp(d_ap - d_an))`.
-      norm_feat: L2-normalise the embeddings first.
 
     Returns:
-      float32 scalar, the mean over all B anchors.
+      The mean over all anchors.
 
     Raises:
       ValueError: shapes or dtypes do not fit, or the margin is not positive; raised while tracing.
@@ -31,10 +31,7 @@ def batch_hard(
         raise ValueError(f"pids must be integers [{embeddings.shape[0]}], got {pids.dtype}{list(pids.shape)}")
     if margin is not None and not margin > 0.0:
         raise ValueError(f"margin={margin} must be positive, or None for the soft margin")
-    embeddings = embeddings.astype(jnp.float32)
-    if norm_feat:
-        embeddings = _normalise(embeddings)
-    distances = pairwise_distances(embeddings)
+    distances = pairwise_distances(embeddings.astype(jnp.float32))
     same = pids[:, None] == pids[None, :]
     # The fill values lose every comparison and, being constants, take no gradient.
     hardest_positive = jnp.max(jnp.where(same, distances, 0.0), axis=1)
@@ -44,8 +41,8 @@ def batch_hard(
     return jnp.mean(jnp.where(jnp.all(same, axis=1), 0.0, per_anchor))
 
 
-def pairwise_distances(embeddings: jax.Array) -> jax.Array:
-    """Euclidean distances between all rows, float32 [B, B] from float32 [B, D]; at least 1e-6 everywhere."""
+def pairwise_distances(embeddings: Float32[Array, "b d"]) -> Float32[Array, "b b"]:
+    """Euclidean distances between all rows; at least 1e-6 everywhere."""
     squares = jnp.sum(jnp.square(embeddings), axis=1)
     # Subtracting nearly equal numbers: the reduced precision that accelerators default to would be all error.
     products = jnp.matmul(embeddings, embeddings.T, precision=jax.lax.Precision.HIGHEST)
@@ -53,9 +50,3 @@ def pairwise_distances(embeddings: jax.Array) -> jax.Array:
     # Rounding leaves about 1e-7 |x|^2 on the diagonal, which the square root would turn into a visible distance.
     squared = jnp.where(jnp.eye(embeddings.shape[0], dtype=jnp.bool_), 0.0, squared)
     return jnp.sqrt(jnp.maximum(squared, 1e-12))
-
-
-def _normalise(embeddings: jax.Array) -> jax.Array:
-    # The clip is inside the root, so a zero row has a finite (zero) gradient.
-    norm = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(embeddings), axis=1, keepdims=True), 1e-24))
-    return embeddings / norm

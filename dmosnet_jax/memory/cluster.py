@@ -1,4 +1,4 @@
-"""Cluster-level memory: one moving centroid per cluster (Cluster Contrast, Dai et al. 2021, arXiv 2103.11568).
+"""Cluster-level memory: one centroid per cluster (Cluster Contrast, Dai et al. 2021, arXiv 2103.11568).
 
 The loss is the softmax over the centroids, with SpCL's 1e-6. Images outside of clusters have no class and are left out.
 Centroids start an epoch as the mean of their images' features, which are extracted anew, and follow the batches.
@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from dmosnet_jax.core import parallel
+from dmosnet_jax.core.unit import unit_rows
 from dmosnet_jax.memory import tables
 from dmosnet_jax.memory.clustering import Clustering
 from dmosnet_jax.memory.contrast import contrast
@@ -25,13 +27,13 @@ class Memory(flax.struct.PyTreeNode):
     """State of the cluster memory.
 
     Attributes:
-        centroids: float32 [C, D], L2-normalised; zero rows for clusters that there are not.
-        present: bool [C], which clusters there are.
+        centroids: float32 [C, D], L2-normalised; zero rows beyond the clusters that exist.
+        present: bool [C], which clusters exist.
         labels: int32 [R], cluster of each image; -1 for images outside of clusters, and beyond `num_rows`.
         num_rows: images, N.
         momentum: share of the old centroid that an update keeps.
         temperature: divides similarities.
-        hardest: an update moves a centroid once, by the input that resembles it least.
+        hardest: an update uses, for each centroid, only the input that is least similar to it.
         mesh: devices that the tables are split over by rows; labels are on each.
     """
 
@@ -62,7 +64,7 @@ def shapes(
         dim: feature length.
         momentum: share of the old centroid that an update keeps (paper: 0.1).
         temperature: divides similarities (paper: 0.05).
-        hardest: move a centroid once a batch, by the input that resembles it least.
+        hardest: update a centroid once a batch, by the input that is least similar to it.
         capacity: most clusters there will be, default N.
         mesh: devices to split the tables over; default the default device alone.
 
@@ -84,12 +86,12 @@ def shapes(
     )
 
 
-def init(features: np.ndarray | jax.Array, labels: np.ndarray, **settings: Any) -> Memory:
+def init(features: Float[np.ndarray | jax.Array, "n d"], labels: Int[np.ndarray, " n"], **settings: Any) -> Memory:
     """A memory of the clusters' centroids (paper, Eq. 3).
 
     Args:
-        features: float32 [N, D], L2-normalised; with several processes the same in each.
-        labels: int [N], clusters from 0, -1 for images outside of clusters.
+        features: L2-normalised; with several processes the same in each.
+        labels: clusters from 0, -1 for images outside of clusters.
         **settings: of `shapes`.
 
     Raises:
@@ -99,29 +101,34 @@ def init(features: np.ndarray | jax.Array, labels: np.ndarray, **settings: Any) 
     return set_labels(shapes(*tables.features_shape(features), **settings), labels, features=features)
 
 
-def loss(memory: Memory, inputs: jax.Array, indices: jax.Array) -> jax.Array:
+def loss(
+    memory: Memory, inputs: Float[Array | np.ndarray, "b d"], indices: Int[Array | np.ndarray, " b"]
+) -> Float32[Array, ""]:
     """Contrastive loss over all centroids; see `contrast`.
 
     Args:
         memory: state before the step; a constant to differentiation.
-        inputs: [B, D], L2-normalised; computed in float32.
-        indices: int32 [B], images; all of them in clusters.
-
-    Returns:
-        Scalar float32, differentiable once with respect to `inputs`.
+        inputs: L2-normalised; computed in float32. The loss is differentiable once with respect to them.
+        indices: images; all of them in clusters.
     """
     tables.check_batch(inputs, indices, memory.centroids.shape[1])
     scale = jnp.where(memory.present, 1.0 / memory.temperature, 0.0)
     return contrast(inputs.astype(jnp.float32), memory.centroids, scale, memory.labels[indices], memory.mesh)
 
 
-def update(memory: Memory, inputs: jax.Array, indices: jax.Array, *, loss: jax.Array | None = None) -> Memory:
-    """Moves the centroids of a batch's clusters towards its inputs, by `tables.momentum_update` or by the hardest one.
+def update(
+    memory: Memory,
+    inputs: Float[Array | np.ndarray, "b d"],
+    indices: Int[Array | np.ndarray, " b"],
+    *,
+    loss: Float32[Array, ""] | None = None,
+) -> Memory:
+    """Moves the centroids of a batch's clusters towards its inputs: towards each by `momentum_update`, or the hardest.
 
     Args:
         memory: state; its arrays may be donated by the caller's `jax.jit`.
-        inputs: [B, D], L2-normalised.
-        indices: int32 [B], images; all of them in clusters.
+        inputs: L2-normalised.
+        indices: images; all of them in clusters.
         loss: as in `hybrid.update`.
 
     Returns:
@@ -132,8 +139,8 @@ def update(memory: Memory, inputs: jax.Array, indices: jax.Array, *, loss: jax.A
 
     def local(centroids, inputs, labels, keep):
         old = lax.psum(tables.read(centroids, labels), parallel.AXIS)
-        move = _move_by_hardest if memory.hardest else tables.momentum_update
-        return tables.write(centroids, jnp.where(keep, labels, -1), move(old, inputs, labels, memory.momentum))
+        rule = _hardest_update if memory.hardest else tables.momentum_update
+        return tables.write(centroids, jnp.where(keep, labels, -1), rule(old, inputs, labels, memory.momentum))
 
     specs = (BY_ROWS, EVERYWHERE, EVERYWHERE, EVERYWHERE)
     run = jax.shard_map(local, mesh=memory.mesh, in_specs=specs, out_specs=BY_ROWS)
@@ -141,26 +148,26 @@ def update(memory: Memory, inputs: jax.Array, indices: jax.Array, *, loss: jax.A
     return memory.replace(centroids=run(memory.centroids, inputs, memory.labels[indices], keep))
 
 
-def _move_by_hardest(rows: jax.Array, inputs: jax.Array, keys: jax.Array, momentum: float) -> jax.Array:
+def _hardest_update(rows: jax.Array, inputs: jax.Array, keys: jax.Array, momentum: float) -> jax.Array:
     similarity = jnp.sum(inputs * rows, axis=1)
     same = keys[:, None] == keys[None, :]
     hardest = jnp.argmin(jnp.where(same, similarity[None, :], jnp.inf), axis=1)
-    return tables.unit(momentum * rows + (1.0 - momentum) * inputs[hardest])
+    return unit_rows(momentum * rows + (1.0 - momentum) * inputs[hardest])
 
 
 def set_labels(
     memory: Memory,
-    labels: np.ndarray,
+    labels: Int[np.ndarray, " n"],
     *,
-    features: np.ndarray | jax.Array,
+    features: Float[np.ndarray | jax.Array, "n d"],
     capacity: int | None = None,
 ) -> Memory:
     """The memory at the start of an epoch (paper, Eq. 3 and Algorithm 1).
 
     Args:
         memory: state outside of `jax.jit`, or shapes.
-        labels: int [N], clusters from 0, -1 for images outside of clusters.
-        features: float32 [N, D] of unit length, of the network as it is now.
+        labels: clusters from 0, -1 for images outside of clusters.
+        features: of unit length, of the network as it is now.
         capacity: most clusters from now on, default as before; tables of another length compile anew.
 
     Raises:
@@ -177,23 +184,23 @@ def set_labels(
 @functools.partial(jax.jit, static_argnames=("classes", "mesh"))
 def _centroids(features: jax.Array, labels: jax.Array, *, classes: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
     sums, counts = tables.class_sums(features, labels, classes=classes, mesh=mesh)
-    return tables.unit(sums), counts > 0
+    return unit_rows(sums), counts > 0
 
 
 def refresh(memory: Memory) -> Memory:
-    """The memory as it is: centroids move, and nothing is summed up that rounding could collect in."""
+    """The memory unchanged: it keeps no running sums in which rounding could collect."""
     return memory
 
 
 # What the recipe asks of any memory.
 
 
-def class_labels(found: Clustering) -> np.ndarray:
+def class_labels(found: Clustering) -> Int32[np.ndarray, " n"]:
     """The labels of a clustering that this memory takes: DBSCAN's, -1 for images outside of clusters."""
     return found.dbscan
 
 
-def stored_features(memory: Memory) -> np.ndarray | None:
+def stored_features(memory: Memory) -> Float32[np.ndarray, "n d"] | None:
     """None: centroids do not tell images apart, so that features are extracted before each clustering."""
     del memory
     return None

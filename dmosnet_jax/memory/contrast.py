@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
+from jaxtyping import Array, Float32, Int
 
 from dmosnet_jax.core.parallel import AXIS
 from dmosnet_jax.memory.tables import BY_ROWS, EVERYWHERE, read
@@ -17,7 +18,13 @@ _EXACT = lax.Precision.HIGHEST
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def contrast(inputs: jax.Array, table: jax.Array, scale: jax.Array, targets: jax.Array, mesh: Mesh) -> jax.Array:
+def contrast(
+    inputs: Float32[Array, "b d"],
+    table: Float32[Array, "c d"],
+    scale: Float32[Array, " c"],
+    targets: Int[Array, " b"],
+    mesh: Mesh,
+) -> Float32[Array, ""]:
     """Mean of -log(p[target] + 1e-6) with p = exp(z) / (sum of exp(z) + 1e-6), as SpCL's reference computes it.
 
     The logit z of a class is the product with its row, times its scale. Exponents are taken relative to the largest
@@ -25,14 +32,11 @@ def contrast(inputs: jax.Array, table: jax.Array, scale: jax.Array, targets: jax
     the gradient up on the same visit, so that neither pass holds [B, C]; devices exchange one maximum and one sum.
 
     Args:
-        inputs: float32 [B, D].
-        table: float32 [C, D], by rows over `mesh`; a constant to differentiation.
-        scale: float32 [C], likewise; 0 for a class that takes no part.
-        targets: int32 [B].
+        inputs: the value is differentiable once with respect to them.
+        table: by rows over `mesh`; a constant to differentiation.
+        scale: likewise; 0 for a class that takes no part.
+        targets: class of each input.
         mesh: the devices.
-
-    Returns:
-        Scalar float32, differentiable once with respect to `inputs`.
     """
     return _value_and_gradient(inputs, table, scale, targets, mesh)[0]
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from dmosnet_jax.core import parallel
 from dmosnet_jax.memory import tables
@@ -78,8 +79,8 @@ def shapes(
 
 
 def init(
-    features: np.ndarray | jax.Array,
-    labels: np.ndarray,
+    features: Float[np.ndarray | jax.Array, "n d"],
+    labels: Int[np.ndarray, " n"],
     *,
     momentum: float,
     temperature: float,
@@ -89,8 +90,8 @@ def init(
     """A memory of the given features and classes.
 
     Args:
-        features: float32 [N, D], L2-normalised; with several processes the same in each.
-        labels: int [N], class of each image, 0 <= label < capacity.
+        features: L2-normalised; with several processes the same in each.
+        labels: class of each image, 0 <= label < capacity.
         momentum: share of the old feature that an update keeps (SpCL 0.2).
         temperature: divides similarities (SpCL 0.05).
         capacity: most classes there will be, default N, which is always enough. A lower one saves memory and time.
@@ -105,16 +106,15 @@ def init(
     return set_labels(empty, labels, features=features)
 
 
-def loss(memory: Memory, inputs: jax.Array, indices: jax.Array) -> jax.Array:
+def loss(
+    memory: Memory, inputs: Float[Array | np.ndarray, "b d"], indices: Int[Array | np.ndarray, " b"]
+) -> Float32[Array, ""]:
     """SpCL's contrastive loss over all classes (equation 1 of the paper); see `contrast`.
 
     Args:
         memory: state before the step; a constant to differentiation.
-        inputs: [B, D], L2-normalised; computed in float32.
-        indices: int32 [B], rows of the inputs in the memory.
-
-    Returns:
-        Scalar float32, differentiable once with respect to `inputs`.
+        inputs: L2-normalised; computed in float32. The loss is differentiable once with respect to them.
+        indices: rows of the inputs in the memory.
     """
     tables.check_batch(inputs, indices, memory.features.shape[1])
     counts = memory.class_counts
@@ -122,15 +122,21 @@ def loss(memory: Memory, inputs: jax.Array, indices: jax.Array) -> jax.Array:
     return contrast(inputs.astype(jnp.float32), memory.class_sums, scale, memory.labels[indices], memory.mesh)
 
 
-def update(memory: Memory, inputs: jax.Array, indices: jax.Array, *, loss: jax.Array | None = None) -> Memory:
+def update(
+    memory: Memory,
+    inputs: Float[Array | np.ndarray, "b d"],
+    indices: Int[Array | np.ndarray, " b"],
+    *,
+    loss: Float32[Array, ""] | None = None,
+) -> Memory:
     """Moves the features of a batch's images towards its inputs by `tables.momentum_update`.
 
     The batch counts as a sequence, as in the reference. Class sums follow by the differences, O(B D).
 
     Args:
         memory: state; its arrays may be donated by the caller's `jax.jit`.
-        inputs: [B, D], L2-normalised.
-        indices: int32 [B].
+        inputs: L2-normalised.
+        indices: rows of the inputs in the memory.
         loss: the step's loss. Where it is not finite the memory stays as it is; and since writing has to wait for the
             loss, which reads the tables, a jitted step that donates the memory works in place, without copying them.
 
@@ -166,17 +172,17 @@ def update(memory: Memory, inputs: jax.Array, indices: jax.Array, *, loss: jax.A
 
 def set_labels(
     memory: Memory,
-    labels: np.ndarray,
+    labels: Int[np.ndarray, " n"],
     *,
-    features: np.ndarray | jax.Array | None = None,
+    features: Float[np.ndarray | jax.Array, "n d"] | None = None,
     capacity: int | None = None,
 ) -> Memory:
     """The memory with the pseudo-labels of a new epoch; class sums and counts are rebuilt.
 
     Args:
         memory: state outside of `jax.jit`, or shapes where features are given.
-        labels: int [N], 0 <= label < capacity.
-        features: float32 [N, D] of unit length, to take the place of those in the memory.
+        labels: 0 <= label < capacity.
+        features: of unit length, to take the place of those in the memory.
         capacity: most classes from now on, default as before; tables of another length compile anew.
 
     Raises:
@@ -201,8 +207,8 @@ def _with_class_tables(memory: Memory, classes: int) -> Memory:
 
 
 @jax.jit
-def drift(memory: Memory) -> jax.Array:
-    """How far increments have led the class means from the exact ones: the longest difference, float32 scalar."""
+def drift(memory: Memory) -> Float32[Array, ""]:
+    """Rounding that the increments have collected: the longest difference of a class mean from the exact one."""
     exact = refresh(memory)
     length = jnp.linalg.norm(memory.class_sums - exact.class_sums, axis=1)
     return (length / jnp.maximum(exact.class_counts, 1.0)).max()
@@ -211,13 +217,13 @@ def drift(memory: Memory) -> jax.Array:
 # What the recipe asks of any memory.
 
 
-def class_labels(found: Clustering) -> np.ndarray:
+def class_labels(found: Clustering) -> Int32[np.ndarray, " n"]:
     """The labels of a clustering that this memory takes: every image in a class, un-clustered ones in their own."""
     return found.labels
 
 
-def stored_features(memory: Memory) -> np.ndarray | None:
-    """Features float32 [N, D] to cluster next, on the host of every process."""
+def stored_features(memory: Memory) -> Float32[np.ndarray, "n d"] | None:
+    """Features to cluster next, on the host of every process."""
     return parallel.to_host(memory.features)[: memory.num_rows]
 
 

@@ -6,6 +6,9 @@ All figures come from the sparse table of (cluster, identity) counts: O(N log N)
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
+
+from dmosnet_jax.memory.clustering.criterion import number_noise
 
 
 class Quality(NamedTuple):
@@ -26,22 +29,21 @@ class Quality(NamedTuple):
     images: int
 
 
-def agreement(labels: np.ndarray, identities: np.ndarray) -> Quality | None:
+def agreement(labels: Int[np.ndarray, " n"], identities: Int[np.ndarray, " n"]) -> Quality | None:
     """Compares pseudo-labels with identities.
 
     Args:
-        labels: int [N]; images with a negative label count as a class of their own each.
-        identities: int [N]; images with a negative identity are left out.
+        labels: images with a negative label count as a class of their own each.
+        identities: images with a negative identity are left out.
 
     Returns:
         `Quality`, or None where no identity is known.
     """
-    known = np.asarray(identities) >= 0
+    known = identities >= 0
     if not known.any():
         return None
-    labels, identities = _alone(np.asarray(labels)[known]), np.asarray(identities)[known]
-    _, rows = np.unique(labels, return_inverse=True)
-    _, columns = np.unique(identities, return_inverse=True)
+    _, rows = np.unique(number_noise(labels[known]), return_inverse=True)
+    _, columns = np.unique(identities[known], return_inverse=True)
     pairs = rows.astype(np.int64) * (int(columns.max()) + 1) + columns
     shared = np.unique(pairs, return_counts=True)[1]
     by_label, by_identity = np.bincount(rows), np.bincount(columns)
@@ -60,30 +62,23 @@ def agreement(labels: np.ndarray, identities: np.ndarray) -> Quality | None:
     )
 
 
-def spanning_cameras(labels: np.ndarray, camids: np.ndarray) -> float | None:
+def spanning_cameras(labels: Int[np.ndarray, " n"], camids: Int[np.ndarray, " n"]) -> float | None:
     """Share of the clusters of two images and more that have images of several cameras.
 
     Args:
-        labels: int [N], negative outside of clusters.
-        camids: int [N].
+        labels: negative outside of clusters.
+        camids: camera of each image.
 
     Returns:
         A fraction; None where all images are of one camera, or there is no such cluster.
     """
-    inside = np.asarray(labels) >= 0
+    inside = labels >= 0
     if len(np.unique(camids)) < 2 or not inside.any():
         return None
-    pairs = np.unique(np.stack([np.asarray(labels)[inside], np.asarray(camids)[inside]]), axis=1)
-    images, cameras = np.bincount(np.asarray(labels)[inside]), np.bincount(pairs[0])
+    pairs = np.unique(np.stack([labels[inside], camids[inside]]), axis=1)
+    images, cameras = np.bincount(labels[inside]), np.bincount(pairs[0])
     clusters = images > 1
     return float((cameras[clusters] > 1).mean()) if clusters.any() else None
-
-
-def _alone(labels: np.ndarray) -> np.ndarray:
-    labels = labels.astype(np.int64)
-    outside = np.flatnonzero(labels < 0)
-    labels[outside] = labels.max(initial=0) + 1 + np.arange(outside.size)
-    return labels
 
 
 def _pairs(counts: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Tables split by rows over the devices of a mesh: allocation, rows of a batch, sums by class, momentum update."""
+"""Tables split by rows over the devices of a mesh: allocation, access to rows, sums by class, momentum update."""
 
 import functools
 import math
@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
 from dmosnet_jax.core import parallel
 from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.unit import unit_rows
 
 PADDING = 1024
 # Values of a partial table of class sums, which every device holds of all classes: 256 MiB.
@@ -35,7 +37,7 @@ def padded(count: int, mesh: Mesh) -> int:
 
 
 def shardings(memory: AnyMemory, mesh: Mesh) -> AnyMemory:
-    """Where a memory's arrays belong: labels (4 bytes a row) on every device, all other tables by rows.
+    """Sharding of a memory's arrays: labels (4 bytes a row) on every device, all other tables by rows.
 
     Args:
         memory: arrays or `jax.ShapeDtypeStruct`s.
@@ -48,11 +50,13 @@ def shardings(memory: AnyMemory, mesh: Mesh) -> AnyMemory:
     return rows.replace(labels=parallel.replicated(mesh))
 
 
-def allocate(rows: np.ndarray, like: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, fill: int = 0) -> jax.Array:
+def allocate(
+    rows: Shaped[np.ndarray, "n ..."], like: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, fill: int = 0
+) -> Shaped[Array, "r ..."]:
     """The rows on their devices, padded to the table's length; no device holds more than its part.
 
     Args:
-        rows: [N, ...], the same in every process.
+        rows: the same in every process.
         like: shape and dtype of the table, at least N long.
         sharding: over the first dimension, or none.
         fill: value of the padding.
@@ -68,11 +72,11 @@ def allocate(rows: np.ndarray, like: jax.ShapeDtypeStruct, sharding: jax.shardin
     return jax.make_array_from_callback(like.shape, sharding, part)
 
 
-def allocate_labels(labels: np.ndarray, memory: Any, *, lowest: int, capacity: int) -> jax.Array:
+def allocate_labels(labels: Int[np.ndarray, " n"], memory: Any, *, lowest: int, capacity: int) -> Int32[Array, " r"]:
     """The labels of all images as a memory's table.
 
     Args:
-        labels: int [N].
+        labels: class of each image.
         memory: what they are for.
         lowest: the least label that is allowed.
         capacity: classes that there is room for.
@@ -81,7 +85,6 @@ def allocate_labels(labels: np.ndarray, memory: Any, *, lowest: int, capacity: i
         DataError: labels of another length, or too low.
         ConfigError: labels beyond the capacity.
     """
-    labels = np.asarray(labels)
     if labels.shape != (memory.num_rows,):
         raise DataError(f"memory: labels have shape {labels.shape}; the memory holds {memory.num_rows} images")
     if labels.min() < lowest:
@@ -94,8 +97,8 @@ def allocate_labels(labels: np.ndarray, memory: Any, *, lowest: int, capacity: i
     return allocate(labels, like, parallel.replicated(memory.mesh), fill=-1)
 
 
-def allocate_features(features: np.ndarray | jax.Array, memory: Any) -> jax.Array:
-    """Features [N, D] of a memory's images as its table, float32, by rows."""
+def allocate_features(features: Float[np.ndarray | jax.Array, "n d"], memory: Any) -> Float32[Array, "r d"]:
+    """Features of a memory's images as its table, by rows."""
     images, dim = features_shape(features)
     if images != memory.num_rows:
         raise DataError(f"memory: features of {images} images; the memory holds {memory.num_rows}")
@@ -119,7 +122,7 @@ def check_settings(momentum: float, temperature: float) -> None:
         )
 
 
-def check_batch(inputs: jax.Array, indices: jax.Array, dim: int) -> None:
+def check_batch(inputs: Float[Array | np.ndarray, "..."], indices: Int[Array | np.ndarray, "..."], dim: int) -> None:
     """Raises ValueError for a batch that does not fit a memory of `dim` values a row."""
     if inputs.ndim != 2 or inputs.shape[1] != dim or indices.shape != inputs.shape[:1]:
         raise ValueError(
@@ -130,37 +133,41 @@ def check_batch(inputs: jax.Array, indices: jax.Array, dim: int) -> None:
 # Inside `shard_map`, where a table is this device's part of it.
 
 
-def local_rows(part: jax.Array, rows: jax.Array) -> jax.Array:
+def local_rows(part: Shaped[Array, "n ..."], rows: Int[Array, " b"]) -> Int[Array, " b"]:
     """Positions in this device's part; those of other devices, and negative ones, lie past its end."""
     position = rows - lax.axis_index(parallel.AXIS) * part.shape[0]
     return jnp.where((position >= 0) & (position < part.shape[0]), position, part.shape[0])
 
 
-def read(part: jax.Array, rows: jax.Array) -> jax.Array:
+def read(part: Shaped[Array, "n ..."], rows: Int[Array, " b"]) -> Shaped[Array, "b ..."]:
     """Rows that this device holds, zero where another one does: their sum over the devices is the rows."""
     return part.at[local_rows(part, rows)].get(mode="fill", fill_value=0)
 
 
-def write(part: jax.Array, rows: jax.Array, values: jax.Array) -> jax.Array:
+def write(
+    part: Shaped[Array, "n ..."], rows: Int[Array, " b"], values: Shaped[Array, "b ..."]
+) -> Shaped[Array, "n ..."]:
     """The part with the rows that it holds set; the others are dropped. Equal rows must have equal values."""
     return part.at[local_rows(part, rows)].set(values, mode="drop")
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "mesh"))
-def class_sums(features: jax.Array, labels: jax.Array, *, classes: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+def class_sums(
+    features: Float32[Array, "r d"], labels: Int[Array, " r"], *, classes: int, mesh: Mesh
+) -> tuple[Float32[Array, "c d"], Float32[Array, " c"]]:
     """Sum of the features of each class, and how many there are.
 
     Each device adds up its own rows, for some columns at a time; the devices then add their partial tables and keep
     their part of the result.
 
     Args:
-        features: float32 [R, D], by rows.
-        labels: int32 [R]; rows with a negative one are left out.
-        classes: C, a multiple of the device count.
+        features: by rows.
+        labels: rows with a negative one are left out.
+        classes: c, a multiple of the device count.
         mesh: the devices.
 
     Returns:
-        float32 [C, D] and [C], by rows.
+        Sums and counts, by rows.
     """
 
     def local(rows: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -187,32 +194,30 @@ def class_sums(features: jax.Array, labels: jax.Array, *, classes: int, mesh: Me
     return run(features, labels)
 
 
-def momentum_update(rows: jax.Array, inputs: jax.Array, keys: jax.Array, momentum: float) -> jax.Array:
-    """Moves rows towards a batch's inputs, one after the other: m = momentum m + (1 - momentum) x, then m / ||m||.
+def momentum_update(
+    rows: Float32[Array, "b d"], inputs: Float32[Array, "b d"], keys: Int[Array, " b"], momentum: float
+) -> Float32[Array, "b d"]:
+    """The sequential update m = momentum m + (1 - momentum) x, then m / ||m||, of table rows by a batch's inputs.
 
-    A row that occurs twice moves twice, in the order of the batch: first occurrences together, then the second ones.
+    A row that occurs twice is updated twice, in the order of the batch: all first occurrences in one round, then all
+    second ones.
 
     Args:
-        rows: float32 [B, D], the table's row for each position; equal where `keys` are.
-        inputs: float32 [B, D].
-        keys: int32 [B], which row each position moves.
+        rows: the table's row for each position of the batch; equal where `keys` are.
+        inputs: x.
+        keys: which row each position updates.
         momentum: share of the old row that stays.
 
     Returns:
-        float32 [B, D], the rows after the whole batch, again equal where `keys` are.
+        The rows after the whole batch, again equal where `keys` are.
     """
     same = keys[:, None] == keys[None, :]
     first = jnp.argmax(same, axis=1)
-    turn = jnp.tril(same, -1).sum(axis=1)
+    occurrence = jnp.tril(same, -1).sum(axis=1)
 
-    def move(k: jax.Array, rows: jax.Array) -> jax.Array:
-        moved = unit(momentum * rows[first] + (1.0 - momentum) * inputs)
-        # Only the positions whose turn it is write; the others aim outside.
-        return rows.at[jnp.where(turn == k, first, rows.shape[0])].set(moved, mode="drop")
+    def update(k: jax.Array, rows: jax.Array) -> jax.Array:
+        updated = unit_rows(momentum * rows[first] + (1.0 - momentum) * inputs)
+        # Only k-th occurrences are written; the index of the others is out of range.
+        return rows.at[jnp.where(occurrence == k, first, rows.shape[0])].set(updated, mode="drop")
 
-    return lax.fori_loop(0, turn.max() + 1, move, rows)[first]
-
-
-def unit(rows: jax.Array) -> jax.Array:
-    """Rows scaled to unit length; zero rows stay zero."""
-    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return lax.fori_loop(0, occurrence.max() + 1, update, rows)[first]

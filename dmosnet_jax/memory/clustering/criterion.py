@@ -8,42 +8,35 @@ of their pairwise intersections, which sorting gives in O(N log N).
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float32, Int, Int32, Int64
 
 
 class Reliability(NamedTuple):
     """What the criterion found.
 
     Attributes:
-        labels: int32 [N], classes 0..C-1: clusters of more than one image and the un-clustered images, each a class.
-        r_comp: float32 [N], 1 - IoU of the image's cluster with its cluster at the smaller radius; 0 is compact.
-        r_indep: float32 [N], the same with the larger radius; 0 is independent.
+        labels: classes 0..C-1: clusters of more than one image and the un-clustered images, each a class.
+        r_comp: 1 - IoU of the image's cluster with its cluster at the smaller radius; 0 is compact.
+        r_indep: the same with the larger radius; 0 is independent.
         threshold: largest `r_indep` of an accepted cluster.
     """
 
-    labels: np.ndarray
-    r_comp: np.ndarray
-    r_indep: np.ndarray
+    labels: Int32[np.ndarray, " n"]
+    r_comp: Float32[np.ndarray, " n"]
+    r_indep: Float32[np.ndarray, " n"]
     threshold: float
 
 
-def number_noise(clusters: np.ndarray) -> np.ndarray:
-    """Gives every noise image (-1) a number of its own, after the clusters' numbers; int64 [N]."""
+def number_noise(clusters: Int[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """Gives every noise image (-1) a number of its own, after the clusters' numbers."""
     labels = clusters.astype(np.int64)
     noise = np.flatnonzero(labels < 0)
     labels[noise] = labels.max(initial=-1) + 1 + np.arange(noise.shape[0])
     return labels
 
 
-def change(labels: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """1 - IoU of each image's class under two partitions.
-
-    Args:
-        labels: int [N], classes numbered from 0.
-        other: int [N], likewise.
-
-    Returns:
-        float32 [N].
-    """
+def change(labels: Int[np.ndarray, " n"], other: Int[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
+    """1 - IoU of each image's class under two partitions, both with classes numbered from 0."""
     pair = labels.astype(np.int64) * (int(other.max()) + 1) + other
     _, which, shared = np.unique(pair, return_inverse=True, return_counts=True)
     shared = shared[which]
@@ -53,7 +46,11 @@ def change(labels: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def select(
-    clusters: np.ndarray, tight: np.ndarray, loose: np.ndarray, *, threshold: float | None = None
+    clusters: Int[np.ndarray, " n"],
+    tight: Int[np.ndarray, " n"],
+    loose: Int[np.ndarray, " n"],
+    *,
+    threshold: float | None = None,
 ) -> Reliability:
     """Keeps the images that their cluster is reliable for; every other becomes a class of its own.
 
@@ -61,7 +58,7 @@ def select(
     score is within the threshold and its own `r_comp` is not above its cluster's score.
 
     Args:
-        clusters: int [N], DBSCAN labels at the radius, noise -1; one cluster of two images at least.
+        clusters: DBSCAN labels at the radius, noise -1; one cluster of two images at least.
         tight: the same at the smaller radius.
         loose: the same at the larger radius.
         threshold: independence threshold of the first epoch. None: the 90th-percentile entry of the clusters' scores.

@@ -1,6 +1,7 @@
 """DBSCAN on a sparse neighbourhood graph, with the labels of scikit-learn's `DBSCAN(metric="precomputed")`."""
 
 import numpy as np
+from jaxtyping import Int32
 
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.kernels import jit
@@ -41,7 +42,7 @@ def _label(indptr, indices, distances, radius, min_samples):
     return labels
 
 
-def dbscan(graph: SparseRows, radius: float, min_samples: int) -> np.ndarray:
+def dbscan(graph: SparseRows, radius: float, min_samples: int) -> Int32[np.ndarray, " n"]:
     """Density clusters: connected core points, and the border points the first of them reaches.
 
     Linear in the number of edges. Numbers are scikit-learn's: clusters by their core point of lowest index, a border
@@ -53,7 +54,7 @@ def dbscan(graph: SparseRows, radius: float, min_samples: int) -> np.ndarray:
         min_samples: neighbours, the image itself among them, that make a core point.
 
     Returns:
-        int32 [N], clusters from 0, noise -1.
+        Clusters from 0, noise -1.
 
     Raises:
         ConfigError: `min_samples` below 1.

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float32, Int, Int32, Int64
 
 from dmosnet_jax.core.kernels import map_rows
 from dmosnet_jax.memory.clustering import jaccard_kernels as kernels
@@ -25,14 +26,14 @@ class SparseRows(NamedTuple):
     """Compressed sparse rows of a square matrix.
 
     Attributes:
-        indptr: int64 [N + 1], where each row starts.
-        indices: int32 [E], columns; rising within a row for weights, unordered for graphs.
-        values: float32 [E].
+        indptr: where each row starts.
+        indices: columns; rising within a row for weights, unordered for graphs.
+        values: of the entries.
     """
 
-    indptr: np.ndarray
-    indices: np.ndarray
-    values: np.ndarray
+    indptr: Int64[np.ndarray, " offsets"]
+    indices: Int32[np.ndarray, " e"]
+    values: Float32[np.ndarray, " e"]
 
 
 def half_k(k1: int) -> int:
@@ -46,14 +47,14 @@ def _offsets(counts: np.ndarray) -> np.ndarray:
     return indptr
 
 
-def visiting_order(neighbours: np.ndarray, *, threads: int | None = None) -> np.ndarray:
-    """An order of the rows in which neighbours come near each other, int32 [N].
+def visiting_order(neighbours: Int[np.ndarray, "n k"], *, threads: int | None = None) -> Int32[np.ndarray, " n"]:
+    """An order of the rows in which neighbours come near each other.
 
-    Rows that reach the same lowest row within a few hops stand together. Any order gives the same results; this one
-    spares the caches.
+    Rows that reach the same lowest row within a few hops are adjacent. Any order gives the same results; this one
+    keeps what neighbours share in the caches.
 
     Args:
-        neighbours: int32 [N, K], best first.
+        neighbours: best first.
         threads: worker threads, default all cores.
     """
     near = np.ascontiguousarray(neighbours[:, :_HOP_NEIGHBOURS], np.int32)
@@ -74,29 +75,29 @@ def _any_order(order: np.ndarray | None, rows: int) -> np.ndarray:
 
 
 def reciprocal_sets(
-    neighbours: np.ndarray,
+    neighbours: Int[np.ndarray, "n k"],
     full: int,
     half: int,
     *,
-    order: np.ndarray | None = None,
+    order: Int32[np.ndarray, " n"] | None = None,
     threads: int | None = None,
     progress: Progress = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Int64[np.ndarray, " offsets"], Int32[np.ndarray, " e"]]:
     """Expanded k-reciprocal sets.
 
     j belongs to the set of i when each is among the first `full` neighbours of the other. The `half`-reciprocal set of
     a member joins when more than two thirds of it is in the set already.
 
     Args:
-        neighbours: int32 [N, K], best first, the image itself included.
-        full: columns of a neighbour list that count; at most K are used.
+        neighbours: best first, the image itself included.
+        full: columns of a neighbour list that count; at most k are used.
         half: the same for the members' smaller sets.
-        order: int32 [N], see `visiting_order`; default as they come.
+        order: see `visiting_order`; default as they come.
         threads: worker threads, default all cores.
         progress: called with the finished fraction.
 
     Returns:
-        (indptr int64 [N + 1], indices int32 [E], rising within a row).
+        `indptr`, and `indices`, rising within a row, of the sets as sparse rows.
     """
     neighbours = np.ascontiguousarray(neighbours, np.int32)
     rows, columns = neighbours.shape
@@ -121,14 +122,14 @@ def reciprocal_sets(
 
 
 def pair_products(
-    features: np.ndarray,
-    indptr: np.ndarray,
-    indices: np.ndarray,
+    features: Float32[np.ndarray, "n d"],
+    indptr: Int64[np.ndarray, " offsets"],
+    indices: Int32[np.ndarray, " e"],
     *,
-    order: np.ndarray | None = None,
+    order: Int32[np.ndarray, " n"] | None = None,
     threads: int | None = None,
-) -> np.ndarray:
-    """Inner products float32 [E] of each row with the members of its set."""
+) -> Float32[np.ndarray, " e"]:
+    """Inner products of each row with the members of its set."""
     features = np.ascontiguousarray(features, np.float32)
     order = _any_order(order, features.shape[0])
     values = np.empty(indices.shape[0], np.float32)
@@ -141,19 +142,23 @@ def pair_products(
 
 
 def softmax_rows(
-    indptr: np.ndarray, indices: np.ndarray, exponents: np.ndarray, *, threads: int | None = None
+    indptr: Int64[np.ndarray, " offsets"],
+    indices: Int32[np.ndarray, " e"],
+    exponents: Float32[np.ndarray, " e"],
+    *,
+    threads: int | None = None,
 ) -> SparseRows:
-    """Weights from exponents float32 [E], which are overwritten: a softmax over each row's entries."""
+    """Weights from exponents, which are overwritten: a softmax over each row's entries."""
     map_rows(lambda a, b: kernels.softmax_rows(indptr, a, b, exponents), indptr.shape[0] - 1, threads=threads)
     return SparseRows(indptr, indices, exponents)
 
 
 def expand_queries(
     weights: SparseRows,
-    neighbours: np.ndarray,
+    neighbours: Int[np.ndarray, "n k"],
     k2: int,
     *,
-    order: np.ndarray | None = None,
+    order: Int32[np.ndarray, " n"] | None = None,
     threads: int | None = None,
     progress: Progress = None,
 ) -> SparseRows:
@@ -161,9 +166,9 @@ def expand_queries(
 
     Args:
         weights: rows to average.
-        neighbours: int32 [N, K].
-        k2: neighbours to average; 1 leaves the rows as they are, at most K are used.
-        order: int32 [N], see `visiting_order`; default as they come.
+        neighbours: best first, the image itself included.
+        k2: neighbours to average; 1 leaves the rows as they are, at most k are used.
+        order: see `visiting_order`; default as they come.
         threads: worker threads, default all cores.
         progress: called with the finished fraction.
 
@@ -191,23 +196,23 @@ def expand_queries(
 
 
 def reciprocal_weights(
-    features: np.ndarray,
-    neighbours: np.ndarray,
+    features: Float32[np.ndarray, "n d"],
+    neighbours: Int[np.ndarray, "n k"],
     *,
     k1: int,
     k2: int,
-    order: np.ndarray | None = None,
+    order: Int32[np.ndarray, " n"] | None = None,
     threads: int | None = None,
     progress: Progress = None,
 ) -> SparseRows:
     """SpCL's description of every image: softmax(-(2 - 2 cos)) over its expanded set, averaged over k2 neighbours.
 
     Args:
-        features: float32 [N, D], L2-normalised.
-        neighbours: int32 [N, K >= min(k1, N)], the image itself included.
+        features: L2-normalised.
+        neighbours: min(k1, n) at least, the image itself included.
         k1: neighbours that count, the image itself among them (SpCL searches for k1 entries, not k1 + 1).
         k2: neighbours averaged in query expansion.
-        order: int32 [N], see `visiting_order`; default as they come.
+        order: see `visiting_order`; default as they come.
         threads: worker threads, default all cores.
         progress: called with the finished fraction of the whole.
 
@@ -234,18 +239,22 @@ def invert(weights: SparseRows) -> SparseRows:
 
 
 def distance_rows(
-    weights: SparseRows, rows: np.ndarray, *, inverted: SparseRows | None = None, threads: int | None = None
-) -> np.ndarray:
+    weights: SparseRows,
+    rows: Int[np.ndarray, " m"],
+    *,
+    inverted: SparseRows | None = None,
+    threads: int | None = None,
+) -> Float32[np.ndarray, "m n"]:
     """Full rows of the distance matrix.
 
     Args:
         weights: from `reciprocal_weights`.
-        rows: integer [M], which rows.
+        rows: which rows.
         inverted: `invert(weights)`, when it is at hand.
         threads: worker threads, default all cores.
 
     Returns:
-        float32 [M, N] Jaccard distances in [0, 1].
+        Jaccard distances in [0, 1].
     """
     inverted = invert(weights) if inverted is None else inverted
     which = np.asarray(rows, np.int64)
@@ -263,7 +272,7 @@ def distance_graph(
     weights: SparseRows,
     limit: float,
     *,
-    order: np.ndarray | None = None,
+    order: Int32[np.ndarray, " n"] | None = None,
     threads: int | None = None,
     progress: Progress = None,
 ) -> SparseRows:
@@ -272,7 +281,7 @@ def distance_graph(
     Args:
         weights: from `reciprocal_weights`.
         limit: largest distance kept; must be below 1, the distance of images that share no neighbour.
-        order: int32 [N], see `visiting_order`; default as they come.
+        order: see `visiting_order`; default as they come.
         threads: worker threads, default all cores.
         progress: called with the finished fraction.
 

@@ -1,6 +1,7 @@
 """What to tell a user whose radius finds too few clusters: the k-distance curve, and the radius that it suggests."""
 
 import numpy as np
+from jaxtyping import Int
 
 from dmosnet_jax.core.errors import UserError
 from dmosnet_jax.memory.clustering import jaccard
@@ -25,12 +26,12 @@ class TooFewClusteredError(UserError):
 
 
 def check_clusters(
-    clusters: np.ndarray, weights: jaccard.SparseRows, eps: float, min_samples: int, min_clustered: float
+    clusters: Int[np.ndarray, " n"], weights: jaccard.SparseRows, eps: float, min_samples: int, min_clustered: float
 ) -> None:
     """Raises TooFewClusteredError unless a share of the images is in clusters of more than one.
 
     Args:
-        clusters: int [N], DBSCAN's labels.
+        clusters: DBSCAN's labels.
         weights: from `jaccard.reciprocal_weights`.
         eps: the radius.
         min_samples: images that make a core point.

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float, Float32, Int, Int32
 
 from dmosnet_jax.core import parallel
 from dmosnet_jax.core.errors import ConfigError
@@ -29,14 +30,14 @@ class Neighbours(NamedTuple):
     """The k best of every row.
 
     Attributes:
-        indices: int32 [N, k], best first, the row itself included.
-        similarities: float32 [N, k], inner products; with `half_norms`, minus half the squared Euclidean distance.
-        farthest: float32 [N], the lowest similarity of the row over all rows; None unless it was asked for.
+        indices: best first, the row itself included.
+        similarities: inner products; with `half_norms`, minus half the squared Euclidean distance.
+        farthest: the lowest similarity of the row over all rows; None unless it was asked for.
     """
 
-    indices: np.ndarray
-    similarities: np.ndarray
-    farthest: np.ndarray | None = None
+    indices: Int32[np.ndarray, "n k"]
+    similarities: Float32[np.ndarray, "n k"]
+    farthest: Float32[np.ndarray, " n"] | None = None
 
 
 @jit()
@@ -83,10 +84,10 @@ def _spans(count: int, parts: int) -> list[tuple[int, int]]:
 
 
 def search_host(
-    features: np.ndarray,
+    features: Float[np.ndarray, "n d"],
     k: int,
     *,
-    half_norms: np.ndarray | None = None,
+    half_norms: Float32[np.ndarray, " n"] | None = None,
     farthest: bool = False,
     block: int = BLOCK,
     share: tuple[int, int] = (0, 1),
@@ -96,9 +97,9 @@ def search_host(
     """Exact k nearest neighbours on the processor.
 
     Args:
-        features: float32 [N, D]; L2-normalised for cosine similarity.
-        k: list length; at most N entries are returned.
-        half_norms: float32 [N], half the squared norm of each row: ranks by Euclidean distance instead.
+        features: L2-normalised for cosine similarity; computed in float32.
+        k: list length; at most n entries are returned.
+        half_norms: half the squared norm of each row: ranks by Euclidean distance instead.
         farthest: also find each row's lowest similarity.
         block: rows and columns of one block of similarities.
         share: (i, n): look at every n-th block only, from the i-th on; `merge` joins the n results.
@@ -106,7 +107,7 @@ def search_host(
         progress: called with the finished fraction.
 
     Returns:
-        `Neighbours` with min(k, N) columns.
+        `Neighbours` with min(k, n) columns.
     """
     features = np.ascontiguousarray(features, np.float32)
     rows, k = features.shape[0], min(k, features.shape[0])
@@ -178,12 +179,14 @@ def _search_hosts(features: np.ndarray, k: int, processes: Sequence[int], **opti
     return merge([Neighbours(indices[p], similarities[p]) for p in processes])
 
 
-def recall(features: np.ndarray, indices: np.ndarray, *, probes: int = 256, seed: int = 0) -> float:
+def recall(
+    features: Float32[np.ndarray, "n d"], indices: Int[np.ndarray, "n k"], *, probes: int = 256, seed: int = 0
+) -> float:
     """Share of the true nearest images that a table of neighbours has, for a random sample of rows.
 
     Args:
-        features: float32 [N, D].
-        indices: int32 [N, k], no row twice in a line.
+        features: as for the search.
+        indices: no row twice in a line.
         probes: how many rows to search exactly.
         seed: of the sample.
 
@@ -202,7 +205,7 @@ def recall(features: np.ndarray, indices: np.ndarray, *, probes: int = 256, seed
 
 
 def search(
-    features: np.ndarray,
+    features: Float[np.ndarray | jax.Array, "n d"],
     k: int,
     *,
     mesh: Mesh | None = None,
@@ -214,9 +217,9 @@ def search(
     """Exact k nearest neighbours by inner product, on the accelerators of the mesh or on the processor.
 
     Args:
-        features: float32 [N, D], L2-normalised; NumPy, or a jax array for the device search. With several processes
-            the same in each; all of them call this and get the same result.
-        k: list length, the row itself included; at most N entries are returned.
+        features: L2-normalised; NumPy, or a jax array for the device search. With several processes the same in each;
+            all of them call this and get the same result.
+        k: list length, the row itself included; at most n entries are returned.
         mesh: `jax.sharding.Mesh`; the work is shared out over all its devices. None: all devices of all processes.
         backend: "host", "device", or "auto": device where those are accelerators, host on CPU, where it is faster.
         candidates: for devices: look for this many, more than k, with bfloat16 products, and take the k best of them

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Float
 
 from dmosnet_jax.core import parallel
 from dmosnet_jax.memory.clustering import jaccard
@@ -149,7 +150,7 @@ def _blocks(local: int, query_block: int, candidate_block: int) -> tuple[int, in
 
 
 def search_device(
-    features: np.ndarray | jax.Array,
+    features: Float[np.ndarray | jax.Array, "n d"],
     k: int,
     *,
     mesh: Mesh | None = None,
@@ -164,8 +165,8 @@ def search_device(
     Similarities are float32 products at the highest precision the device offers.
 
     Args:
-        features: float32 [N, D], L2-normalised. With several processes: the same array in each.
-        k: list length, the row itself included; at most N entries are returned.
+        features: L2-normalised. With several processes: the same array in each.
+        k: list length, the row itself included; at most n entries are returned.
         mesh: the devices, default all; a mesh with one axis.
         candidates: more than 0: find this many with bfloat16 products, then the k best of them by float32 similarity.
         query_block: most rows of a block of similarities.

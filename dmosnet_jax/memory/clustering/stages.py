@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float, Float32, Int, Int32
 
 from dmosnet_jax.core import parallel
 from dmosnet_jax.core.errors import ConfigError, DataError
@@ -22,26 +24,26 @@ from dmosnet_jax.memory.clustering.k_distance import check_clusters
 
 @dataclass(frozen=True)
 class Clustering:
-    """Pseudo-labels and what led to them. Arrays are NumPy, one entry per image.
+    """Pseudo-labels and what led to them.
 
     Attributes:
-        labels: int32 [N], classes 0..C-1, every image in one; un-clustered images are classes of their own, the last.
-        dbscan: int32 [N], DBSCAN labels at `eps`, noise -1.
-        dbscan_tight: int32 [N], at `eps - eps_gap`.
-        dbscan_loose: int32 [N], at `eps + eps_gap`.
-        r_comp: float32 [N], 1 - IoU of the clusters at `eps` and `eps - eps_gap`.
-        r_indep: float32 [N], 1 - IoU of the clusters at `eps` and `eps + eps_gap`.
+        labels: classes 0..C-1, every image in one; un-clustered images are classes of their own, the last.
+        dbscan: DBSCAN labels at `eps`, noise -1.
+        dbscan_tight: at `eps - eps_gap`.
+        dbscan_loose: at `eps + eps_gap`.
+        r_comp: 1 - IoU of the clusters at `eps` and `eps - eps_gap`.
+        r_indep: 1 - IoU of the clusters at `eps` and `eps + eps_gap`.
         indep_threshold: pass it to the next epoch's call.
         seconds: time per stage, of those that ran in this process.
         recall: share of the true nearest images that the search found, measured where it was not exact; else None.
     """
 
-    labels: np.ndarray
-    dbscan: np.ndarray
-    dbscan_tight: np.ndarray
-    dbscan_loose: np.ndarray
-    r_comp: np.ndarray
-    r_indep: np.ndarray
+    labels: Int32[np.ndarray, " n"]
+    dbscan: Int32[np.ndarray, " n"]
+    dbscan_tight: Int32[np.ndarray, " n"]
+    dbscan_loose: Int32[np.ndarray, " n"]
+    r_comp: Float32[np.ndarray, " n"]
+    r_indep: Float32[np.ndarray, " n"]
     indep_threshold: float
     seconds: dict[str, float] = field(default_factory=dict)
     recall: float | None = None
@@ -88,27 +90,25 @@ def _check_settings(k1: int, k2: int, eps: float, eps_gap: float, min_samples: i
         raise ConfigError(f"clustering: min_samples={min_samples} must be at least 1 (SpCL uses 4)")
 
 
-def _check_features(features: np.ndarray) -> np.ndarray:
-    """Unit rows as float32; rows that are unit already are left as they are, to the last bit."""
-    features = np.asarray(features)
-    if features.ndim != 2 or features.shape[0] == 0:
-        raise DataError(f"clustering: features have shape {features.shape}; expected [images, dimension], not empty")
-    features = np.ascontiguousarray(features, np.float32)
+def _check_features(features: np.ndarray | jax.Array) -> np.ndarray:
+    """Features as float32 rows of unit length; bit-identical where all of them are so already."""
+    rows = np.asarray(features)
+    if rows.ndim != 2 or rows.shape[0] == 0:
+        raise DataError(f"clustering: features have shape {rows.shape}; expected [images, dimension], not empty")
+    rows = np.ascontiguousarray(rows, np.float32)
     # A row's norm is finite exactly when the row is (and its squares fit float32), so one pass checks both.
-    norms = np.sqrt(np.einsum("nd,nd->n", features, features))
+    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
     bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
     if bad.size:
         raise DataError(
-            f"clustering: {bad.size} of {features.shape[0]} feature rows are not finite or all zero, the first is row "
+            f"clustering: {bad.size} of {rows.shape[0]} feature rows are not finite or all zero, the first is row "
             f"{bad[0]}; the network has diverged or features are missing: lower the learning rate or extract again"
         )
-    if np.abs(norms - 1).max() > 1e-3:
-        features = features / norms[:, None]
-    return features
+    return rows / norms[:, None] if np.abs(norms - 1).max() > 1e-3 else rows
 
 
 def cluster(
-    features: np.ndarray,
+    features: Float[np.ndarray | jax.Array, "n d"],
     *,
     k1: int = 30,
     k2: int = 6,
@@ -117,7 +117,7 @@ def cluster(
     min_samples: int = 4,
     indep_threshold: float | None = None,
     min_clustered: float = 0.0,
-    nearest: np.ndarray | None = None,
+    nearest: Int[np.ndarray, "n k"] | None = None,
     candidates: int = 0,
     mesh: Mesh | None = None,
     threads: int | None = None,
@@ -130,15 +130,15 @@ def cluster(
     the other stages run on process 0, which sends its result: hosts that differ in a last bit train on the same labels.
 
     Args:
-        features: float32 [N, D]; rows that are not of unit length are L2-normalised.
-        k1: nearest images of the k-reciprocal sets, the image itself included; clipped to N.
+        features: rows that are not of unit length are L2-normalised.
+        k1: nearest images of the k-reciprocal sets, the image itself included; clipped to n.
         k2: nearest images of query expansion; clipped to k1.
         eps: DBSCAN radius, a Jaccard distance.
         eps_gap: how much smaller and larger the other two radii are.
         min_samples: images within the radius, itself included, that make a core point.
         indep_threshold: `Clustering.indep_threshold` of the first epoch; None in the first epoch.
         min_clustered: share of the images that clusters of more than one image must hold, or the radius is refused.
-        nearest: int32 [N, >= k1] nearest images, best first, itself included, when they are known already.
+        nearest: the k >= k1 nearest images, best first, itself included, when they are known already.
         candidates: see `neighbours.search`; the recall that this leaves is measured.
         mesh: devices of the neighbour search, all of them by default.
         threads: host threads, default all cores.
