@@ -65,13 +65,13 @@ def save(path: str | os.PathLike[str], params: Tree, stats: Tree, card: Card) ->
     Raises:
         DataError: the arrays are not the card's model's, the folder exists, or can't be written.
     """
-    place, pairs = pathlib.Path(path).absolute(), zip(card.model.shapes(), (params, stats), strict=True)
+    folder, pairs = pathlib.Path(path).absolute(), zip(card.model.shapes(), (params, stats), strict=True)
     problems = [text for expected, found in pairs for text in differences(expected, found)]
     if problems:
         raise DataError(f"{path}: the arrays are not those of {card.model.name}: {'; '.join(problems)}")
-    if place.exists():
+    if folder.exists():
         raise DataError(f"{path}: exists already; give another path, or remove it first")
-    with atomic_write(place) as part:
+    with atomic_write(folder) as part:
         part.mkdir()
         torch_export.save(part / WEIGHTS, torch_export.by_torch_names(params, stats))
         values = card.to_json() | {"sha256": _sha256(part / WEIGHTS)}
@@ -93,17 +93,17 @@ def load(path: str | os.PathLike[str]) -> tuple[Tree, Tree, Card]:
     Raises:
         DataError: no such folder, damaged, or not what its card says.
     """
-    place = pathlib.Path(path).absolute()
-    values = _read_json(place / CARD)
-    card = _card(values, place / CARD)
+    folder = pathlib.Path(path).absolute()
+    values = _read_json(folder / CARD)
+    card = _card(values, folder / CARD)
     try:
-        checksum = _sha256(place / WEIGHTS)
+        checksum = _sha256(folder / WEIGHTS)
     except OSError as error:
         raise DataError(f"{path}: is damaged ({WEIGHTS}: {error.strerror}); copy or export it again") from error
     if checksum != values["sha256"]:
         raise DataError(f"{path}: is damaged (the checksum of {WEIGHTS} differs); copy or export it again")
     try:
-        return *torch_import.convert(torch_import.load(place / WEIGHTS), card.model), card
+        return *torch_import.convert(torch_import.load(folder / WEIGHTS), card.model), card
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
 

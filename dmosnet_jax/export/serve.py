@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.unit import unit_rows_np
 from dmosnet_jax.data import augment, transforms
 from dmosnet_jax.export.weights import open_weights
 from dmosnet_jax.models import Model
@@ -91,9 +92,7 @@ class Extractor:
                 done.append(_fetched(*waiting.pop(0)))
         done += [_fetched(*item) for item in waiting]
         features = np.concatenate(done) if done else np.zeros((0, self.feature_dim), np.float32)
-        if normalised:
-            features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-        return features
+        return unit_rows_np(features) if normalised else features
 
 
 def _fetched(features: jax.Array, count: int) -> np.ndarray:

@@ -28,12 +28,12 @@ class Weights:
 
     Attributes:
         path: where they come from.
-        options: arguments of `models.build` that the weights tell; what they don't tell is absent.
+        options: arguments of `models.build` that can be read off the weights; others are absent.
         mean: per-channel mean of the pixels, in [0, 1] units.
         std: per-channel standard deviation of the pixels.
         interpolation: filter that resized the images they were trained with, "bilinear" or "bicubic".
         num_classes: classes of the classifier among the weights, 0 for none.
-        batches: training steps, as far as the weights tell.
+        batches: training steps, 0 where the weights do not tell.
         with_val: whether they were trained on the images for validation too; None where the weights do not tell.
         state_dict: arrays of a PyTorch file, or None.
         trees: `(params, stats)` of a checkpoint or folder of ours, or None.
@@ -130,18 +130,18 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
     Raises:
         DataError: nothing there, damaged, or refused.
     """
-    where, place = str(path), pathlib.Path(path)
-    if folder.is_folder(place):
-        params, stats, card = folder.load(place)
+    where, local = str(path), pathlib.Path(path)
+    if folder.is_folder(local):
+        params, stats, card = folder.load(local)
         options = {name: getattr(card.model, name) for name in (*PARTS, "image_size")}
         inputs = card.mean, card.std, card.interpolation
         return Weights(where, options, *inputs, card.model.num_classes, trees=(params, stats))
-    if place.is_dir() or place.name == checkpoints.BEST:
-        saved = checkpoints.load_model(place)
+    if local.is_dir() or local.name == checkpoints.BEST:
+        saved = checkpoints.load_model(local)
         kernel = saved.params.get("classifier", {}).get("kernel")
         classes, trees = 0 if kernel is None else kernel.shape[1], (saved.params, saved.stats)
-        told = describe_run(saved.path, saved.meta)
-        return dataclasses.replace(told, num_classes=classes, batches=saved.step, trees=trees)
+        described = describe_run(saved.path, saved.meta)
+        return dataclasses.replace(described, num_classes=classes, batches=saved.step, trees=trees)
     state_dict = torch_import.load(path)
     options = {name: value for name, value in identify.describe(state_dict).items() if value is not None}
     return Weights(

@@ -79,7 +79,7 @@ def _open_proxies(config: Any) -> tuple[list[Proxy], dict[str, Any]]:
 
 
 def _fingerprint(proxy: Proxy) -> dict[str, Any]:
-    """What must stay the same for scores to go together; the path need not."""
+    """What must be equal for scores to be comparable; the path need not."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path((proxy.params, proxy.stats)):
         digest.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(leaf).tobytes())
@@ -92,7 +92,7 @@ def _fingerprint(proxy: Proxy) -> dict[str, Any]:
 
 
 def _score(config: Any, chunks: Chunks, proxies: list[Proxy]) -> np.ndarray:
-    """Scores what is not on disk yet; the scores of all images, on process 0."""
+    """Scores what is not on disk yet; returns the scores of all images, on process 0."""
     missing = chunks.missing()
     left = sum(len(chunks.images(number)) for number in missing)
     count = len(chunks.split)
@@ -120,7 +120,7 @@ def _score(config: Any, chunks: Chunks, proxies: list[Proxy]) -> np.ndarray:
 
 
 class _Naming:
-    """A chunk that remembers the names of the records that were read, so that they need not be read twice."""
+    """A chunk that keeps the names of the records it reads, so that they need not be read twice."""
 
     def __init__(self, images: Subset):
         self.images, self.name, self.source = images, images.name, images.source

@@ -1,4 +1,4 @@
-"""Scores and names of a split's images, kept in chunks, so that a run that was killed goes on where it was."""
+"""Scores and names of a split's images on disk, in chunks, so that a killed run can be resumed."""
 
 import json
 import pathlib
@@ -23,7 +23,7 @@ class Chunks:
     """Runs of images whose scores and names go to disk at once, in files that appear whole or not at all."""
 
     def __init__(self, workdir: pathlib.Path, split: Split, about: dict[str, Any]):
-        """Takes up the run in a workdir, or begins one.
+        """Resumes the run in a workdir, or starts one.
 
         Raises:
             DataError: the workdir is of a run with other images, checkpoints or chunks.
@@ -52,7 +52,7 @@ class Chunks:
             )
 
     def finished(self) -> np.ndarray | None:
-        """The scores of a run that is over (on process 0, elsewhere none); None where some are to be made still."""
+        """The scores of a finished run (empty except on process 0); None where the run is not finished."""
         found = np.empty(0, np.float32)
         if jax.process_index() == 0 and (self.workdir / SCORES).exists():
             found = rankings.read_scores(self.workdir / SCORES, self.split)

@@ -1,4 +1,4 @@
-"""From a config to the images that it means: one data set, a part of one, or several together."""
+"""The images that a config names: one data set, a part of one, or the union of several."""
 
 import zlib
 from typing import Any
@@ -11,7 +11,7 @@ from dmosnet_jax.data.records import GALLERY, QUERY, TRAIN, TRAINVAL, VAL
 from dmosnet_jax.data.splits import JointSplit, Rows, Split, Subset, load_split, split_names
 from dmosnet_jax.train.metrics import progress_bar
 
-# Names read between two movements of the progress bar.
+# Names read between two updates of the progress bar.
 _NAMES_AT_ONCE = 1000
 
 
@@ -59,7 +59,7 @@ def _training_split(config: Any, name: str) -> Rows:
     return load_split(config.data_dir, name, TRAIN)
 
 
-def chosen_rows(images: Rows) -> int | None:
+def subset_checksum(images: Rows) -> int | None:
     """A checksum of the rows that a subset holds, to recognise it; None for a whole split."""
     return zlib.crc32(images.rows.astype("<i4").tobytes()) if isinstance(images, Subset) else None
 
@@ -75,7 +75,7 @@ def read_names(split: Split) -> list[str]:
     return names
 
 
-def evaluated(config: Any) -> list[str]:
+def datasets_with_queries(config: Any) -> list[str]:
     """Those of a config's data sets that have queries and a gallery.
 
     Raises:

@@ -61,19 +61,19 @@ def find_images(path: str) -> ImageFiles:
     Raises:
         DataError: nothing there, or no image.
     """
-    place = pathlib.Path(path)
-    if place.is_file():
-        return ImageFiles(place.parent, (place.name,))
-    if not place.is_dir():
+    root = pathlib.Path(path)
+    if root.is_file():
+        return ImageFiles(root.parent, (root.name,))
+    if not root.is_dir():
         raise DataError(f"{path}: no such folder or image: set --config.images to one")
     found = sorted(
-        str(p.relative_to(place))
-        for p in place.rglob("*")
+        str(p.relative_to(root))
+        for p in root.rglob("*")
         if p.suffix.lower() in SUFFIXES and not p.name.startswith("._") and "__MACOSX" not in p.parts
     )
     if not found:
         raise DataError(f"{path}: holds no image ({', '.join(SUFFIXES)}): set --config.images to a folder that does")
-    return ImageFiles(place, tuple(found))
+    return ImageFiles(root, tuple(found))
 
 
 def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One pass of feature extraction over all training images, that goes on where it was interrupted.
+"""One pass of feature extraction over all training images, resumed where it was interrupted.
 
 Large data sets are extracted in parts, each written whole or not at all to `feature_parts/` in the workdir. A part
 belongs to the exact weights, images and settings it was made from; parts of others are removed.
@@ -16,13 +16,14 @@ import numpy as np
 
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.parallel import from_first, print_once
+from dmosnet_jax.core.unit import unit_rows_np
 from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.splits import Rows, Subset
 from dmosnet_jax.evaluation.extract import Extractor
 
 FOLDER = "feature_parts"
 PART = 65_536
-# Parts, and what a writer that was killed left; nothing else in the folder is ever touched.
+# Parts, complete or left unfinished by a killed writer; nothing else in the folder is ever touched.
 _NAME = re.compile(r"\.?[0-9a-f]{16}-\d{9}\.npy.*")
 
 
@@ -56,7 +57,7 @@ def extract(
     """
     count = len(split.pids)
     if count <= part or cache is not None:
-        return _unit(extractor(params, stats, split, label=label, cache=cache))
+        return unit_rows_np(extractor(params, stats, split, label=label, cache=cache))
     keeper = _Parts(workdir / FOLDER, _fingerprint(params, stats, split, about))
     features, known = np.empty((0, 0), np.float32), 0
     for start in range(0, count, part):
@@ -64,7 +65,7 @@ def extract(
         piece = keeper.load(start, len(rows))
         if piece is None:
             name = f"{label} {start // part + 1}/{-(-count // part)}"
-            piece = _unit(extractor(params, stats, Subset(split, rows), label=name))
+            piece = unit_rows_np(extractor(params, stats, Subset(split, rows), label=name))
             keeper.save(start, piece)
         else:
             known += len(rows)
@@ -77,7 +78,7 @@ def extract(
 
 
 def clear(workdir: pathlib.Path) -> None:
-    """Removes the parts: a checkpoint holds what was made of them."""
+    """Removes the parts, once a checkpoint holds the memory that they filled."""
     folder = workdir / FOLDER
     if jax.process_index() == 0 and folder.is_dir():
         with contextlib.suppress(OSError):
@@ -124,7 +125,7 @@ class _Parts:
 
 
 def _fingerprint(params: Any, stats: Any, split: Rows, about: str) -> str:
-    """Changes with any weight, with which images there are, and with what `about` says."""
+    """A checksum of the weights, of the set of images, and of `about`."""
     update: Callable[[bytes, int], int] = zlib.crc32
     check = update(about.encode(), 0)
     for leaf in jax.tree.leaves((params, stats)):
@@ -133,7 +134,3 @@ def _fingerprint(params: Any, stats: Any, split: Rows, about: str) -> str:
     sample = np.linspace(0, len(split.pids) - 1, min(len(split.pids), 64)).astype(int)
     names = "\n".join(split.filenames(sample.tolist()))
     return f"{check:08x}{update(names.encode(), len(split.pids) & 0xFFFFFFFF):08x}"
-
-
-def _unit(features: np.ndarray) -> np.ndarray:
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

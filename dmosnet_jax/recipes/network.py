@@ -42,23 +42,25 @@ def open_network(config: Any, path: str) -> Network:
     """The network of some weights, as far as the config does not ask for something else.
 
     Raises:
-        ConfigError: see `build_for`.
+        ConfigError: see `build_model`.
         DataError: the weights are missing, damaged, or of another model.
     """
     weights = open_weights(path)
-    config = as_trained(config, weights)
-    model = build_for(config, weights)
+    config = fill_input(config, weights)
+    model = build_model(config, weights)
     return Network(config, weights, model, *weights.arrays(model))
 
 
-def build_for(config: Any, weights: Weights | None = None, *, num_classes: int = 0, free: Sequence[str] = ()) -> Model:
-    """The model that a config asks for; what it leaves open is as the weights say, or as in the paper.
+def build_model(
+    config: Any, weights: Weights | None = None, *, num_classes: int = 0, may_differ: Sequence[str] = ()
+) -> Model:
+    """The model that a config asks for; what it leaves open is taken from the weights, or else from the paper.
 
     Args:
         config: the run's config.
         weights: what the model must fit.
         num_classes: classifier size.
-        free: parts in which the config may differ from the weights: `HEAD` where they only start training.
+        may_differ: parts in which the config may contradict the weights: `HEAD` where they only start training.
 
     Raises:
         ConfigError: no model name, or unknown options.
@@ -66,7 +68,7 @@ def build_for(config: Any, weights: Weights | None = None, *, num_classes: int =
     """
     chosen = options_of(config)
     for part, value in (weights.options if weights else {}).items():
-        if part not in chosen or (part in free and chosen[part] is not None):
+        if part not in chosen or (part in may_differ and chosen[part] is not None):
             continue
         value = tuple(value) if part == "attention" else value
         if chosen[part] is not None and chosen[part] != value:
@@ -89,30 +91,30 @@ def build_for(config: Any, weights: Weights | None = None, *, num_classes: int =
 
 
 def options_of(config: Any) -> dict[str, Any]:
-    """What a config says of each of `PARTS`, None where it leaves that to the weights."""
+    """The config's value for each of `PARTS`, None where it leaves that to the weights."""
     options = {part: config.model.get(part) for part in PARTS}
     if options["attention"] is not None:
         options["attention"] = tuple(int(bool(flag)) for flag in options["attention"])
     return options
 
 
-def as_trained(config: Any, weights: Weights | None) -> Any:
-    """The config with the input of the weights, or the usual one without weights, wherever it leaves that open.
+def fill_input(config: Any, weights: Weights | None) -> Any:
+    """The config with its open input settings filled: those of the weights, or the defaults without weights.
 
-    That is the image size, the filter that resizes, and the pixel statistics.
+    Input settings are the image size, the filter that resizes, and the pixel statistics.
     """
-    told = weights or Weights("", {})
+    source = weights or Weights("", {})
     known = {
-        "image_size": tuple(told.options.get("image_size") or (256, 128)),
-        "pixel_mean": tuple(told.mean),
-        "pixel_std": tuple(told.std),
+        "image_size": tuple(source.options.get("image_size") or (256, 128)),
+        "pixel_mean": tuple(source.mean),
+        "pixel_std": tuple(source.std),
     }
     filled = config.copy_and_resolve_references()
     with filled.unlocked():
         for field, value in known.items():
             if filled[field] is None:
                 filled[field] = value
-        filled.data.interpolation = filled.data.interpolation or told.interpolation
+        filled.data.interpolation = filled.data.interpolation or source.interpolation
     return filled
 
 

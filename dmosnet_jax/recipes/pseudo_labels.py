@@ -1,4 +1,4 @@
-"""The clustering of one epoch, as a run shows it: what it will take, how far it is, how good it was, why it failed."""
+"""The clustering of one epoch as a run reports it: memory needed, progress, quality, and why it failed."""
 
 import pathlib
 import time
@@ -15,24 +15,24 @@ from dmosnet_jax.memory.clustering import Clustering, TooFewClusteredError, clus
 from dmosnet_jax.train.metrics import progress_bar
 
 PICTURE = "k_distances.svg"
-# Of these the progress is known; the others take a hundredth of the time.
+# Stages that report their progress; the others take a hundredth of the time.
 _STAGES = ("neighbours", "weights", "jaccard")
 # Candidates for each neighbour of the low-precision search.
 _CANDIDATES = 2
 
 
 def radius(settings: Any, epoch: int, epochs: int) -> float:
-    """DBSCAN's radius of an epoch: `eps`, or on the way from there to `eps_end`."""
+    """DBSCAN's radius of an epoch: `eps`, or interpolated from there to `eps_end`."""
     if settings.eps_end is None or epochs < 2:
         return settings.eps
     return settings.eps + (settings.eps_end - settings.eps) * epoch / (epochs - 1)
 
 
-def announce(images: int, dim: int, settings: Any) -> None:
-    """Says how much memory clustering will need.
+def check_memory(images: int, dim: int, settings: Any) -> None:
+    """Prints how much memory clustering will need, before hours of extraction.
 
     Raises:
-        UserError: there is less; now, and not after hours of extraction.
+        UserError: there is less.
     """
     parts = host_memory.estimate_memory(images, dim, k1=settings.k1)
     total = parts.pop("total")
@@ -43,7 +43,7 @@ def announce(images: int, dim: int, settings: Any) -> None:
     agree(lambda: host_memory.check_memory(images, dim, k1=min(settings.k1, images)))
 
 
-def find(
+def run_clustering(
     features: np.ndarray, settings: Any, *, eps: float, threshold: float | None, mesh: Mesh, workdir: pathlib.Path
 ) -> Clustering:
     """Clusters the features with a progress bar.
@@ -86,12 +86,12 @@ def find(
             if not error.reaches.size:
                 raise
             picture = workdir / PICTURE
-            draw(error, picture)
+            draw_k_distances(error, picture)
             message = f"{error} (--config.spcl.eps=...); the curve is in {picture}"
             raise TooFewClusteredError(message, error.reaches, error.eps, error.min_samples) from error
 
 
-def draw(error: TooFewClusteredError, path: pathlib.Path) -> None:
+def draw_k_distances(error: TooFewClusteredError, path: pathlib.Path) -> None:
     """Writes the k-distance curve with the radius that was tried."""
     share = np.linspace(0, 100, len(error.reaches))
     reach = Line(f"distance to image {error.min_samples}", share.tolist(), error.reaches.tolist())
@@ -99,7 +99,7 @@ def draw(error: TooFewClusteredError, path: pathlib.Path) -> None:
     chart = Chart("k-distance curve", "share of the images (%)", "Jaccard distance", [reach, tried])
     svg = draw_svg(chart, "k-distances")
     with atomic_write(path) as part:
-        # On a page of its own there is no text colour to take, nor a background.
+        # The report sets colour and background by its page; a file of its own has to.
         style = '<svg style="color:#333;background:white" '
         part.write_text(svg.replace("<svg ", style, 1), encoding="utf-8")
 
@@ -129,10 +129,10 @@ def report(
     # Of the labels that are trained on: a cluster memory takes those of DBSCAN.
     sizes = np.bincount(labels[labels >= 0])
     clusters, largest = int((sizes > 1).sum()), int(sizes.max(initial=0))
-    alone = int((sizes == 1).sum() + (labels < 0).sum())
+    unclustered = int((sizes == 1).sum() + (labels < 0).sum())
     notes: dict[str, float] = {
         "clusters": clusters,
-        "unclustered": alone,
+        "unclustered": unclustered,
         "largest_cluster": largest,
         "indep_threshold": found.indep_threshold,
         "eps": eps,
@@ -143,16 +143,16 @@ def report(
         notes["clusters_over_cameras"] = spanning
     if found.recall is not None:
         notes["neighbour_recall"] = found.recall
-    agreement, told = quality.agreement(labels, identities), ""
+    agreement, quality_text = quality.agreement(labels, identities), ""
     if agreement is not None:
         notes |= {f"pseudo_{name}": getattr(agreement, name) for name in agreement._fields if name != "images"}
-        told = (
+        quality_text = (
             f", NMI {agreement.nmi:.3f}, adjusted Rand {agreement.adjusted_rand:.3f}, pairs "
             f"{agreement.pair_precision:.3f} precise, {agreement.pair_recall:.3f} recalled"
         )
     print_once(
-        f"epoch {epoch + 1}: {clusters} clusters{across}, {alone} un-clustered images, largest "
-        f"cluster {largest}, threshold {found.indep_threshold:.4f}{told}, "
+        f"epoch {epoch + 1}: {clusters} clusters{across}, {unclustered} un-clustered images, largest "
+        f"cluster {largest}, threshold {found.indep_threshold:.4f}{quality_text}, "
         f"{time.perf_counter() - since:.1f} s ({stages})"
     )
     return notes | {f"seconds_{name}": value for name, value in found.seconds.items()}

@@ -14,7 +14,7 @@ from dmosnet_jax.core.parallel import make_mesh, print_once
 from dmosnet_jax.data.splits import Split, split_names
 from dmosnet_jax.evaluation import ranking
 from dmosnet_jax.recipes import scoring, spcl, supervised
-from dmosnet_jax.recipes.network import as_trained, build_for
+from dmosnet_jax.recipes.network import build_model, fill_input
 from dmosnet_jax.train.metrics import write_json
 
 # What the stages take from the top of the config, so that one override reaches them all.
@@ -34,7 +34,7 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     if jax.process_count() > 1:
         raise ConfigError("the quickstart runs in one process: start it without --distributed")
     workdir.mkdir(parents=True, exist_ok=True)
-    config = as_trained(config, None)
+    config = fill_input(config, None)
     with config.unlocked():
         config.data_dir = config.data_dir or str(workdir / "data")
     for name in ("pretrain", "finetune"):
@@ -98,7 +98,7 @@ def _make_data(config: Any) -> None:
 
 def _untrained(config: Any) -> scoring.Scores:
     """Scores of the network as it is initialised."""
-    model = build_for(config)
+    model = build_model(config)
     params, stats = model.init(jax.random.key(config.seed))
     [scores] = scoring.Scorer(config, model, make_mesh(), [config.dataset])(params, stats).values()
     print_once(f"untrained {model.name}: {scoring.describe(scores.ranking.results())}")

@@ -47,7 +47,7 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     memory, own = _MEMORIES[settings.memory]
     epochs = Epochs(experiment, memory, own)
     step = spcl_step(experiment.model, experiment.optimiser, experiment.config, memory=memory)
-    step = refreshing(step, memory, settings.refresh_every_steps, experiment.schedule.steps_per_epoch)
+    step = with_refresh(step, memory, settings.refresh_every_steps, experiment.schedule.steps_per_epoch)
     results = train(experiment, step, epochs.begin, prepare=epochs.prepare)
     feature_pass.clear(workdir)
     return results
@@ -70,7 +70,7 @@ class HostValues:
 
 @dataclasses.dataclass(frozen=True)
 class Epochs:
-    """What an epoch of SpCL is. Identities, where there are any, only tell how good the clusters are.
+    """What an epoch of SpCL is. Identities, where there are any, only serve to log how good the clusters are.
 
     Attributes:
         experiment: what is trained.
@@ -86,8 +86,8 @@ class Epochs:
         """Adds the memory as shapes: a checkpoint is restored into them, or the first epoch fills them."""
         experiment, settings = self.experiment, self.experiment.config.spcl
         images, dim = len(experiment.images.pids), experiment.model.feature_dim
-        pseudo_labels.announce(images, dim, settings)
-        # Tables as they were: the next epoch makes them of the size that is asked for now.
+        pseudo_labels.check_memory(images, dim, settings)
+        # Tables of the checkpoint's size; the next epoch makes new ones of the configured size.
         values = HostValues(settings.memory, settings.max_classes) if kept is None else HostValues(**kept)
         memory = self.memory.shapes(
             images,
@@ -101,7 +101,7 @@ class Epochs:
         return state.replace(memory=memory), dataclasses.asdict(values)
 
     def begin(self, run: RunState, epoch: int, offset: int) -> tuple[RunState, TrainStream, Mapping[str, float]]:
-        """Clusters the memory and plans the epoch; in the middle of one, takes the pseudo-labels from the memory."""
+        """Clusters the memory and plans the epoch; resumed within one, takes the pseudo-labels from the memory."""
         experiment, config = self.experiment, self.experiment.config
         notes: dict[str, float] = {}
         if offset:
@@ -123,7 +123,7 @@ class Epochs:
         return run, experiment.stream(plan, epoch=epoch, start=offset, labels=labels), notes
 
     def _cameras(self) -> np.ndarray | None:
-        """Cameras that the sampler prefers to change, None where they do not count."""
+        """Cameras for the sampler, which prefers positives from another one; None where it ignores them."""
         camids = self.experiment.images.camids
         return camids if self.experiment.config.sampler.cameras and len(np.unique(camids)) > 1 else None
 
@@ -149,7 +149,7 @@ class Epochs:
             feature_pass.clear(experiment.workdir)
         eps = pseudo_labels.radius(settings, epoch, experiment.schedule.epochs)
         threshold = run.meta["loop"]["indep_threshold"]
-        found = pseudo_labels.find(
+        found = pseudo_labels.run_clustering(
             features, settings, eps=eps, threshold=threshold, mesh=experiment.mesh, workdir=experiment.workdir
         )
         labels, capacity = self.memory.class_labels(found), settings.max_classes or len(features)
@@ -163,8 +163,8 @@ class Epochs:
         return run.replace(state=run.state.replace(memory=memory), **dataclasses.asdict(kept)), labels, notes
 
 
-def refreshing(step: Step, memory: ModuleType, every: int, steps_per_epoch: int) -> Step:
-    """The step, before which class sums are rebuilt from time to time: rounding does not collect over long epochs.
+def with_refresh(step: Step, memory: ModuleType, every: int, steps_per_epoch: int) -> Step:
+    """The step with class sums rebuilt at intervals before it, so that rounding does not accumulate over long epochs.
 
     Args:
         step: a pure step.

@@ -1,6 +1,6 @@
 """What the training recipes share: from a config to an open experiment, and from that to a trained network.
 
-A recipe calls `open_experiment`, says what an epoch and a step are, and hands all of it to `train`.
+A recipe calls `open_experiment`, defines what an epoch and a step are, and passes all of it to `train`.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.export.weights import PARTS, Weights, describe_run, open_weights
 from dmosnet_jax.models import Model
 from dmosnet_jax.recipes import scoring
-from dmosnet_jax.recipes.datasets import chosen_rows, evaluated
-from dmosnet_jax.recipes.network import HEAD, as_trained, build_for, settings_of
+from dmosnet_jax.recipes.datasets import datasets_with_queries, subset_checksum
+from dmosnet_jax.recipes.network import HEAD, build_model, fill_input, settings_of
 from dmosnet_jax.train import loop, optim
 from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train.checkpoints import Checkpoints, latest_meta
@@ -48,7 +48,7 @@ class Experiment:
         workdir: of the run.
         images: the training images.
         mesh: the devices.
-        weights: what the network starts from, or a description of the run that goes on; None: a fresh network.
+        weights: what the network starts from, or a description of the resumed run; None: a fresh network.
         model: the network.
         schedule: lengths and intervals.
         optimiser: with its learning rate.
@@ -77,9 +77,9 @@ class Experiment:
         }
 
     def lengths(self) -> dict[str, int]:
-        """What must stay as it is over a run, or its epochs would shift."""
+        """What must not change when a run is resumed, or its epochs would shift."""
         found = {"steps_per_epoch": self.schedule.steps_per_epoch, "images": len(self.images.pids)}
-        rows = chosen_rows(self.images)
+        rows = subset_checksum(self.images)
         return found if rows is None else {**found, "subset": rows}
 
     def stream(self, plan: np.ndarray, *, epoch: int, start: int, labels: np.ndarray | None) -> TrainStream:
@@ -106,8 +106,8 @@ def open_experiment(config: Any, workdir: pathlib.Path, images: Rows, *, num_cla
 
     Args:
         config: of the run.
-        workdir: of the run; where it has begun, the network is that of its checkpoint, since the weights that it
-            started from may be gone.
+        workdir: of the run; a resumed run takes its network from its checkpoint, since the weights that it started
+            from may be gone.
         images: the training images.
         num_classes: size of the classifier, 0 for none.
 
@@ -115,16 +115,16 @@ def open_experiment(config: Any, workdir: pathlib.Path, images: Rows, *, num_cla
         ConfigError: settings that do not fit the data or the devices.
         DataError: weights missing or damaged.
     """
-    begun = latest_meta(workdir)
+    meta = latest_meta(workdir)
     weights = None
-    if begun is not None:
-        weights = describe_run(workdir, begun)
+    if meta is not None:
+        weights = describe_run(workdir, meta)
     elif config.pretrained:
         weights = open_weights(config.pretrained)
-    config = as_trained(config, weights)
+    config = fill_input(config, weights)
     mesh = make_mesh()
     check_batch(config.batch_size, mesh)
-    model = build_for(config, weights, num_classes=num_classes, free=HEAD if begun is None else PARTS)
+    model = build_model(config, weights, num_classes=num_classes, may_differ=HEAD if meta is None else PARTS)
     schedule = _schedule(config, images)
     rate = optim.learning_rate(
         config.optim,
@@ -173,8 +173,8 @@ def train(experiment: Experiment, step: Step, begin_epoch: BeginEpoch, *, prepar
         experiment: what is trained.
         step: the pure training step.
         begin_epoch: see `loop.Recipe`.
-        prepare: completes a state with what is the recipe's own, as arrays or as shapes to restore into: from the state
-            and the host values of a checkpoint, None for a fresh run, to the state and the host values.
+        prepare: (state, host values of the checkpoint or None for a fresh run) -> (state, host values): adds what is
+            the recipe's own to the state, as arrays or as shapes to restore into.
 
     Raises:
         DataError: the workdir holds another run.
@@ -182,7 +182,7 @@ def train(experiment: Experiment, step: Step, begin_epoch: BeginEpoch, *, prepar
     """
     workdir, mesh, config = experiment.workdir, experiment.mesh, experiment.config
     workdir.mkdir(parents=True, exist_ok=True)
-    names = evaluated(config)
+    names = datasets_with_queries(config)
     scorer = scoring.Scorer(config, experiment.model, mesh, names, extractor=experiment.extractor, keep_images=True)
     latest: dict[str, scoring.Scores] = {}
 
@@ -194,7 +194,7 @@ def train(experiment: Experiment, step: Step, begin_epoch: BeginEpoch, *, prepar
         return scoring.metrics(latest)
 
     with locked(workdir), contextlib.closing(Checkpoints(workdir, keep=config.train.keep)) as store:
-        run = _begin_or_go_on(experiment, store, prepare or (lambda state, kept: (state, {})))
+        run = _start_or_resume(experiment, store, prepare or (lambda state, kept: (state, {})))
         if jax.process_index() == 0:
             write_json(workdir / "config.json", as_json(config))
         recipe = loop.Recipe(compile_step(step, run.state, mesh), begin_epoch, evaluate, experiment.images.filenames)
@@ -212,7 +212,7 @@ def train(experiment: Experiment, step: Step, begin_epoch: BeginEpoch, *, prepar
         return scoring.publish(latest, workdir, config, model=experiment.model.name, extra=extra)
 
 
-def _begin_or_go_on(experiment: Experiment, store: Checkpoints, prepare: Prepare) -> RunState:
+def _start_or_resume(experiment: Experiment, store: Checkpoints, prepare: Prepare) -> RunState:
     """The run in its newest checkpoint, or a fresh one."""
     model, optimiser, schedule = experiment.model, experiment.optimiser, experiment.schedule
     step = store.latest()
@@ -235,14 +235,14 @@ def _begin_or_go_on(experiment: Experiment, store: Checkpoints, prepare: Prepare
         f"images, {schedule.epochs} epochs of {schedule.steps_per_epoch} steps of {experiment.config.batch_size}, "
         f"devices: {experiment.mesh.size} {experiment.mesh.devices.flat[0].device_kind}"
     )
-    if not evaluated(experiment.config):
+    if not datasets_with_queries(experiment.config):
         print_once(f"{experiment.images.name} has no query and gallery: the run is not scored")
     state, kept = prepare(state, None)
     return RunState(state, experiment.meta(**kept))
 
 
 def _check_same_run(experiment: Experiment, meta: Mapping[str, Any], step: int) -> None:
-    """Refuses to continue a run under settings that would make it another one, and tells what else has changed."""
+    """Refuses to resume a run under settings that would make it another one, and prints what else has changed."""
     now, then = as_json(settings_of(experiment.model)), meta.get("model", {})
     changed = [
         f"model.{k}={now[k]!r} (was {then[k]!r})" for k in now if k in then and k != "dtype" and now[k] != then[k]
@@ -267,7 +267,7 @@ def _check_same_run(experiment: Experiment, meta: Mapping[str, Any], step: int) 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the workdir for this run; the system lets go when the process ends, however that happens.
+    """Locks the workdir for this run; the system releases the lock when the process ends, however it ends.
 
     Raises:
         ConfigError: another process works there.

@@ -2,15 +2,16 @@
 
 A checkpoint is a folder `checkpoints/<step>` with the items `model` (parameters and statistics), `train` (step,
 optimiser, key, memory), `meta` (JSON: model, config, loop state) and, where the state was evaluated, `metrics`. Orbax
-writes it aside and renames it when done; an old one is renamed before it is deleted. So whatever is killed when, a
-folder named by its step is complete.
+writes to a temporary folder and renames it when done; an old one is renamed before it is deleted. So a folder that is
+named by its step is complete, whenever the process was killed.
 """
 
+import contextlib
 import dataclasses
 import logging
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.serialization
@@ -22,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.trees import differences
-from dmosnet_jax.train import integrity
+from dmosnet_jax.train import checksums
 from dmosnet_jax.train.state import TrainState, shardings
 
 FOLDER = "checkpoints"
@@ -32,12 +33,6 @@ _META, _METRICS = "meta", "metrics"
 _ITEMS = (*_ARRAYS, _META, _METRICS)
 _TRASH = ".old"
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)
-
-
-def _quiet() -> None:
-    # Orbax logs every save and restore step by step, and damaged files in several lines; ours is the one that counts.
-    for name in ("absl", "orbax"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _split(state: TrainState) -> dict[str, Any]:
@@ -81,9 +76,10 @@ def _manager(
     Raises:
         DataError: a checkpoint's description is damaged.
     """
-    _quiet()
-    writable = keep is not None
-    policy = None
+    # Orbax logs every save and restore step by step, and damaged files in several lines; ours is the one that counts.
+    for name in ("absl", "orbax"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    writable, policy = keep is not None, None
     if keep is not None:
         best = managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
         policy = managers.AnyPreservationPolicy([managers.LatestN(keep), best])
@@ -100,10 +96,8 @@ def _manager(
     # Opening reads every score.
     for step in _steps(folder):
         _check_files(folder / str(step), [_METRICS])
-    try:
+    with _reading(folder, (ValueError,)):
         return ocp.CheckpointManager(folder.absolute(), options=options, handler_registry=_handlers())
-    except ValueError as error:
-        raise DataError(_damaged(folder, error)) from error
 
 
 class Checkpoints:
@@ -117,7 +111,7 @@ class Checkpoints:
         """
         self._folder = pathlib.Path(workdir) / FOLDER
         self._saving = -1
-        self._manager = _manager(self._folder, keep=keep, before_commit=self._seal)
+        self._manager = _manager(self._folder, keep=keep, before_commit=self._add_checksums)
         self._empty_trash()
 
     def latest(self) -> int | None:
@@ -144,32 +138,34 @@ class Checkpoints:
         values = {"mAP": float(metrics["mAP"])} if metrics is not None else None
         self.wait()
         self._saving = step
-        try:
+        with self._writing():
             self._manager.save(step, args=args, metrics=values)
-        except (OSError, ValueError) as error:
-            raise self._unwritten(error) from error
 
-    def _seal(self) -> None:
+    def _add_checksums(self) -> None:
         # Called by Orbax in the background, on process 0, when all is written and nothing is renamed yet.
-        aside = next(self._folder.glob(f"{self._saving}.*"))
-        integrity.seal(aside, _ITEMS)
+        temporary = next(self._folder.glob(f"{self._saving}.*"))
+        checksums.write(temporary, _ITEMS)
 
     def _empty_trash(self) -> None:
         if jax.process_index() == 0:
             shutil.rmtree(self._folder / _TRASH, ignore_errors=True)
 
-    def _unwritten(self, error: Exception) -> DataError:
-        return DataError(
-            f"{self._folder / str(self._saving)}: checkpoint can't be written ({_reason(error)}): check the free space "
-            "and the permissions, then run the same command to go on from the one before"
-        )
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{self._folder / str(self._saving)}: checkpoint can't be written ({_reason(error)}): check the free "
+                "space and the permissions, then run the same command to go on from the one before"
+            ) from error
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON part of a checkpoint."""
         return _restore_meta(self._manager, step, self._folder)
 
     def restore(self, like: TrainState, step: int, mesh: Mesh) -> TrainState:
-        """A saved state, placed over a mesh of any size.
+        """A saved state, sharded over a mesh of any size.
 
         Args:
             like: a state of the same shapes (arrays or shapes).
@@ -180,22 +176,21 @@ class Checkpoints:
             DataError: the checkpoint is of another model or optimiser, or damaged.
         """
         where = self._folder / str(step)
-        wanted = _split(like)
-        places = _split(shardings(like, mesh))
+        wanted, targets = _split(like), {}
+        placement = _split(shardings(like, mesh))
         _check_files(where, _ARRAYS)
-        try:
-            restored = {}
+        with _reading(where):
             for item in _ARRAYS:
-                _check_shapes(_shapes(self._manager, step, item), wanted[item], where)
-                target = jax.tree.map(
-                    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                problems = differences(wanted[item], _shapes(self._manager, step, item))
+                if problems:
+                    raise DataError(f"{where}: checkpoint of another model or setting: {'; '.join(problems)}")
+                shapes = jax.tree.map(
+                    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                     wanted[item],
-                    places[item],
+                    placement[item],
                 )
-                restored[item] = ocp.args.StandardRestore(target)
-            items = self._manager.restore(step, args=ocp.args.Composite(**restored))
-        except _UNREADABLE as error:
-            raise DataError(_damaged(where, error)) from error
+                targets[item] = ocp.args.StandardRestore(shapes)
+            items = self._manager.restore(step, args=ocp.args.Composite(**targets))
         return _join(like, items["model"], items["train"])
 
     def wait(self) -> None:
@@ -204,10 +199,8 @@ class Checkpoints:
         Raises:
             DataError: a checkpoint can't be written.
         """
-        try:
+        with self._writing():
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise self._unwritten(error) from error
         self._empty_trash()
 
     def close(self) -> None:
@@ -220,22 +213,27 @@ def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _damaged(where: pathlib.Path, error: Exception) -> str:
-    return f"{where}: checkpoint can't be read ({_reason(error)}); remove this folder to go on from an earlier one"
+@contextlib.contextmanager
+def _reading(where: pathlib.Path, kinds: tuple[type[Exception], ...] = _UNREADABLE) -> Iterator[None]:
+    """Turns what Orbax raises about damaged files into one line."""
+    try:
+        yield
+    except kinds as error:
+        raise DataError(
+            f"{where}: checkpoint can't be read ({_reason(error)}); remove this folder to go on from an earlier one"
+        ) from error
 
 
 def _check_files(where: pathlib.Path, items: Iterable[str]) -> None:
-    problem = integrity.damage(where, items)
+    problem = checksums.verify(where, items)
     if problem is not None:
         raise DataError(f"{where}: checkpoint is damaged ({problem}); remove this folder to go on from an earlier one")
 
 
 def _restore_meta(manager: ocp.CheckpointManager, step: int, folder: pathlib.Path) -> dict[str, Any]:
     _check_files(folder / str(step), [_META])
-    try:
+    with _reading(folder / str(step)):
         return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    except _UNREADABLE as error:
-        raise DataError(_damaged(folder / str(step), error)) from error
 
 
 def _shapes(manager: ocp.CheckpointManager, step: int, item: str) -> dict[str, Any]:
@@ -244,12 +242,6 @@ def _shapes(manager: ocp.CheckpointManager, step: int, item: str) -> dict[str, A
     if found is None:
         raise KeyError(f"no item {item!r}")
     return getattr(found, "tree", found)
-
-
-def _check_shapes(found: Any, wanted: Any, where: pathlib.Path) -> None:
-    problems = differences(wanted, found)
-    if problems:
-        raise DataError(f"{where}: checkpoint of another model or setting: {'; '.join(problems)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,11 +298,8 @@ def _steps(folder: pathlib.Path) -> list[int]:
 
 
 def _best_step(folder: pathlib.Path) -> int | None:
-    manager = _manager(folder)
-    try:
+    with contextlib.closing(_manager(folder)) as manager:
         scores = {step: manager.metrics(step) for step in manager.all_steps()}
-    finally:
-        manager.close()
     scored = {step: metrics["mAP"] for step, metrics in scores.items() if metrics}
     return max(scored, key=lambda step: scored[step]) if scored else None
 
@@ -322,13 +311,11 @@ def latest_meta(workdir: str | pathlib.Path) -> dict[str, Any] | None:
         DataError: it is damaged.
     """
     folder = pathlib.Path(workdir) / FOLDER
-    if not _steps(folder):
+    steps = _steps(folder)
+    if not steps:
         return None
-    manager = _manager(folder)
-    try:
-        return _restore_meta(manager, _steps(folder)[-1], folder)
-    finally:
-        manager.close()
+    with contextlib.closing(_manager(folder)) as manager:
+        return _restore_meta(manager, steps[-1], folder)
 
 
 def load_model(path: str | pathlib.Path) -> SavedModel:
@@ -341,15 +328,11 @@ def load_model(path: str | pathlib.Path) -> SavedModel:
         DataError: no checkpoint there, or damaged.
     """
     folder, step = find(path)
-    _check_files(folder / str(step), [_META, "model"])
-    manager = _manager(folder)
-    try:
+    where = folder / str(step)
+    _check_files(where, [_META, "model"])
+    with contextlib.closing(_manager(folder)) as manager, _reading(where):
         meta = _restore_meta(manager, step, folder)
         target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _shapes(manager, step, "model"))
         model = manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target)))["model"]
-    except _UNREADABLE as error:
-        raise DataError(_damaged(folder / str(step), error)) from error
-    finally:
-        manager.close()
     arrays = jax.tree.map(np.asarray, model)
-    return SavedModel(arrays["params"], arrays["stats"], meta, step, folder / str(step))
+    return SavedModel(arrays["params"], arrays["stats"], meta, step, where)

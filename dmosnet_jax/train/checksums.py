@@ -13,14 +13,14 @@ FILE = "checksums.json"
 _CHUNK_BYTES = 1 << 22
 
 
-def seal(folder: pathlib.Path, parts: Iterable[str]) -> None:
+def write(folder: pathlib.Path, parts: Iterable[str]) -> None:
     """Writes `checksums.json` into a folder: size in bytes and CRC32C of every file below its sub-folders `parts`."""
     files = sorted(path for part in parts for path in (folder / part).rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in files}
     (folder / FILE).write_text(json.dumps(sums, indent=0), encoding="utf-8")
 
 
-def damage(folder: pathlib.Path, parts: Iterable[str]) -> str | None:
+def verify(folder: pathlib.Path, parts: Iterable[str]) -> str | None:
     """What is wrong with the files below the sub-folders `parts`, or None. A folder without checksums is not judged."""
     try:
         sums = json.loads((folder / FILE).read_text(encoding="utf-8"))

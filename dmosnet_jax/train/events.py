@@ -1,6 +1,6 @@
 """TensorBoard event files of scalars: a TFRecord of `Event` messages (tensorflow/core/util/event.proto).
 
-The usual writers import PyTorch or TensorFlow wherever they are installed.
+Written here because the usual writers import PyTorch or TensorFlow where those are installed.
 """
 
 import os
@@ -42,7 +42,7 @@ class EventFile:
     """One event file, complete after every call."""
 
     def __init__(self, folder: pathlib.Path, *, purge_step: int | None = None):
-        """Starts a file; TensorBoard then forgets what earlier files say of steps from `purge_step` on."""
+        """Starts a file; TensorBoard then ignores earlier files' values for steps from `purge_step` on."""
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         self._file = (folder / name).open("xb", buffering=0)
         self._write(file_version="brain.Event:2")

@@ -1,7 +1,7 @@
 """The training loop: one function, in a fixed order: epoch start, steps, evaluation, checkpoint.
 
-A run can be killed at any step. Everything that decides the future is in its `RunState`, which is what a checkpoint
-holds. Batches and random numbers are functions of (seed, epoch, step), so the run goes on as if nothing had happened.
+A run can be killed at any step. All state is in its `RunState`, which is what a checkpoint holds; batches and random
+numbers are functions of (seed, epoch, step). A resumed run therefore computes what an uninterrupted one computes.
 """
 
 import contextlib
@@ -10,8 +10,8 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from dmosnet_jax.core.errors import UserError
 from dmosnet_jax.core.parallel import by_process, to_devices, to_host
+from dmosnet_jax.data.pipeline import TrainStream
 from dmosnet_jax.train.checkpoints import Checkpoints
 from dmosnet_jax.train.metrics import MetricsWriter, progress_bar, write_json
 from dmosnet_jax.train.state import RunState
@@ -55,29 +56,20 @@ class Schedule:
         return self.steps_per_epoch * self.epochs
 
 
-class Stream(Protocol):
-    """Host batches of one epoch, as `data.pipeline.TrainStream`."""
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
-
-    def close(self) -> None:
-        """Frees threads and processes."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """What a recipe brings to the loop.
 
     Attributes:
         step: the training step, compiled.
-        begin_epoch: prepares an epoch, or with an offset > 0 the rest of one: from (run, epoch, offset) to the run,
-            its batches from the offset on, and metrics to log.
-        evaluate: scores a run after a number of epochs, or gives None where there is nothing to score on.
+        begin_epoch: (run, epoch, offset) -> (run, batches, metrics to log): prepares an epoch, or
+            with an offset > 0 the rest of one, whose batches start at the offset.
+        evaluate: (run, finished epochs) -> metrics, or None where no data set has queries.
         files: file names of training images, for messages.
     """
 
     step: Step
-    begin_epoch: Callable[[RunState, int, int], tuple[RunState, Stream, Mapping[str, float]]]
+    begin_epoch: Callable[[RunState, int, int], tuple[RunState, TrainStream, Mapping[str, float]]]
     evaluate: Callable[[RunState, int], Mapping[str, float] | None]
     files: Callable[[np.ndarray], list[str]]
 
@@ -122,7 +114,7 @@ def train(
                 # They belong to the first step to come: a run resumed at this boundary writes them again.
                 writer.write(number + 1, {"epoch": epoch, **notes})
 
-            window = _Window(workdir, recipe.files)
+            window = _MetricsWindow(workdir, recipe.files)
             with contextlib.closing(stream):
                 for batch in stream:
                     state, metrics = recipe.step(run.state, to_devices(batch, mesh))
@@ -130,25 +122,25 @@ def train(
                     window.add(number, metrics, batch["index"])
                     bar.update(batch_size)
                     if number % schedule.log_every == 0:
-                        means, steps_per_second = window.take()
+                        means, steps_per_second = window.flush()
                         rate = {"images_per_second": steps_per_second * batch_size}
                         writer.write(number, {"epoch": epoch, **means, **rate})
                         bar.set_postfix(epoch=epoch + 1, loss=f"{means['loss']:.3f}")
                     if number % schedule.steps_per_epoch == 0:
                         # Saved below, after its evaluation.
                         continue
-                    # Asking the other processes waits for the step, as logging does.
-                    asks = jax.process_count() == 1 or number % schedule.log_every == 0
-                    stopping = asks and stop.agree()
+                    # Agreeing with other processes waits for the step to finish, as logging does.
+                    may_stop = jax.process_count() == 1 or number % schedule.log_every == 0
+                    stopping = may_stop and stop.agree()
                     if stopping or number % schedule.checkpoint_every == 0:
-                        window.take()
+                        window.flush()
                         store.save(run.state, run.meta)
                     if stopping:
                         _stop(number, stop, store, workdir)
-            window.take()
+            window.flush()
 
-            # A pending stop waits for the evaluation, or this epoch would never get one: killed before it ends, the run
-            # goes on from the checkpoint before.
+            # A pending stop waits for the evaluation: the checkpoint of an epoch's end is saved with its scores, and a
+            # resumed run would start with the next epoch.
             done = epoch + 1
             scores = None
             if number == total or done % schedule.eval_every_epochs == 0:
@@ -200,8 +192,8 @@ def _stop(number: int, stop: _StopFlag, store: Checkpoints, workdir: pathlib.Pat
     )
 
 
-class _Window:
-    """Metrics of the steps since the last look, kept on the devices so that looking does not stall them."""
+class _MetricsWindow:
+    """Metrics of the steps since the last log entry, kept on the devices so that reading them stalls none."""
 
     def __init__(self, workdir: pathlib.Path, files: Callable[[np.ndarray], list[str]]):
         self._workdir, self._files = workdir, files
@@ -213,8 +205,8 @@ class _Window:
         if len(self._steps) > _IN_FLIGHT:
             jax.block_until_ready(self._steps[-1 - _IN_FLIGHT][1])
 
-    def take(self) -> tuple[dict[str, float], float]:
-        """Means over the window and steps per second; the window starts anew.
+    def flush(self) -> tuple[dict[str, float], float]:
+        """Means over the window and steps per second; empties the window.
 
         Raises:
             NonFiniteLossError: after the step, the loss and the batch's files were written to `nonfinite.json`.

@@ -39,12 +39,12 @@ class TrainState(flax.struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class RunState:
-    """A run between two steps: all that its checkpoint holds, and all that decides how it goes on.
+    """A run between two steps: what its checkpoint holds, and all that later steps depend on.
 
     Attributes:
         state: the arrays.
-        meta: JSON values: "model" and "config" (what the run is), "lengths" (what must stay as it is over a run) and
-            "loop" (host values that the recipe changes from epoch to epoch).
+        meta: JSON values: "model" and "config" (what the run is), "lengths" (what must not change when it is resumed)
+            and "loop" (host values that the recipe changes from epoch to epoch).
     """
 
     state: TrainState
@@ -73,7 +73,7 @@ def _build(params: Tree, stats: Tree, *, optimiser: optax.GradientTransformation
 
 
 def shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """Where each array of a state belongs: the memory's tables by rows, everything else on every device."""
+    """Sharding of each array of a state: the memory's tables by rows, everything else replicated."""
     everywhere = jax.tree.map(lambda _: replicated(mesh), state.replace(memory=None))
     return everywhere.replace(memory=None if state.memory is None else tables.shardings(state.memory, mesh))
 

@@ -48,13 +48,13 @@ def assert_same(found, expected, but=()):
 
 
 def test_without_weights_the_config_decides():
-    model = network.build_for(config(name="osnet_x0_25", bn_group_size=0), num_classes=7)
+    model = network.build_model(config(name="osnet_x0_25", bn_group_size=0), num_classes=7)
     assert (model.name, model.num_classes, model.bn_group_size, model.image_size) == ("osnet_x0_25", 7, None, SIZE)
     assert (model.neck, model.pool, model.attention) == ("bnneck", "avg", (0, 0, 0))
-    assert network.build_for(config(name="dmosnet_x0_25")).attention == (1, 0, 0)
-    assert network.build_for(config(name="dmosnet_x0_25", attention=(False, 0, False))).attention == (0, 0, 0)
+    assert network.build_model(config(name="dmosnet_x0_25")).attention == (1, 0, 0)
+    assert network.build_model(config(name="dmosnet_x0_25", attention=(False, 0, False))).attention == (0, 0, 0)
     with pytest.raises(ConfigError, match=r"model\.name is not set and the weights do not say it"):
-        network.build_for(config())
+        network.build_model(config())
 
 
 def test_a_checkpoint_tells_its_network(tmp_path):
@@ -66,10 +66,10 @@ def test_a_checkpoint_tells_its_network(tmp_path):
     asked = config()
     with asked.unlocked():
         asked.image_size = asked.pixel_mean = asked.pixel_std = None
-    filled = network.as_trained(asked, opened)
+    filled = network.fill_input(asked, opened)
     assert tuple(filled.image_size) == (128, 64)
     assert (tuple(filled.pixel_mean), tuple(filled.pixel_std)) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    model = network.build_for(filled, opened)
+    model = network.build_model(filled, opened)
     assert (model.name, model.attention, model.neck, model.pool) == ("dmosnet_x0_25", (1, 1, 0), "fc", "gem")
     found_params, found_stats = opened.arrays(model)
     # The classifier stays behind: nobody evaluates with it.
@@ -88,7 +88,7 @@ def test_a_checkpoint_tells_its_network(tmp_path):
 def test_a_config_that_contradicts_the_checkpoint(tmp_path, asked, message):
     save(tmp_path, models.build("osnet_x0_25", image_size=SIZE))
     with pytest.raises(DataError, match=message) as error:
-        network.build_for(config(**asked), open_weights(tmp_path))
+        network.build_model(config(**asked), open_weights(tmp_path))
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -97,7 +97,7 @@ def test_training_starts_from_the_backbone_and_draws_another_head(tmp_path):
     params, stats = save(tmp_path, models.build("osnet_x0_25", neck="fc", num_classes=5, image_size=SIZE))
     opened = open_weights(tmp_path)
     # The same head, another number of classes.
-    model = network.build_for(config(), opened, num_classes=9, free=network.HEAD)
+    model = network.build_model(config(), opened, num_classes=9, may_differ=network.HEAD)
     assert model.neck == "fc"
     found_params, found_stats, drawn = opened.start(model, jax.random.key(0))
     assert drawn == ["classifier"]
@@ -108,7 +108,7 @@ def test_training_starts_from_the_backbone_and_draws_another_head(tmp_path):
     )
     assert_same(found_stats, stats)
     # Another neck.
-    model = network.build_for(config(neck="bnneck"), opened, num_classes=5, free=network.HEAD)
+    model = network.build_model(config(neck="bnneck"), opened, num_classes=5, may_differ=network.HEAD)
     found_params, found_stats, drawn = opened.start(model, jax.random.key(0))
     assert drawn == ["bottleneck", "classifier"]
     backbone = {name: part for name, part in params.items() if name not in ("fc", "classifier")}
@@ -143,13 +143,13 @@ def torchreid_file(path, *, classes):
 def test_training_starts_from_a_pytorch_file(tmp_path):
     params, stats = torchreid_file(tmp_path / "weights.safetensors", classes=5)
     opened = open_weights(tmp_path / "weights.safetensors")
-    model = network.build_for(config(name="osnet_x0_25"), opened, num_classes=5, free=network.HEAD)
+    model = network.build_model(config(name="osnet_x0_25"), opened, num_classes=5, may_differ=network.HEAD)
     assert model.neck == "fc"
     found_params, found_stats, drawn = opened.start(model, jax.random.key(0))
     assert drawn == []
     assert_same(found_params, params)
     assert_same(found_stats, stats)
-    model = network.build_for(config(name="osnet_x0_25"), opened, num_classes=8, free=network.HEAD)
+    model = network.build_model(config(name="osnet_x0_25"), opened, num_classes=8, may_differ=network.HEAD)
     found_params, _, drawn = opened.start(model, jax.random.key(0))
     assert drawn == ["classifier"]
     assert_same(found_params, params | {"classifier": model.init(jax.random.key(0))[0]["classifier"]})

@@ -18,8 +18,8 @@ from dmosnet_jax.memory import cluster, hybrid, tables
 from dmosnet_jax.memory.clustering import TooFewClusteredError, host_memory
 from dmosnet_jax.models import Model
 from dmosnet_jax.recipes import feature_pass, pseudo_labels, spcl, training
-from dmosnet_jax.recipes.network import build_for
-from dmosnet_jax.recipes.spcl import refreshing
+from dmosnet_jax.recipes.network import build_model
+from dmosnet_jax.recipes.spcl import with_refresh
 from dmosnet_jax.train.checkpoints import Checkpoints
 
 
@@ -45,10 +45,10 @@ def small(monkeypatch):
     """Whole runs with a network that compiles at once; they hold code of others, which promotes types."""
 
     def build_small(*args, **options):
-        model = build_for(*args, **options)
+        model = build_model(*args, **options)
         return Small(**{field.name: getattr(model, field.name) for field in dataclasses.fields(model)})
 
-    monkeypatch.setattr(training, "build_for", build_small)
+    monkeypatch.setattr(training, "build_model", build_small)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -206,7 +206,7 @@ def test_class_sums_are_rebuilt_by_the_number_of_the_step(rng):
     def take(state, batch):
         return state.replace(step=state.step + 1), {}
 
-    step = jax.jit(refreshing(take, hybrid, 3, 6))
+    step = jax.jit(with_refresh(take, hybrid, 3, 6))
     rebuilt = []
     for number in range(13):
         after, _ = step(State(jnp.int32(number), drifted), {})
@@ -215,7 +215,7 @@ def test_class_sums_are_rebuilt_by_the_number_of_the_step(rng):
         assert rebuilt[-1] or (after.memory.class_sums == drifted.class_sums).all()
     # An epoch of six steps starts with new sums anyway.
     assert [number for number in range(13) if rebuilt[number]] == [3, 9]
-    assert refreshing(take, hybrid, 0, 6) is take
+    assert with_refresh(take, hybrid, 0, 6) is take
     assert cluster.refresh(drifted) is drifted
 
 

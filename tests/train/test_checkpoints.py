@@ -259,7 +259,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeyp
     def full(*unused):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.integrity, "seal", full)
+    monkeypatch.setattr(checkpoints.checksums, "write", full)
     store.save(make_state(mesh, step=6), META)
     with pytest.raises(DataError, match=r"checkpoints/6: checkpoint can't be written \(.*No space left on device"):
         store.wait()
