@@ -17,6 +17,7 @@ from dmosnet_jax.core.trees import differences
 from dmosnet_jax.data.transforms import DEFAULT_FILTER, FILTERS
 from dmosnet_jax.export import torch_export, torch_import
 from dmosnet_jax.models import Model, build
+from dmosnet_jax.train.checkpoints import FOLDER as CHECKPOINTS
 
 WEIGHTS, CARD = "model.safetensors", "config.json"
 _FORMAT = 1
@@ -80,8 +81,9 @@ def save(path: str | os.PathLike[str], params: Tree, stats: Tree, card: Card) ->
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is such a folder; a run's workdir has a `config.json` too."""
-    return (pathlib.Path(path) / WEIGHTS).is_file()
+    """Whether `path` is such a folder, and not a run's workdir, which has a `config.json` of its own."""
+    folder = pathlib.Path(path)
+    return (folder / WEIGHTS).is_file() and not (folder / CHECKPOINTS).is_dir()
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Tree, Tree, Card]:

@@ -1,26 +1,18 @@
-"""Naming rules of the PyTorch code bases whose weights we read.
+"""Naming rules of the PyTorch code bases whose weights we read and write.
 
-A layout is recognised by the names in a state dict and renames them into torchreid's (OSNet) or torchvision's (ResNet)
-names, which are also ours; what a leaf called `weight` becomes, and how it is transposed, is the same for all of them.
-Adding a layout means adding an entry to `LAYOUTS`.
+A layout is recognised by the names in a state dict. Its table of prefixes translates them into torchreid's (OSNet) or
+torchvision's (ResNet) names, which are also ours, and back; what a leaf called `weight` becomes, and how it is
+transposed, is the same for all of them. Adding a layout means adding an entry to `LAYOUTS`.
 """
 
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 from dmosnet_jax.core.errors import DataError, printable
 
 # Wrappers (DataParallel, torch.compile) that put one more level before every name.
 _WRAPPERS = ("module.", "_orig_mod.")
-
-
-class Rule(NamedTuple):
-    """Renames what `pattern` matches from end to end to `target`; None drops the entry, which no model of ours has."""
-
-    pattern: str
-    target: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +24,36 @@ class Layout:
         source: the code that writes it.
         interpolation: filter that its training and evaluation resize images with, a key of `transforms.FILTERS`.
         marks: regular expressions; the layout is recognised where each matches some name.
-        rules: renaming; a name that no rule matches stays.
+        prefixes: (theirs, ours); the first that a name begins with is replaced, and a name without one stays. Where
+            several of theirs mean the same, the first is written.
+        dropped: regular expressions of names that no model of ours has.
+        optional: regular expression of a prefix that may come before any name.
     """
 
     name: str
     source: str
     interpolation: str
     marks: tuple[str, ...]
-    rules: tuple[Rule, ...]
+    prefixes: tuple[tuple[str, str], ...] = ()
+    dropped: tuple[str, ...] = ()
+    optional: str = ""
+
+    def common_name(self, name: str) -> str | None:
+        """The name that all layouts share, None for a name that is dropped."""
+        if any(re.fullmatch(pattern, name) for pattern in (_COUNTER, *self.dropped)):
+            return None
+        return _replace_prefix(re.sub(f"^{self.optional}", "", name), self.prefixes)
+
+    def own_name(self, name: str) -> str:
+        """The inverse of `common_name`."""
+        return _replace_prefix(name, [(ours, theirs) for theirs, ours in self.prefixes])
+
+
+def _replace_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,96 +75,74 @@ LEAVES: Mapping[str, Leaf] = {
 }
 
 # A batch counter that torch keeps for cumulative averages; nothing reads it at a fixed momentum.
-_COUNTER = Rule(r"(?:.*\.)?num_batches_tracked", None)
+_COUNTER = r"(?:.*\.)?num_batches_tracked"
+# The teacher of a teacher-student pair (OpenUnReID's MMT), which is what is tested.
+_TEACHER = r"mean_net\.(?:module\.)?"
 
-# Order matters: more specific layouts first. Teacher-student pairs (OpenUnReID's MMT) are tested by their teacher.
+# Order matters: more specific layouts first.
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "openunreid",
         "OpenUnReID models/builder.py (ReIDBaseModel, TeacherStudentNetwork)",
         "bicubic",
-        (r"(?:mean_net\.(?:module\.)?)?backbone\..*", r"(?:mean_net\.(?:module\.)?)?head\.feat_bn\..*"),
-        (
-            _COUNTER,
-            Rule(r"net\..*", None),
-            Rule(r"(?:mean_net\.(?:module\.)?)?backbone\.(.+)", r"\1"),
-            Rule(r"(?:mean_net\.(?:module\.)?)?head\.feat_bn\.(.+)", r"bottleneck.\1"),
-            Rule(r"(?:mean_net\.(?:module\.)?)?global_pooling\.(.+)", r"pool.\1"),
-            Rule(r"mean_net\.(?:module\.)?(.+)", r"\1"),
+        marks=(rf"(?:{_TEACHER})?backbone\..*", rf"(?:{_TEACHER})?head\.feat_bn\..*"),
+        prefixes=(
+            ("head.feat_bn.", "bottleneck."),
+            ("global_pooling.", "pool."),
+            ("classifier.", "classifier."),
+            ("backbone.", ""),
         ),
+        dropped=(r"net\..*",),
+        optional=_TEACHER,
     ),
     Layout(
         "fastreid",
         "fast-reid modeling/meta_arch/baseline.py, modeling/heads/embedding_head.py",
         "bicubic",
-        (r"backbone\..*",),
-        (
-            _COUNTER,
-            Rule(r"pixel_(?:mean|std)", None),
-            Rule(r"backbone\.(.+)", r"\1"),
-            Rule(r"heads\.bottleneck\.0\.(.+)", r"bottleneck.\1"),
-            Rule(r"heads\.bnneck\.(.+)", r"bottleneck.\1"),
-            Rule(r"heads\.pool_layer\.(.+)", r"pool.\1"),
-            Rule(r"heads\.(?:classifier\.)?weight", r"classifier.weight"),
+        marks=(r"backbone\..*",),
+        prefixes=(
+            ("heads.bottleneck.0.", "bottleneck."),
+            ("heads.bnneck.", "bottleneck."),
+            ("heads.pool_layer.", "pool."),
+            ("heads.weight", "classifier.weight"),
+            ("heads.classifier.weight", "classifier.weight"),
+            ("backbone.", ""),
         ),
+        dropped=(r"pixel_(?:mean|std)",),
     ),
     Layout(
         "spcl",
         "SpCL spcl/models/resnet.py, resnet_ibn.py (torchvision's stages in an nn.Sequential)",
         "bicubic",
-        (r"base\.0\.weight", r"base\.4\..*"),
-        (
-            _COUNTER,
-            Rule(r"base\.0\.(.+)", r"conv1.\1"),
-            Rule(r"base\.1\.(.+)", r"bn1.\1"),
-            Rule(r"base\.4\.(.+)", r"layer1.\1"),
-            Rule(r"base\.5\.(.+)", r"layer2.\1"),
-            Rule(r"base\.6\.(.+)", r"layer3.\1"),
-            Rule(r"base\.7\.(.+)", r"layer4.\1"),
-            Rule(r"feat_bn\.(.+)", r"bottleneck.\1"),
+        marks=(r"base\.0\.weight", r"base\.4\..*"),
+        prefixes=(
+            ("base.0.", "conv1."),
+            ("base.1.", "bn1."),
+            ("base.4.", "layer1."),
+            ("base.5.", "layer2."),
+            ("base.6.", "layer3."),
+            ("base.7.", "layer4."),
+            ("feat_bn.", "bottleneck."),
         ),
     ),
     Layout(
         "torchvision",
         "torchvision models/resnet.py",
         "bilinear",
-        (r"layer1\.0\.conv1\.weight", r"fc\.weight"),
-        (_COUNTER, Rule(r"fc\.(weight|bias)", r"classifier.\1")),
+        marks=(r"layer1\.0\.conv1\.weight", r"fc\.weight"),
+        prefixes=(("fc.", "classifier."),),
     ),
     Layout(
         "torchreid",
         "torchreid models/osnet.py, osnet_ain.py, resnet.py",
         "bilinear",
-        (r"conv1\.conv\.weight|layer1\.0\.conv1\.weight",),
-        (_COUNTER,),
+        marks=(r"conv1\.conv\.weight|layer1\.0\.conv1\.weight",),
     ),
 )
-
-
-# The same rules backwards, for the code bases that have a network of ours.
-EXPORTS: Mapping[str, tuple[Rule, ...]] = {
-    "torchreid": (),
-    "fastreid": (
-        Rule(r"bottleneck\.(.+)", r"heads.bottleneck.0.\1"),
-        Rule(r"pool\.(.+)", r"heads.pool_layer.\1"),
-        Rule(r"classifier\.weight", "heads.weight"),
-        Rule(r"(.+)", r"backbone.\1"),
-    ),
-    "openunreid": (
-        Rule(r"bottleneck\.(.+)", r"head.feat_bn.\1"),
-        Rule(r"pool\.(.+)", r"global_pooling.\1"),
-        Rule(r"(classifier\..+)", r"\1"),
-        Rule(r"(.+)", r"backbone.\1"),
-    ),
-    "spcl": (
-        Rule(r"conv1\.(.+)", r"base.0.\1"),
-        Rule(r"bn1\.(.+)", r"base.1.\1"),
-        Rule(r"layer1\.(.+)", r"base.4.\1"),
-        Rule(r"layer2\.(.+)", r"base.5.\1"),
-        Rule(r"layer3\.(.+)", r"base.6.\1"),
-        Rule(r"layer4\.(.+)", r"base.7.\1"),
-        Rule(r"bottleneck\.(.+)", r"feat_bn.\1"),
-    ),
+# The layouts that are also written: those of the code bases that have a network of ours.
+EXPORTS: Mapping[str, Layout] = {
+    name: next(layout for layout in LAYOUTS if layout.name == name)
+    for name in ("torchreid", "fastreid", "openunreid", "spcl")
 }
 
 
@@ -197,15 +189,7 @@ def rename(names: Iterable[str], layout: Layout, domain: int = -1) -> dict[str, 
     short = unwrap(names)
     chosen = _choose_domain(short.values(), domain)
     plain = {name: _without_domain(wrapped, chosen) for name, wrapped in short.items()}
-    return {name: None if kept is None else apply_rules(kept, layout.rules) for name, kept in plain.items()}
-
-
-def apply_rules(name: str, rules: Iterable[Rule]) -> str | None:
-    """The new name by the first rule that matches, None where it drops the entry; a name without a rule stays."""
-    for rule in rules:
-        if match := re.fullmatch(rule.pattern, name):
-            return None if rule.target is None else match.expand(rule.target)
-    return name
+    return {name: None if kept is None else layout.common_name(kept) for name, kept in plain.items()}
 
 
 _DOMAIN = re.compile(r"(?:(?<=\.)|^)(?:dsbn\.(\d{1,3})|BN_([ST]))\.")

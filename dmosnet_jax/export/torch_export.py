@@ -3,13 +3,13 @@
     state_dict = torch_export.to_state_dict(params, stats, model, layout="fastreid")
     torch_export.save("dmosnet.safetensors", state_dict)
 
-The names and transpositions are the rules of `layouts` read backwards, so importing an exported file, or exporting an
+The names and transpositions are the tables of `layouts` read backwards, so importing an exported file, or exporting an
 imported one, returns every tensor bit for bit.
 """
 
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import safetensors.numpy
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.trees import named_leaves
-from dmosnet_jax.export.layouts import EXPORTS, KERNEL_AXES, LEAVES, Rule, apply_rules
+from dmosnet_jax.export.layouts import EXPORTS, KERNEL_AXES, LEAVES, Layout
 from dmosnet_jax.export.torch_write import write_pth
 from dmosnet_jax.models import Model
 
@@ -48,16 +48,19 @@ def to_state_dict(
         ConfigError: that code base has no such network, so that the file would compute something else there.
     """
     check_layout(model, layout)
-    return by_torch_names(params, stats, batches=batches, rules=EXPORTS[layout])
+    return by_torch_names(params, stats, batches=batches, layout=EXPORTS[layout])
 
 
-def by_torch_names(params: Tree, stats: Tree, *, batches: int = 0, rules: Sequence[Rule] = ()) -> dict[str, np.ndarray]:
-    """`to_state_dict` under the names that all layouts share, or under those that rules make of them."""
+def by_torch_names(
+    params: Tree, stats: Tree, *, batches: int = 0, layout: Layout | None = None
+) -> dict[str, np.ndarray]:
+    """`to_state_dict` without a check, under the names of a layout, or under those that all layouts share."""
     result: dict[str, np.ndarray] = {}
     for tree, root in (("params", params), ("stats", stats)):
         for path, value in named_leaves(root):
             module, _, last = path.rpartition(".")
-            name = str(apply_rules(f"{module}.{_TORCH_LEAVES[tree, last]}", rules))
+            name = f"{module}.{_TORCH_LEAVES[tree, last]}"
+            name = name if layout is None else layout.own_name(name)
             result[name] = _to_torch(np.asarray(value), kernel=last == "kernel")
             if last == "var":
                 counter = name.removesuffix("running_var") + "num_batches_tracked"

@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from dmosnet_jax.core.errors import DataError, printable
@@ -139,16 +138,58 @@ def plan(
     """
     layout = layouts.recognise(state_dict)
     surplus = (*unexpected_ok, *(() if model.num_classes else ("classifier",)))
-    params, stats = model.shapes()
-    shapes = {("params", path): leaf for path, leaf in named_leaves(params)}
-    shapes |= {("stats", path): leaf for path, leaf in named_leaves(stats)}
-    matcher = _Matcher(shapes, tuple(missing_ok), surplus)
+    shapes = {
+        (tree, path): leaf
+        for tree, root in zip(("params", "stats"), model.shapes(), strict=True)
+        for path, leaf in named_leaves(root)
+    }
+    leaves: dict[_Leaf, np.ndarray] = {}
+    found: set[_Leaf] = set()
+    unused: list[str] = []
+    problems: dict[str, list[str]] = {"missing": [], "misshapen": [], "unexpected": [], "doubled": [], "not finite": []}
     for source, name in layouts.rename(state_dict, layout, domain).items():
-        if name is not None:
-            matcher.take(source, name, state_dict[source])
-    left_out = matcher.finish(f"checkpoint (layout {layout.name}) does not fit model {model.name}")
-    found_params, found_stats = (_nested(matcher.leaves, tree) for tree in ("params", "stats"))
-    return Conversion(found_params, found_stats, layout.name, left_out, tuple(matcher.unused))
+        if name is None:
+            continue
+        value, shown, part = state_dict[source], printable(source), _part_of(name)
+        leaf = _leaf_of(name, shapes)
+        if leaf is None:
+            (unused if part in surplus else problems["unexpected"]).append(shown)
+            continue
+        expected = shapes[leaf]
+        axes = layouts.KERNEL_AXES.get(value.ndim) if leaf[1].endswith(".kernel") else None
+        ours = value if axes is None else value.transpose(axes)
+        if ours.shape != expected.shape and part in missing_ok:
+            unused.append(shown)
+            continue
+        if ours.shape != expected.shape:
+            problems["misshapen"].append(f"{shown} {value.shape} for {leaf[1]} {expected.shape}")
+        elif leaf in found:
+            problems["doubled"].append(shown)
+        elif not np.isfinite(ours).all():
+            problems["not finite"].append(shown)
+        else:
+            leaves[leaf] = np.array(ours, dtype=expected.dtype, order="C")
+        found.add(leaf)
+    absent = [path for tree, path in shapes if (tree, path) not in found]
+    problems["missing"] = [path for path in absent if _part_of(path) not in missing_ok]
+    wrong = {kind: names for kind, names in problems.items() if names}
+    if wrong:
+        counts = ", ".join(f"{len(names)} {kind}" for kind, names in wrong.items())
+        lists = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items())
+        raise DataError(
+            f"checkpoint (layout {layout.name}) does not fit model {model.name}: {counts}; {lists}; "
+            "check model.name, model.neck and model.num_classes"
+        )
+    left_out = tuple(path for path in absent if _part_of(path) in missing_ok)
+    return Conversion(_nested(leaves, "params"), _nested(leaves, "stats"), layout.name, left_out, tuple(unused))
+
+
+def _leaf_of(name: str, shapes: Mapping[_Leaf, Any]) -> _Leaf | None:
+    """The model's leaf for a common name, None where there is none."""
+    module, _, last = name.rpartition(".")
+    known = layouts.LEAVES.get(last)
+    candidates = [] if known is None else [(known.tree, f"{module}.{ours}") for ours in known.names]
+    return next((candidate for candidate in candidates if candidate in shapes), None)
 
 
 def fill(fresh: Tree, loaded: Tree) -> Tree:
@@ -167,71 +208,6 @@ def _overlay(fresh: Any, loaded: Any) -> Any:
     if not isinstance(loaded, Mapping):
         return loaded
     return {key: _overlay(value, loaded[key]) if key in loaded else value for key, value in fresh.items()}
-
-
-class _Matcher:
-    """Puts entries of a file into the leaves of a model and collects everything that does not fit."""
-
-    def __init__(
-        self,
-        shapes: Mapping[_Leaf, jax.ShapeDtypeStruct],
-        missing_ok: tuple[str, ...],
-        unexpected_ok: tuple[str, ...],
-    ):
-        self.shapes = shapes
-        self.missing_ok = missing_ok
-        self.unexpected_ok = unexpected_ok
-        self.leaves: dict[_Leaf, np.ndarray] = {}
-        self.unused: list[str] = []
-        self._named: set[_Leaf] = set()
-        self._problems: dict[str, list[str]] = {}
-
-    def take(self, source: str, name: str, value: np.ndarray) -> None:
-        """Takes the entry `source` of the file, whose common name is `name`."""
-        leaf = self._leaf(name)
-        if leaf is None:
-            if _part_of(name) in self.unexpected_ok:
-                self.unused.append(printable(source))
-            else:
-                self._problem("unexpected", printable(source))
-            return
-        expected = self.shapes[leaf]
-        axes = layouts.KERNEL_AXES.get(value.ndim) if leaf[1].endswith(".kernel") else None
-        ours = value if axes is None else value.transpose(axes)
-        if ours.shape != expected.shape and _part_of(name) in self.missing_ok:
-            self.unused.append(printable(source))
-            return
-        if ours.shape != expected.shape:
-            self._problem("misshapen", f"{printable(source)} {value.shape} for {leaf[1]} {expected.shape}")
-        elif leaf in self._named:
-            self._problem("doubled", printable(source))
-        elif not np.isfinite(ours).all():
-            self._problem("not finite", printable(source))
-        else:
-            self.leaves[leaf] = np.array(ours, dtype=expected.dtype, order="C")
-        self._named.add(leaf)
-
-    def finish(self, headline: str) -> tuple[str, ...]:
-        """The leaves that the file did not give and need not; raises one error with all problems, counts first."""
-        absent = [path for tree, path in self.shapes if (tree, path) not in self._named]
-        left_out = tuple(path for path in absent if _part_of(path) in self.missing_ok)
-        missing = [path for path in absent if _part_of(path) not in self.missing_ok]
-        problems = {"missing": missing, **self._problems} if missing else self._problems
-        if problems:
-            counts = ", ".join(f"{len(names)} {kind}" for kind, names in problems.items())
-            lists = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items())
-            raise DataError(f"{headline}: {counts}; {lists}; check model.name, model.neck and model.num_classes")
-        return left_out
-
-    def _leaf(self, name: str) -> _Leaf | None:
-        """The model's leaf for a common name, None where there is none."""
-        module, _, last = name.rpartition(".")
-        known = layouts.LEAVES.get(last)
-        candidates = [] if known is None else [(known.tree, f"{module}.{ours}") for ours in known.names]
-        return next((candidate for candidate in candidates if candidate in self.shapes), None)
-
-    def _problem(self, kind: str, text: str) -> None:
-        self._problems.setdefault(kind, []).append(text)
 
 
 def _part_of(name: str) -> str:

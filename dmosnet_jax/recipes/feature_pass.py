@@ -58,15 +58,19 @@ def extract(
     count = len(split.pids)
     if count <= part or cache is not None:
         return unit_rows_np(extractor(params, stats, split, label=label, cache=cache))
-    keeper = _Parts(workdir / FOLDER, _fingerprint(params, stats, split, about))
+    folder, prefix = workdir / FOLDER, _fingerprint(params, stats, split, about)
+    _remove_parts(folder, but=prefix)
     features, known = np.empty((0, 0), np.float32), 0
     for start in range(0, count, part):
         rows = np.arange(start, min(start + part, count))
-        piece = keeper.load(start, len(rows))
+        path = folder / f"{prefix}-{start:09d}.npy"
+        piece = _read_part(path, len(rows))
         if piece is None:
             name = f"{label} {start // part + 1}/{-(-count // part)}"
             piece = unit_rows_np(extractor(params, stats, Subset(split, rows), label=name))
-            keeper.save(start, piece)
+            if jax.process_index() == 0:
+                with atomic_write(path) as unfinished, unfinished.open("wb") as file:
+                    np.save(file, piece, allow_pickle=False)
         else:
             known += len(rows)
         if not start:
@@ -79,49 +83,34 @@ def extract(
 
 def clear(workdir: pathlib.Path) -> None:
     """Removes the parts, once a checkpoint holds the memory that they filled."""
-    folder = workdir / FOLDER
+    _remove_parts(workdir / FOLDER)
+    if jax.process_index() == 0:
+        # Not where somebody keeps something else in it.
+        with contextlib.suppress(OSError):
+            (workdir / FOLDER).rmdir()
+
+
+def _remove_parts(folder: pathlib.Path, *, but: str | None = None) -> None:
+    """Removes the parts, on process 0, but for those of one fingerprint."""
     if jax.process_index() == 0 and folder.is_dir():
         with contextlib.suppress(OSError):
             for path in folder.iterdir():
-                if _NAME.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
-            # Not where somebody keeps something else in it.
-            folder.rmdir()
-
-
-class _Parts:
-    """Files `<fingerprint>-<first image>.npy`; every process gets what process 0 finds."""
-
-    def __init__(self, folder: pathlib.Path, fingerprint: str):
-        self._folder, self._fingerprint = folder, fingerprint
-        if jax.process_index() == 0 and folder.is_dir():
-            for path in folder.iterdir():
-                if _NAME.fullmatch(path.name) and not path.name.startswith(fingerprint):
+                if _NAME.fullmatch(path.name) and not (but and path.name.startswith(but)):
                     path.unlink(missing_ok=True)
 
-    def _path(self, start: int) -> pathlib.Path:
-        return self._folder / f"{self._fingerprint}-{start:09d}.npy"
 
-    def load(self, start: int, count: int) -> np.ndarray | None:
-        """The part from image `start` on, or None where there is none, or a damaged one."""
-        piece = None
-        if jax.process_index() == 0:
-            try:
-                piece = np.load(self._path(start), allow_pickle=False)
-            except (OSError, ValueError, EOFError):
-                piece = None
-            if piece is not None and (piece.dtype != np.float32 or piece.ndim != 2 or len(piece) != count):
-                piece = None
-        width = int(from_first(np.int32(0 if piece is None else piece.shape[1])))
-        if not width:
-            return None
-        return from_first(np.zeros((count, width), np.float32) if piece is None else piece)
-
-    def save(self, start: int, piece: np.ndarray) -> None:
-        """Keeps a part."""
-        if jax.process_index() == 0:
-            with atomic_write(self._path(start)) as part, part.open("wb") as file:
-                np.save(file, piece, allow_pickle=False)
+def _read_part(path: pathlib.Path, count: int) -> np.ndarray | None:
+    """A part of `count` images, read by process 0 for every process; None where there is none, or a damaged one."""
+    piece = None
+    if jax.process_index() == 0:
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            piece = np.load(path, allow_pickle=False)
+        if piece is not None and (piece.dtype != np.float32 or piece.ndim != 2 or len(piece) != count):
+            piece = None
+    width = int(from_first(np.int32(0 if piece is None else piece.shape[1])))
+    if not width:
+        return None
+    return from_first(np.zeros((count, width), np.float32) if piece is None else piece)
 
 
 def _fingerprint(params: Any, stats: Any, split: Rows, about: str) -> str:

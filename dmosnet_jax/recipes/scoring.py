@@ -121,7 +121,7 @@ def metrics(scores: Mapping[str, Scores]) -> dict[str, float]:
 
 
 def summary(scores: Mapping[str, Scores]) -> str:
-    """MAP and rank-1 in one line, with those of each data set where there are several."""
+    """One line with mAP and rank-1, and those of each data set where there are several."""
     found = metrics(scores)
     text = f"mAP {100 * found['mAP']:.2f}  rank-1 {100 * found['rank1']:.2f}"
     if len(scores) == 1:

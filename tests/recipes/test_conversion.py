@@ -9,7 +9,7 @@ from dmosnet_jax import models
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.export import folder, layouts, torch_export, torch_import
-from dmosnet_jax.export.weights import PARTS
+from dmosnet_jax.export.weights import PARTS, open_weights
 from dmosnet_jax.recipes.export import convert
 from dmosnet_jax.train import checkpoints
 from dmosnet_jax.train import state as train_state
@@ -71,6 +71,15 @@ def test_a_run_becomes_a_fastreid_file_and_a_folder(run, tmp_path):
     assert card.model.attention == (1, 0, 0)
 
 
+def test_a_file_exported_into_a_workdir_does_not_make_it_a_folder(run, tmp_path):
+    path, model, *_ = run
+    convert(path, path / "model.safetensors")
+    (path / "config.json").write_text("{}")
+    assert open_weights(path).with_val is False
+    convert(path, tmp_path / "model")
+    assert open_weights(tmp_path / "model").num_classes == model.num_classes
+
+
 def test_what_can_not_be_written_is_refused_before_anything_is(run, tmp_path, rng):
     path, *_ = run
     before = sorted(tmp_path.iterdir())
@@ -89,4 +98,4 @@ def test_what_can_not_be_written_is_refused_before_anything_is(run, tmp_path, rn
     )
     with pytest.raises(ConfigError, match="resnet50 fits no PyTorch code base: export it as a folder"):
         convert(tmp_path / "odd", tmp_path / "x.pth")
-    assert torch_export.EXPORTS.keys() == {"torchreid", "fastreid", "openunreid", "spcl"}
+    assert set(torch_export.EXPORTS) == {"torchreid", "fastreid", "openunreid", "spcl"}
