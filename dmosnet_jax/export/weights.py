@@ -19,7 +19,7 @@ from dmosnet_jax.train import checkpoints
 
 Tree = dict[str, Any]
 # Options of `models.build` that belong to the weights; the others are the user's to choose.
-PARTS = ("name", "attention", "neck", "pool", "classifier", "variant")
+MODEL_OPTIONS = ("name", "attention", "neck", "pool", "classifier", "variant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
     where, local = str(path), pathlib.Path(path)
     if folder.is_folder(local):
         params, stats, card = folder.load(local)
-        options = {name: getattr(card.model, name) for name in (*PARTS, "image_size")}
+        options = {name: getattr(card.model, name) for name in (*MODEL_OPTIONS, "image_size")}
         inputs = card.mean, card.std, card.interpolation
         return Weights(where, options, *inputs, card.model.num_classes, trees=(params, stats))
     if local.is_dir() or local.name == checkpoints.BEST:
@@ -157,7 +157,9 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
 def describe_run(path: str | os.PathLike[str], meta: Mapping[str, Any]) -> Weights:
     """What a checkpoint's JSON values tell of its network, without its arrays."""
     described, config = meta.get("model", {}), meta.get("config", {})
-    options = {name: described[name] for name in (*PARTS, "image_size") if described.get(name) not in (None, "")}
+    options = {
+        name: described[name] for name in (*MODEL_OPTIONS, "image_size") if described.get(name) not in (None, "")
+    }
     return Weights(
         str(path),
         options,

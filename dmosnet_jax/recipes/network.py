@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.export.weights import PARTS, Weights, open_weights
+from dmosnet_jax.export.weights import MODEL_OPTIONS, Weights, open_weights
 from dmosnet_jax.models import Model, build
 
 # Parts that may differ between a network and the weights that its training starts from.
@@ -91,8 +91,8 @@ def build_model(
 
 
 def options_of(config: Any) -> dict[str, Any]:
-    """The config's value for each of `PARTS`, None where it leaves that to the weights."""
-    options = {part: config.model.get(part) for part in PARTS}
+    """The config's value for each of `MODEL_OPTIONS`, None where it leaves that to the weights."""
+    options = {part: config.model.get(part) for part in MODEL_OPTIONS}
     if options["attention"] is not None:
         options["attention"] = tuple(int(bool(flag)) for flag in options["attention"])
     return options

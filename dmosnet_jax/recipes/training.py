@@ -25,7 +25,7 @@ from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.pipeline import TrainStream
 from dmosnet_jax.data.splits import Rows
 from dmosnet_jax.evaluation.extract import Extractor
-from dmosnet_jax.export.weights import PARTS, Weights, describe_run, open_weights
+from dmosnet_jax.export.weights import MODEL_OPTIONS, Weights, describe_run, open_weights
 from dmosnet_jax.models import Model
 from dmosnet_jax.recipes import scoring
 from dmosnet_jax.recipes.datasets import datasets_with_queries, subset_checksum
@@ -124,7 +124,7 @@ def open_experiment(config: Any, workdir: pathlib.Path, images: Rows, *, num_cla
     config = fill_input(config, weights)
     mesh = make_mesh()
     check_batch(config.batch_size, mesh)
-    model = build_model(config, weights, num_classes=num_classes, may_differ=HEAD if meta is None else PARTS)
+    model = build_model(config, weights, num_classes=num_classes, may_differ=HEAD if meta is None else MODEL_OPTIONS)
     schedule = _schedule(config, images)
     rate = optim.learning_rate(
         config.optim,

@@ -19,7 +19,7 @@ from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.data import augment, transforms
 from dmosnet_jax.evaluation import ranking
 from dmosnet_jax.export import folder, torch_export
-from dmosnet_jax.export.weights import PARTS, open_weights
+from dmosnet_jax.export.weights import MODEL_OPTIONS, open_weights
 from dmosnet_jax.recipes.export import convert
 from dmosnet_jax.train import checkpoints
 from dmosnet_jax.train import state as train_state
@@ -150,7 +150,7 @@ def test_a_run_tells_its_network_size_and_pixels(tmp_path):
     model, params, stats = _drawn("osnet_ibn_x0_25", neck="fc", num_classes=3)
     state = train_state.create(params, stats, optax.sgd(0.1), seed=0, mesh=make_mesh(jax.devices()[:1]))
     store = checkpoints.Checkpoints(tmp_path / "run")
-    described = {name: getattr(model, name) for name in (*PARTS, "image_size")}
+    described = {name: getattr(model, name) for name in (*MODEL_OPTIONS, "image_size")}
     meta = {"model": described, "config": {"pixel_mean": MEAN, "pixel_std": STD}, "loop": {}}
     store.save(state, meta)
     store.close()

@@ -9,7 +9,7 @@ from dmosnet_jax import models
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.export import folder, layouts, torch_export, torch_import
-from dmosnet_jax.export.weights import PARTS, open_weights
+from dmosnet_jax.export.weights import MODEL_OPTIONS, open_weights
 from dmosnet_jax.recipes.export import convert
 from dmosnet_jax.train import checkpoints
 from dmosnet_jax.train import state as train_state
@@ -49,7 +49,7 @@ def run(tmp_path, rng):
     params, stats = (draw_tree(tree, rng) for tree in model.shapes())
     state = train_state.create(params, stats, optax.sgd(0.1), seed=0, mesh=make_mesh(jax.devices()[:1]))
     store = checkpoints.Checkpoints(tmp_path / "run")
-    described = {name: getattr(model, name) for name in (*PARTS, "image_size")}
+    described = {name: getattr(model, name) for name in (*MODEL_OPTIONS, "image_size")}
     store.save(state, {"model": described, "config": {"pixel_mean": (0.5, 0.5, 0.5)}, "loop": {}})
     store.close()
     return tmp_path / "run", model, params, stats
