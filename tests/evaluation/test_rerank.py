@@ -60,8 +60,9 @@ def test_equals_dense_matrices_on_features_of_any_length(seed):
         features[:queries], features[queries:], k1=k1, k2=k2, lambda_value=share, metric="euclidean", threads=seed + 1
     )
     np.testing.assert_allclose(found.dense(), dense(features, queries, k1, k2, share), atol=1e-4)
-    np.testing.assert_array_equal(found(0, queries), found.dense())
-    np.testing.assert_array_equal(found(queries // 2, queries), found.dense()[queries // 2 :])
+    # Not bit for bit: a product of fewer rows may round otherwise, as the processor's BLAS chooses.
+    np.testing.assert_allclose(found(0, queries), found.dense(), atol=1e-6)
+    np.testing.assert_allclose(found(queries // 2, queries), found.dense()[queries // 2 :], atol=1e-6)
 
 
 def test_errors(rng):
