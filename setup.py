@@ -38,6 +38,7 @@ CONVERT = [
 # Data behind URLs; for other storages than Google's, their fsspec package (s3fs, adlfs, ...).
 REMOTE = ["fsspec>=2024.6", "gcsfs>=2024.6"]
 TEST = [
+    "beartype>=0.21",  # checks array shapes while tests run: tests/conftest.py
     "pytest>=8.3",
     "pytest-xdist>=3.7",
     "packaging>=24",

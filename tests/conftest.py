@@ -23,7 +23,10 @@ import google_crc32c
 import jax
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
 from PIL import Image
+
+from tests.array_types import check_arrays
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = pathlib.Path(os.environ.get("DMOSNET_SHARED", ROOT.parent / "shared"))
@@ -41,6 +44,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
+# Must stand before the first import of these packages: calls of their functions check the annotated array shapes.
+CHECKED_PACKAGES = ["dmosnet_jax.data", "dmosnet_jax.evaluation", "dmosnet_jax.losses", "dmosnet_jax.memory"]
+install_import_hook(CHECKED_PACKAGES, f"{check_arrays.__module__}.{check_arrays.__name__}")
 
 # The test extra brings these: where continuous integration lacks one, a test that needs it must not just be skipped.
 _EXTRAS = ("tensorflow", "tensorflow_datasets", "sklearn")

@@ -1,6 +1,7 @@
 """Compilation and threading of the host kernels: how Numba caches, and how rows are shared out over threads."""
 
 import concurrent.futures
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,8 @@ def jit(**options: Any) -> Callable[[Callable], Callable]:
     """
 
     def decorate(function: Callable) -> Callable:
+        # A run-time type checker may have wrapped it.
+        function = inspect.unwrap(function)
         try:
             return numba.njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Sequence, Sized
 
 import numpy as np
+from jaxtyping import Int, Int32
 
 from dmosnet_jax.core import files
 from dmosnet_jax.core.config import joined
@@ -198,15 +199,8 @@ def split_names(data_dir: Path, dataset: str) -> list[str]:
     return sorted(_all_lengths(files.join(folder, records.INFO_FILE)))
 
 
-def relabel(pids: np.ndarray) -> np.ndarray:
-    """Numbers identities from 0 without gaps, in ascending order of identity.
-
-    Args:
-      pids: int [N].
-
-    Returns:
-      int32 [N], values 0..C-1 for C identities.
-    """
+def relabel(pids: Int[np.ndarray, " n"]) -> Int32[np.ndarray, " n"]:
+    """Numbers identities from 0 without gaps, in ascending order of identity."""
     return np.unique(pids, return_inverse=True)[1].astype(np.int32)
 
 
