@@ -12,11 +12,9 @@ With --backbone NAME its training step is timed too, and `share` is the memory's
 """
 
 import argparse
-import multiprocessing
 import sys
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import timeit
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,10 +23,10 @@ import numpy as np
 import optax
 
 from dmosnet_jax import models
-from dmosnet_jax.benchmarks.clustering import GIB, device_peak, peak_memory
+from dmosnet_jax.benchmarks import command
+from dmosnet_jax.benchmarks.command import GIB, in_gib, median_seconds
 from dmosnet_jax.benchmarks.tables import publish
 from dmosnet_jax.core import parallel
-from dmosnet_jax.core.errors import UserError
 from dmosnet_jax.data.samplers import class_epoch
 from dmosnet_jax.memory import hybrid, tables
 
@@ -115,17 +113,6 @@ def reference_step(
     return jax.lax.fori_loop(0, len(indices), move, features), value, gradient
 
 
-def _timed(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Seconds by the clock and of the processor: the medians of the calls."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter(), time.process_time()
-        jax.block_until_ready(function())
-        times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-    wall, processor = np.median(times, axis=0)
-    return float(wall), float(processor)
-
-
 def _difference(found: Any, expected: Any) -> float:
     expected = np.asarray(expected, np.float64)
     return float(np.abs(np.asarray(found, np.float64) - expected).max() / np.abs(expected).max())
@@ -158,33 +145,34 @@ def measure(images: int, classes: int, options: argparse.Namespace) -> dict[str,
         state[0], loss, _ = compiled(state[0], x, i)
         return loss
 
-    seconds, processor = _timed(one, options.repeats)
-    relabel, _ = _timed(lambda: hybrid.set_labels(state[0], labels), 2)
-    since = time.perf_counter()
-    class_epoch(labels, None, batch_size=64, instances=4, seed=0, epoch=0, steps=max(images // 64, 1))
-    plan = time.perf_counter() - since
+    wall, cpu = median_seconds(one, options.repeats)
+    relabel, _ = median_seconds(lambda: hybrid.set_labels(state[0], labels), 2)
+    steps = max(images // 64, 1)
+    plan = timeit.timeit(
+        lambda: class_epoch(labels, None, batch_size=64, instances=4, seed=0, epoch=0, steps=steps), number=1
+    )
     size = sum(table.nbytes for table in jax.tree.leaves(state[0])) / GIB
-    devices = mesh.size
+    devices, on_device = mesh.size, command.device_peak()
     bytes_held = held.argument_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes
     row = {
         "images": images,
         "classes": classes,
-        "step ms": 1e3 * seconds,
-        "CPU ms": 1e3 * processor,
+        "step ms": 1e3 * wall,
+        "CPU ms": 1e3 * cpu,
         "tables GiB": size,
         "held GiB": (bytes_held + held.temp_size_in_bytes) * devices / GIB,
-        "device GiB": None if device_peak() is None else (device_peak() or 0) * devices / GIB,
-        "peak GiB": None if peak_memory() is None else (peak_memory() or 0) / GIB,
+        "device GiB": None if on_device is None else in_gib(on_device * devices),
+        "peak GiB": in_gib(command.peak_memory()),
         "direct": f"{max(differences):.0e}",
         "reference ms": None if reference is None else 1e3 * reference,
-        "ratio": None if reference is None else reference / seconds,
+        "ratio": None if reference is None else reference / wall,
         "labels s": relabel,
         "plan s": plan,
     }
     if options.backbone:
         del state[0]
         backbone = _time_backbone(options.backbone, options.batch, options.dtype, mesh)
-        row |= {"backbone ms": 1e3 * backbone, "share": f"{seconds / backbone:.1%}"}
+        row |= {"backbone ms": 1e3 * backbone, "share": f"{wall / backbone:.1%}"}
     return row
 
 
@@ -200,7 +188,7 @@ def _time_reference(
         table[0], value, _ = compiled(table[0], *rest, classes=classes)
         return value
 
-    return _timed(one, repeats)[0]
+    return median_seconds(one, repeats)[0]
 
 
 def _time_backbone(name: str, batch: int, dtype: str, mesh: Any) -> float:
@@ -229,21 +217,15 @@ def _time_backbone(name: str, batch: int, dtype: str, mesh: Any) -> float:
         state[0] = compiled(*state[0][:3], images)
         return state[0][3]
 
-    return _timed(one, 3)[0]
+    return median_seconds(one, 3)[0]
 
 
-def _sizes(text: str) -> list[int]:
-    return [int(part.replace("_", "")) for part in text.split(",")]
-
-
-def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dmosnet_jax.benchmarks.memory",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command.parser("memory", __doc__)
+    parser.add_argument("--n", type=command.sizes, default=[12_936], help="numbers of images, separated by commas")
+    parser.add_argument(
+        "--classes", type=command.sizes, default=[], help="classes for each; default 0.574 of the images"
     )
-    parser.add_argument("--n", type=_sizes, default=[12_936], help="numbers of images, separated by commas")
-    parser.add_argument("--classes", type=_sizes, default=[], help="classes for each; default 0.574 of the images")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--probes", type=int, default=4, help="inputs that are checked against the direct computation")
@@ -252,7 +234,6 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the backbone")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="", help="CSV file to write")
     arguments = parser.parse_args(argv)
     arguments.classes = arguments.classes or [max(round(0.574 * n), 1) for n in arguments.n]
     if len(arguments.classes) != len(arguments.n):
@@ -266,21 +247,18 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def _run(options: argparse.Namespace) -> None:
+    rows = []
+    for images, classes in zip(options.n, options.classes, strict=True):
+        rows.append(command.in_fresh_process(measure, images, classes, options))
+        print(f"{images:,}: {rows[-1]['step ms']:.1f} ms a step", flush=True)
+    publish(rows, options.output)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
-    options = _arguments(sys.argv[1:] if argv is None else argv)
-    rows = []
-    try:
-        for images, classes in zip(options.n, options.classes, strict=True):
-            # Spawned, so that the devices and their memory are the child's alone.
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                rows.append(pool.submit(measure, images, classes, options).result())
-            print(f"{images:,}: {rows[-1]['step ms']:.1f} ms a step", flush=True)
-        publish(rows, options.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    return 0
+    options = _arguments(argv)
+    return command.exit_status(lambda: _run(options))
 
 
 if __name__ == "__main__":
