@@ -10,10 +10,10 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Int, Int32, Integer
 
 from dmosnet_jax.core import files
 from dmosnet_jax.core.config import joined
@@ -34,12 +34,9 @@ class Rows(abc.ABC):
       split: `train`, `query`, `gallery`, `val` or `trainval`.
       pids: identities, int32 [N]; -1 where unlabelled.
       camids: cameras, int32 [N].
-      source: something as long.
     """
 
-    source: Sized
-
-    def __init__(self, name: str, split: str, pids: np.ndarray, camids: np.ndarray):
+    def __init__(self, name: str, split: str, pids: Int[np.ndarray, " n"], camids: Int[np.ndarray, " n"]):
         self.name, self.split, self.pids, self.camids = name, split, pids, camids
 
     @abc.abstractmethod
@@ -78,8 +75,6 @@ class Split(Rows):
       source: the serialised records.
     """
 
-    source: RecordSource
-
     def __init__(self, name: str, split: str, source: RecordSource):
         super().__init__(name, split, source.pids, source.camids)
         self.source = source
@@ -110,9 +105,9 @@ class Subset(Rows):
       rows: its rows, int [n], in the order of the subset.
     """
 
-    def __init__(self, base: Rows, rows: np.ndarray):
+    def __init__(self, base: Rows, rows: Integer[np.ndarray, " n"]):
         super().__init__(base.name, base.split, base.pids[rows], base.camids[rows])
-        self.base, self.rows, self.source = base, rows, range(len(rows))
+        self.base, self.rows = base, rows
 
     def record(self, index: int, /) -> records.Record:
         """See `Rows.record`."""
@@ -138,7 +133,6 @@ class JointSplit(Rows):
         pids, camids = (combined([getattr(part, column) for part in self.parts]) for column in ("pids", "camids"))
         super().__init__(name, self.parts[0].split, pids, camids)
         self._firsts = [0, *np.cumsum([len(part) for part in self.parts]).tolist()]
-        self.source = range(len(self))
 
     def record(self, index: int, /) -> records.Record:
         """See `Rows.record`; with the identity, camera and file name of the union."""

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 
 from dmosnet_jax.core.parallel import by_rows, replicated, to_devices, to_host
 from dmosnet_jax.data import augment
-from dmosnet_jax.data.loading import ImageCache, Images
+from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.pipeline import evaluation_batches
+from dmosnet_jax.data.splits import Rows
 from dmosnet_jax.data.transforms import DEFAULT_FILTER
 from dmosnet_jax.models import Model
 from dmosnet_jax.train.metrics import progress_bar
@@ -60,7 +61,7 @@ class Extractor:
         self._forward = jax.jit(forward, in_shardings=(everywhere, everywhere, placed), out_shardings=placed)
 
     def __call__(
-        self, params: Any, stats: Any, split: Images, *, label: str = "extract", cache: ImageCache | None = None
+        self, params: Any, stats: Any, split: Rows, *, label: str = "extract", cache: ImageCache | None = None
     ) -> np.ndarray:
         """Features of all images.
 
@@ -79,7 +80,7 @@ class Extractor:
         """
         params, stats = jax.device_put((params, stats), replicated(self._mesh))
         done: list[np.ndarray] = []
-        with progress_bar(len(split.source), label=label) as bar:
+        with progress_bar(len(split), label=label) as bar:
             for features in in_batches(
                 lambda images: self._forward(params, stats, images),
                 split,
@@ -98,7 +99,7 @@ class Extractor:
 
 def in_batches(
     program: Callable[[jax.Array], jax.Array],
-    split: Images,
+    split: Rows,
     mesh: Mesh,
     *,
     image_size: tuple[int, int],
@@ -138,7 +139,7 @@ def in_batches(
         process_count=jax.process_count(),
         cache=cache,
     )
-    left = len(split.source)
+    left = len(split)
     waiting: collections.deque[jax.Array] = collections.deque()
 
     def oldest() -> np.ndarray:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.parallel import by_rows, replicated
 from dmosnet_jax.data import augment
-from dmosnet_jax.data.loading import Images
+from dmosnet_jax.data.splits import Rows
 from dmosnet_jax.data.transforms import DEFAULT_FILTER
 from dmosnet_jax.evaluation.extract import in_batches
 from dmosnet_jax.models import Model
@@ -91,7 +91,7 @@ class ForgettingScorer:
 
         self._forward = jax.jit(forward, in_shardings=(everywhere, placed), out_shardings=placed)
 
-    def __call__(self, images: Images) -> Iterator[np.ndarray]:
+    def __call__(self, images: Rows) -> Iterator[np.ndarray]:
         """Scores in order, float32, batch by batch and the same on every process.
 
         Raises:

@@ -56,7 +56,7 @@ class Schedule:
 
 
 class Stream(Protocol):
-    """Host batches of one epoch, as `data.pipeline.TrainStream`."""
+    """Host batches of one epoch, as `data.pipeline.train_batches` gives them."""
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
 
