@@ -27,7 +27,7 @@ _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 
 
 class Rows(abc.ABC):
-    """What training, evaluation and scoring need of a split, a part of one, or several; pickles for worker processes.
+    """A split, a part of one, or several, as training and evaluation see them; pickles for worker processes.
 
     Attributes:
       name: of the data set.
@@ -117,8 +117,9 @@ class Subset(Rows):
 class JointSplit(Rows):
     """Several splits after each other, seen as one: of several data sets, or two of one data set.
 
-    Of several data sets, identities and cameras never meet: they are numbered from 0 without gaps, those of each data
-    set after those of the ones before it; negative ones (not known) stay -1. File names begin with the data set's name.
+    Of several data sets, identities and cameras are numbered from 0 without gaps, those of each data set after those of
+    the ones before it, so that none are shared; negative ones (not known) become -1. File names begin with the data
+    set's name.
 
     Attributes:
       name: names of the data sets, joined by `+`.
@@ -165,10 +166,7 @@ def load_split(data_dir: Path, dataset: str, split: str) -> Split:
     Args:
       data_dir: the folder or URL given to the conversion as `--data_dir`.
       dataset: name of the data set.
-      split: `train`, `query` or `gallery`.
-
-    Returns:
-      The split.
+      split: one of `split_names`.
 
     Raises:
       ConfigError: the name cannot be one of a data set.
@@ -176,21 +174,18 @@ def load_split(data_dir: Path, dataset: str, split: str) -> Split:
         shard is missing, cut short or damaged.
     """
     folder = _version_folder(files.tidy(data_dir), dataset)
-    lengths = _shard_lengths(files.join(folder, records.INFO_FILE), split)
-    names = [records.shard_name(dataset, split, shard, len(lengths)) for shard in range(len(lengths))]
-    source = RecordSource([files.join(folder, name) for name in names], lengths)
-    return Split(dataset, split, source)
+    lengths = _shard_lengths(folder)
+    if split not in lengths:
+        info = files.join(folder, records.INFO_FILE)
+        raise DataError(f"{info}: there is no split {split!r}, there are {', '.join(sorted(lengths))}")
+    shards = len(lengths[split])
+    names = [records.shard_name(dataset, split, shard, shards) for shard in range(shards)]
+    return Split(dataset, split, RecordSource([files.join(folder, name) for name in names], lengths[split]))
 
 
 def split_names(data_dir: Path, dataset: str) -> list[str]:
-    """Names of the splits that a converted data set has.
-
-    Raises:
-      ConfigError: as `load_split`.
-      DataError: as `load_split`.
-    """
-    folder = _version_folder(files.tidy(data_dir), dataset)
-    return sorted(_all_lengths(files.join(folder, records.INFO_FILE)))
+    """Names of the splits that a converted data set has; raises as `load_split`."""
+    return sorted(_shard_lengths(_version_folder(files.tidy(data_dir), dataset)))
 
 
 def relabel(pids: Int[np.ndarray, " n"]) -> Int32[np.ndarray, " n"]:
@@ -224,17 +219,9 @@ def _version_folder(data_dir: str, dataset: str) -> str:
     return max(versions)[1]
 
 
-def _shard_lengths(info: str, split: str) -> list[int]:
-    """Records per shard of a split, as the conversion wrote them down."""
-    lengths = _all_lengths(info)
-    if split not in lengths:
-        raise DataError(f"{info}: there is no split {split!r}, there are {', '.join(sorted(lengths))}")
-    return lengths[split]
-
-
-def _all_lengths(info: str) -> dict[str, list[int]]:
-    """Records per shard of every split."""
-    fix = "convert the data set again"
+def _shard_lengths(folder: str) -> dict[str, list[int]]:
+    """Records per shard of every split, as the conversion wrote them down."""
+    info, fix = files.join(folder, records.INFO_FILE), "convert the data set again"
     try:
         description = json.loads(files.read(info).decode())
         lengths = {entry["name"]: [int(n) for n in entry["shardLengths"]] for entry in description["splits"]}
