@@ -152,7 +152,7 @@ def lint_converted(dataset: str, data_dir: str | os.PathLike[str], *, images: bo
 
 
 def _place(split: Split, row: int) -> str:
-    path, number, offset = split.source.place(row)
+    path, number, offset = split.source.locate(row)
     return f"{path}: record {number} at byte {offset}"
 
 

@@ -21,9 +21,9 @@ from typing import Any
 
 import google_crc32c
 import jax
+import jaxtyping
 import numpy as np
 import pytest
-from jaxtyping import install_import_hook
 from PIL import Image
 
 from tests.array_types import check_arrays
@@ -46,7 +46,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Must stand before the first import of these packages: calls of their functions check the annotated array shapes.
 CHECKED_PACKAGES = ["dmosnet_jax.data", "dmosnet_jax.evaluation", "dmosnet_jax.losses", "dmosnet_jax.memory"]
-install_import_hook(CHECKED_PACKAGES, f"{check_arrays.__module__}.{check_arrays.__name__}")
+jaxtyping.install_import_hook(CHECKED_PACKAGES, f"{check_arrays.__module__}.{check_arrays.__name__}")
 
 # The test extra brings these: where continuous integration lacks one, a test that needs it must not just be skipped.
 _EXTRAS = ("tensorflow", "tensorflow_datasets", "sklearn")
@@ -81,6 +81,14 @@ def shared_file(relative: str) -> pathlib.Path:
 def shared():
     """The function `shared(relative_path)`: skips with a reason where the reference files are absent."""
     return shared_file
+
+
+@pytest.fixture
+def no_array_checks():
+    """Lets arrays of wrong shapes through, to test what a user of the package is told about them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ class Split(Rows):
     def record(self, index: int, /) -> records.Record:
         """See `Rows.record`."""
         raw = self.source[index]
-        path, number, offset = self.source.place(index)
+        path, number, offset = self.source.locate(index)
         where = f"{path}: record {number} at byte {offset}"
         try:
             record = records.parse(raw)
