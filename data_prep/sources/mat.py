@@ -10,6 +10,7 @@ import dataclasses
 import io
 import math
 import struct
+import weakref
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -45,7 +46,7 @@ class MatImages:
         """Opens the file and lists its images.
 
         Args:
-          file: of `cuhk-03.mat`; stays open.
+          file: of `cuhk-03.mat`; closed with this object.
           kind: `detected` or `labeled`.
           location: for messages.
 
@@ -56,6 +57,8 @@ class MatImages:
 
         self.location = location
         self._references: dict[str, Any] = {}
+        # Nobody else holds the file, which is read for as long as this object is used.
+        weakref.finalize(self, file.close)
         try:
             self._file = h5py.File(file, "r")
         # HDF5 reports damage by errors of many kinds.
