@@ -45,7 +45,10 @@ jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Must stand before the first import of these packages: calls of their functions check the annotated array shapes.
-CHECKED_PACKAGES = ["dmosnet_jax.data", "dmosnet_jax.evaluation", "dmosnet_jax.losses", "dmosnet_jax.memory"]
+CHECKED_PACKAGES = [
+    *("data_prep.check", "data_prep.sources", "data_prep.synthetic"),
+    *("dmosnet_jax.data", "dmosnet_jax.evaluation", "dmosnet_jax.losses", "dmosnet_jax.memory"),
+]
 jaxtyping.install_import_hook(CHECKED_PACKAGES, f"{check_arrays.__module__}.{check_arrays.__name__}")
 
 # The test extra brings these: where continuous integration lacks one, a test that needs it must not just be skipped.

@@ -6,7 +6,7 @@ A step is loss, gradient and update for one batch, the tables donated; `CPU ms` 
 programs on the machine disturb less. `tables` counts features, class sums, counts and labels once, `held` all that the
 compiled step holds at a time: arguments, results that do not reuse them, and scratch.
 `direct` is the largest relative difference of loss and gradient from a float64 computation over all images for a few
-random probes, and of the moved rows from the rule applied one image after the other. `reference` is the step as SpCL
+random probes, and of the updated rows from the rule applied one image after the other. `reference` is the step as SpCL
 does it, similarities with all images summed by class. `labels` is the new epoch's class tables, `plan` its batches.
 With --backbone NAME its training step is timed too, and `share` is the memory's step over it.
 """
@@ -83,8 +83,8 @@ def direct(
     return float(-np.log(own + EPSILON).mean()), gradient
 
 
-def moved(rows: np.ndarray, inputs: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Rows [B, D] of the batch's images after it, one image after the other."""
+def updated_rows(rows: np.ndarray, inputs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Rows [B, D] of the batch's images after the momentum update, one image after the other."""
     state = {int(i): row.astype(np.float64) for i, row in zip(indices, rows, strict=True)}
     for x, i in zip(inputs, indices, strict=True):
         row = MOMENTUM * state[int(i)] + (1 - MOMENTUM) * x
@@ -105,12 +105,12 @@ def reference_step(
         shares = weights / (weights.sum(axis=0, keepdims=True) + EPSILON)
         return -jnp.log(shares[labels[indices], jnp.arange(len(x))] + EPSILON).mean()
 
-    def move(b, table):
+    def update(b, table):
         row = MOMENTUM * table[indices[b]] + (1 - MOMENTUM) * inputs[b]
         return table.at[indices[b]].set(row / jnp.linalg.norm(row))
 
     value, gradient = jax.value_and_grad(loss)(inputs)
-    return jax.lax.fori_loop(0, len(indices), move, features), value, gradient
+    return jax.lax.fori_loop(0, len(indices), update, features), value, gradient
 
 
 def _difference(found: Any, expected: Any) -> float:
@@ -124,22 +124,22 @@ def measure(images: int, classes: int, options: argparse.Namespace) -> dict[str,
     features, labels, inputs, indices = problem(images, classes, options.dim, options.batch, options.seed)
     probes = min(options.probes, options.batch)
     expected = direct(features, labels, inputs[:probes], indices[:probes])
-    rows_after = moved(features[indices], inputs, indices)
+    expected_rows = updated_rows(features[indices], inputs, indices)
     reference = None
     if images <= options.reference_limit:
         reference = _time_reference(features, labels, inputs, indices, classes, options.repeats)
     memory = hybrid.init(features, labels, momentum=MOMENTUM, temperature=TEMPERATURE, capacity=classes, mesh=mesh)
     del features
-    place = parallel.replicated(mesh)
-    x, i = jax.device_put((inputs, indices), place)
+    replicated = parallel.replicated(mesh)
+    x, i = jax.device_put((inputs, indices), replicated)
     value, gradient = jax.jit(jax.value_and_grad(hybrid.loss, argnums=1))(memory, x[:probes], i[:probes])
     differences = [_difference(value, expected[0]), _difference(gradient, expected[1])]
-    places = tables.shardings(memory, mesh)
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(places, place, place)).lower(memory, x, i).compile()
+    shardings = (tables.shardings(memory, mesh), replicated, replicated)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings).lower(memory, x, i).compile()
     held = compiled.memory_analysis()
     assert held is not None
     state = [compiled(memory, x, i)[0]]
-    differences.append(_difference(jax.jit(lambda table: table[i])(state[0].features), rows_after))
+    differences.append(_difference(jax.jit(lambda table: table[i])(state[0].features), expected_rows))
 
     def one() -> jax.Array:
         state[0], loss, _ = compiled(state[0], x, i)
@@ -195,8 +195,7 @@ def _time_backbone(name: str, batch: int, dtype: str, mesh: Any) -> float:
     """Seconds of a network's training step: forward, backward, Adam."""
     model = models.build(name, bn_group_size=16, dtype=dtype)
     optimiser = optax.adam(3.5e-4)
-    place = parallel.replicated(mesh)
-    params, stats = jax.device_put(model.init(jax.random.key(0)), place)
+    params, stats = jax.device_put(model.init(jax.random.key(0)), parallel.replicated(mesh))
     height, width = model.image_size
     images = jax.random.normal(jax.random.key(1), (batch, height, width, 3), jnp.float32)
     images = jax.device_put(images, parallel.by_rows(mesh))

@@ -42,16 +42,16 @@ WITHOUT_CONVERTERS = """
 import runpy, sys
 
 sys.modules.update(dict.fromkeys(("tensorflow", "torch", "apache_beam", "data_prep")))
-from dmosnet_jax.data import pipeline
+from dmosnet_jax.recipes import training
 
-original = pipeline.train_batches
+original = training.train_batches
 
 def printing(*args, **options):
     for batch in original(*args, **options):
         print("batch", batch["index"].tolist())
         yield batch
 
-pipeline.train_batches = printing
+training.train_batches = printing
 from tests.recipes import small
 
 small.register()
