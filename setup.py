@@ -61,7 +61,7 @@ setuptools.setup(
     ],
     # Elsewhere than in a checkout, `--config=configs/<file>.py` is found inside the package.
     package_dir={"dmosnet_jax.configs": "configs"},
-    package_data={"dmosnet_jax": ["py.typed"]},
+    package_data={"dmosnet_jax": ["py.typed", "evaluation/report.html"]},
     entry_points={
         "console_scripts": [
             "dmosnet = dmosnet_jax.main:main",

@@ -55,15 +55,15 @@ def write_crops(folder: pathlib.Path, count: int) -> int:
     noise = rng.normal(0, 4, (64, *people[0].shape)).astype(np.int16)
     total = 0
     for number in tqdm(range(count), desc="crops", disable=None, leave=False):
-        video, place = divmod(number, _VIDEO)
+        video, image = divmod(number, _VIDEO)
         city = folder / f"country{video // _CITY // 5:03d}" / f"city{video // _CITY % 5}" / f"video{video % _CITY:04d}"
-        if not place:
+        if not image:
             city.mkdir(parents=True)
         light = np.int16(number // len(people) % 40 - 20)
         crop = np.roll(people[number % len(people)] + noise[rng.integers(64)] + light, number // 16_000, axis=1)
         out = io.BytesIO()
         Image.fromarray(crop.clip(0, 255).astype(np.uint8)).save(out, "jpeg", quality=80)
-        (city / f"{place:08d}_0000.jpg").write_bytes(out.getvalue())
+        (city / f"{image:08d}_0000.jpg").write_bytes(out.getvalue())
         total += out.tell()
     return total
 

@@ -20,15 +20,10 @@ def own_flags() -> flags.FlagValues:
 
 
 def parse(own: flags.FlagValues, argv: Sequence[str], about: str | None) -> bool:
-    """Sets a command's flags from its arguments, whatever they were set to before.
-
-    Args:
-      own: the flags, `help` among them.
-      argv: program name first.
-      about: what help says before the flags.
+    """Sets a command's flags from `argv`, whatever they were set to before, or prints `about` and the flags.
 
     Returns:
-      Whether help was asked for, and is printed.
+      Whether help was asked for.
 
     Raises:
       ConfigError: an argument is not understood.
@@ -54,13 +49,7 @@ def given(own: flags.FlagValues, names: Sequence[str]) -> dict[str, Any]:
 
 
 def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str], *, interrupted: str = "interrupted") -> int:
-    """The exit status of a command; what is wrong with its input, and an interrupt, end in one line.
-
-    Args:
-      run: the command.
-      argv: its arguments, program name first.
-      interrupted: what to say of an interrupt that says nothing itself.
-    """
+    """The exit status of a command; errors in its input, and an interrupt, are printed as one line."""
     try:
         return run(argv)
     except (UserError, OSError) as error:

@@ -115,19 +115,20 @@ def convert(
 ) -> Summary | None:
     """Converts a data set to `data_dir/<dataset>/<version>`, whole or not at all.
 
+    The arguments are those of the command line; see its flags.
+
     Args:
       dataset: one of `DATASETS`.
       data_dir: folder for converted data sets, or its URL.
-      source: folder or zip file of the raw data set; not needed for `synthetic`, see the flag.
-      options: for `folder`: `camera_policy` and `test_fraction`; for `luperson`: `names`, `shard_mib`,
-        `workers` and `beam_options`; see the flags.
+      source: folder or zip file of the raw data set; not needed for `synthetic`.
+      options: those of `SOURCE_OPTIONS` that the data set has.
       scene: what to render, for `synthetic`.
       overwrite: replace a data set that is there already.
-      warn: called with what a user should know of the data set (other numbers than published ones, splits that are
-        not there, labels that contradict each other) before anything is written.
+      warn: called with warnings (other numbers than published ones, missing splits, labels that contradict each
+        other) before anything is written.
 
     Returns:
-      What was done; None when the data set was there already.
+      The summary; None when the data set was there already.
 
     Raises:
       ConfigError: unknown data set, options that do not go together, or TensorFlow is not installed.
@@ -140,8 +141,8 @@ def convert(
         raise ConfigError(f"dataset={dataset} needs source=PATH: the folder or zip file of the raw data set")
     builder_class = builder_class_of(dataset)
     check_options(dataset, options or {})
-    place = files.join(files.tidy(data_dir), dataset, str(builder_class.VERSION))
-    if not overwrite and _is_there(place):
+    target = files.join(files.tidy(data_dir), dataset, str(builder_class.VERSION))
+    if not overwrite and _is_converted(target):
         return None
     begin = time.monotonic()
     if dataset == SHARDED:
@@ -153,8 +154,8 @@ def convert(
         with tempfile.TemporaryDirectory() as folder:
             summary = convert(dataset, folder, source=source, options=options, scene=scene, warn=warn)
             assert summary is not None
-            upload(str(summary.folder), place)
-        return dataclasses.replace(summary, folder=place, seconds=time.monotonic() - begin)
+            upload(str(summary.folder), target)
+        return dataclasses.replace(summary, folder=target, seconds=time.monotonic() - begin)
     with staging(pathlib.Path(files.tidy(data_dir)).absolute(), dataset) as stage:
         if dataset == RENDERED:
             source = _rendered(source, scene, stage)
@@ -162,15 +163,15 @@ def convert(
         for finding in builder.findings():
             warn(finding.text)
         _build(builder, stage.parent)
-        publish(pathlib.Path(builder.data_dir), pathlib.Path(place).absolute())
-    return _summary(builder, place, time.monotonic() - begin)
+        publish(pathlib.Path(builder.data_dir), pathlib.Path(target).absolute())
+    return _summary(builder, target, time.monotonic() - begin)
 
 
-def _summary(builder: "ReidBuilder", place: str, seconds: float) -> Summary:
+def _summary(builder: "ReidBuilder", target: str, seconds: float) -> Summary:
     opened, listing = builder.open()
     parts, rules = listing.parts(opened), builder.RULES
     return Summary(
-        folder=pathlib.Path(place).absolute(),
+        folder=pathlib.Path(target).absolute(),
         splits={p.split: (len(p), len(identities(p.pids, rules)), len(set(p.camids.tolist()))) for p in parts},
         junk=listing.junk if rules.reserved_ids else None,
         distractors=sum(int((part.pids == 0).sum()) for part in parts),
@@ -178,36 +179,28 @@ def _summary(builder: "ReidBuilder", place: str, seconds: float) -> Summary:
     )
 
 
-def _is_there(place: str) -> bool:
+def _is_converted(target: str) -> bool:
     try:
-        return files.is_file(files.join(place, records.INFO_FILE))
+        return files.is_file(files.join(target, records.INFO_FILE))
     except OSError as error:
-        raise DataError(f"{place}: cannot be read ({error.strerror}): check the name and the credentials") from error
+        raise DataError(f"{target}: cannot be read ({error.strerror}): check the name and the credentials") from error
 
 
 def check_dataset(dataset: str) -> None:
-    """Whether there is a data set of that name.
-
-    Raises:
-      ConfigError: there is not.
-    """
+    """Raises ConfigError where there is no data set of that name."""
     if dataset not in DATASETS:
         raise ConfigError(f"dataset={dataset} is unknown: use one of {', '.join(DATASETS)}")
 
 
 def check_options(dataset: str, options: Mapping[str, Any]) -> None:
-    """Whether the data set has such options.
-
-    Raises:
-      ConfigError: it has not.
-    """
+    """Raises ConfigError where the data set has no such options."""
     unknown = [name for name in options if name not in builder_class_of(dataset).OPTIONS]
     if unknown:
         raise ConfigError(f"dataset={dataset} has no {', '.join(unknown)}: leave it out")
 
 
 def _rendered(source: str | os.PathLike[str] | None, scene: Scene | None, stage: pathlib.Path) -> pathlib.Path:
-    """The raw images: in the stage where nobody wants them, or in the source, now or before."""
+    """The folder of the rendered images: `source`, which may have been rendered before, or one on the stage."""
     folder = stage / "raw" if source is None else pathlib.Path(source).expanduser()
     if not folder.exists():
         pedestrians.render(folder, scene or Scene())
@@ -246,7 +239,7 @@ def _build(builder: "ReidBuilder", root: pathlib.Path) -> None:
     import tensorflow_datasets as tfds
 
     try:
-        # The messages of TensorFlow Datasets name the stage, which is no place for the user.
+        # The messages of TensorFlow Datasets name the stage, which the user does not know.
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare(
                 file_format=records.FILE_FORMAT,

@@ -42,12 +42,12 @@ class Report:
     """What was found.
 
     Attributes:
-      title: the data set and its place.
+      title: the data set and where it is.
       parts: its splits.
       contents: what the images are, by split; empty where they were not read.
       rules: of the data set.
       findings: errors first.
-      notes: what is worth knowing and nothing to worry about.
+      notes: facts that are no findings.
     """
 
     title: str
@@ -102,16 +102,7 @@ def _sizes(contents: Contents | None) -> list[str]:
 def lint_source(
     dataset: str, source: str | os.PathLike[str], *, options: Mapping[str, Any] | None = None, images: bool = True
 ) -> Report:
-    """Checks a raw data set.
-
-    Args:
-      dataset: one of `convert.DATASETS`.
-      source: as for conversion.
-      options: as for conversion.
-      images: whether to read and decode every image.
-
-    Returns:
-      What was found.
+    """Checks a raw data set, given as for `convert.convert`; `images` says whether to read and decode every image.
 
     Raises:
       ConfigError: unknown data set or option.
@@ -131,15 +122,7 @@ def lint_source(
 
 
 def lint_converted(dataset: str, data_dir: str | os.PathLike[str], *, images: bool = True) -> Report:
-    """Checks a converted data set.
-
-    Args:
-      dataset: its name.
-      data_dir: folder of converted data sets.
-      images: whether to read and decode every image.
-
-    Returns:
-      What was found.
+    """Checks a converted data set; `images` says whether to read and decode every image.
 
     Raises:
       ConfigError: the name cannot be one of a data set.
@@ -151,8 +134,8 @@ def lint_converted(dataset: str, data_dir: str | os.PathLike[str], *, images: bo
     return _report(f"{dataset} in {data_dir}, converted", parts, rules, images)
 
 
-def _place(split: Split, row: int) -> str:
-    path, number, offset = split.source.place(row)
+def _where(split: Split, row: int) -> str:
+    path, number, offset = split.source.locate(row)
     return f"{path}: record {number} at byte {offset}"
 
 
@@ -161,14 +144,14 @@ def _converted(split: Split) -> Part:
         try:
             return records.parse(split.source[row])
         except DataError as error:
-            raise DataError(f"{_place(split, row)}: {error}") from error
+            raise DataError(f"{_where(split, row)}: {error}") from error
 
     def read(row: int) -> bytes:
         found = record(row)
         index = int(split.pids[row]), int(split.camids[row])
         if (found.pid, found.camid) != index:
             raise OtherLabelsError(
-                f"{_place(split, row)}: pid {found.pid} and camid {found.camid}, in the index {index[0]} and {index[1]}"
+                f"{_where(split, row)}: pid {found.pid} and camid {found.camid}, in the index {index[0]} and {index[1]}"
             )
         return found.image
 
@@ -180,9 +163,9 @@ def _position(split: str) -> tuple[int, str]:
     return (order.index(split) if split in order else len(order)), split
 
 
-def _report(title: str, parts: list[Part], rules: Rules, images: bool, doubts: Sequence[str] = ()) -> Report:
+def _report(title: str, parts: list[Part], rules: Rules, images: bool, warnings: Sequence[str] = ()) -> Report:
     contents = inspect(parts) if images else {}
-    findings = [*check(parts, contents, rules), *(Finding(False, note) for note in doubts)]
+    findings = [*check(parts, contents, rules), *(Finding(False, note) for note in warnings)]
     return Report(title, parts, contents, rules, sorted(findings, key=lambda finding: not finding.is_error))
 
 
@@ -211,7 +194,7 @@ def _run(argv: Sequence[str]) -> int:
 
 def start() -> None:
     """Runs this command as the program."""
-    # Who reads only the first lines need not hear of it.
+    # `lint ... | head` ends without an error.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     command.start(main)
 

@@ -24,7 +24,6 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
-from jaxtyping import install_import_hook
 from PIL import Image
 
 from tests.array_types import check_arrays
@@ -46,8 +45,11 @@ jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Must stand before the first import of these packages: calls of their functions check the annotated array shapes.
-CHECKED_PACKAGES = ["dmosnet_jax.data", "dmosnet_jax.evaluation", "dmosnet_jax.losses", "dmosnet_jax.memory"]
-install_import_hook(CHECKED_PACKAGES, f"{check_arrays.__module__}.{check_arrays.__name__}")
+CHECKED_PACKAGES = [
+    *("data_prep.check", "data_prep.sources", "data_prep.synthetic"),
+    *("dmosnet_jax.data", "dmosnet_jax.evaluation", "dmosnet_jax.losses", "dmosnet_jax.memory"),
+]
+jaxtyping.install_import_hook(CHECKED_PACKAGES, f"{check_arrays.__module__}.{check_arrays.__name__}")
 
 # The test extra brings these: where continuous integration lacks one, a test that needs it must not just be skipped.
 _EXTRAS = ("tensorflow", "tensorflow_datasets", "sklearn")
@@ -85,17 +87,17 @@ def shared():
 
 
 @pytest.fixture
-def rng() -> np.random.Generator:
-    """A seeded generator, the same for every test."""
-    return np.random.default_rng(0)
-
-
-@pytest.fixture
-def unchecked():
-    """Leaves wrong shapes to the functions themselves, as outside of tests, where annotations are not checked."""
+def no_array_checks():
+    """Lets arrays of wrong shapes through, to test what a user of the package is told about them."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A seeded generator, the same for every test."""
+    return np.random.default_rng(0)
 
 
 # A data set small enough for whole runs, written byte by byte: nothing of the package or of TensorFlow takes part.

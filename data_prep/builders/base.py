@@ -1,4 +1,4 @@
-"""What the builders of all data sets share: the record schema, the check of every image, and the writing."""
+"""What the builders of all data sets share: the features of a record, the check of every image, and the writing."""
 
 import abc
 import dataclasses
@@ -35,8 +35,8 @@ class Listing:
     Attributes:
       splits: the images of each split that has some, in the order of the records.
       junk: images left out because their identity is -1.
-      details: what else a user may want to know later, e.g. the layout found; kept as `metadata.json`.
-      notes: what a user should look at, one sentence each.
+      details: kept as `metadata.json`, e.g. the layout found.
+      notes: warnings, one sentence each.
     """
 
     splits: dict[str, list[Item]]
@@ -94,21 +94,14 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
     @classmethod
     @abc.abstractmethod
     def read_source(cls, source: str | os.PathLike[str], **options: Any) -> tuple[Files, Listing]:
-        """Opens the raw data set and sorts its images into splits.
-
-        Args:
-          source: what the user downloaded.
-          **options: values for some of `OPTIONS`.
-
-        Returns:
-          The files, and what they are.
+        """Opens the raw data set and sorts its images into splits; `options` are some of `OPTIONS`.
 
         Raises:
           DataError: it is missing, or not laid out as this data set is.
         """
 
     def open(self, manual_dir: pathlib.Path | None = None) -> tuple[Files, Listing]:
-        """Opens the source, or `manual_dir` where there is none, once; see `read_source`.
+        """Opens `manual_dir` or else the source, at the first call; see `read_source`.
 
         Raises:
           DataError: there is none, it is not laid out as this data set is, or it has only a half of a test set.
@@ -128,7 +121,7 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
         return self._opened
 
     def findings(self) -> list[Finding]:
-        """What a user should know before the images are read."""
+        """Findings that need no image to be read."""
         files, listing = self.open()
         return [*check(listing.parts(files), {}, self.RULES), *(Finding(False, note) for note in listing.notes)]
 
@@ -147,7 +140,7 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
             homepage=self.HOMEPAGE,
             citation=self.CITATION,
             metadata=tfds.core.MetadataDict(),
-            # Records in the order of the files: row numbers mean the same for everybody who converts.
+            # Records stay in the order of the files, so that a row number means the same image for everybody.
             disable_shuffling=True,
         )
 
@@ -188,11 +181,11 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
 
 class _LocalInfo(tfds.core.DatasetInfo):
     def initialize_from_bucket(self) -> None:
-        """Does not look for these data sets in Google's bucket, for which a temporary folder would be made and left."""
+        """Does nothing: these data sets are not in Google's bucket, and looking there leaves a temporary folder."""
 
 
 class _RepeatableWriter(tfds.core.ExampleWriter):
-    """Writes the features of a record in one order; protobuf's own differs from process to process."""
+    """Writes the features of a record in a fixed order; protobuf's own differs from process to process."""
 
     def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
         """See the base class."""

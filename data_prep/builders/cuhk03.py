@@ -9,19 +9,33 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from data_prep.builders import market_layout
-from data_prep.builders.base import Item, Listing
+from data_prep.builders.base import Item, Listing, ReidBuilder
 from data_prep.sources.base import Files, Tree, some
 from data_prep.sources.folder import FolderTree, read_file
 from data_prep.sources.mat import MatImages, Protocol, read_protocol
 from data_prep.sources.root import open_tree
 from dmosnet_jax.core.errors import DataError
 
-HOMEPAGE = "https://www.ee.cuhk.edu.hk/~xgwang/CUHK_identification.html"
-CITATION = "Li et al., DeepReID: Deep Filter Pairing Neural Network for Person Re-identification, CVPR 2014"
 MAT = "cuhk-03.mat"
 _NAME = re.compile(r"(\d+)_c(\d+)_\d+\.png", re.IGNORECASE)
+
+
+class Cuhk03Builder(ReidBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Base of the builders of both kinds of boxes."""
+
+    HOMEPAGE = "https://www.ee.cuhk.edu.hk/~xgwang/CUHK_identification.html"
+    CITATION = "Li et al., DeepReID: Deep Filter Pairing Neural Network for Person Re-identification, CVPR 2014"
+    ENCODING = "png"
+    # `detected` or `labeled`.
+    KIND: ClassVar[str]
+
+    @classmethod
+    def read_source(cls, source: str | os.PathLike[str], **options: Any) -> tuple[Files, Listing]:
+        """See `read_source` of this module."""
+        return read_source(source, cls.KIND)
 
 
 def protocol_file(kind: str) -> str:
@@ -30,14 +44,7 @@ def protocol_file(kind: str) -> str:
 
 
 def read_source(source: str | os.PathLike[str], kind: str) -> tuple[Files, Listing]:
-    """Opens CUHK03 in any of its forms.
-
-    Args:
-      source: `cuhk-03.mat`, a folder or zip that holds it, or CUHK03-NP.
-      kind: `detected` or `labeled`.
-
-    Returns:
-      The images as files, and what they are.
+    """Opens CUHK03: `cuhk-03.mat`, a folder or zip that holds it, or CUHK03-NP.
 
     Raises:
       DataError: the source is none of these, or not whole.

@@ -1,10 +1,9 @@
 """A user's own images: folders `pid/camera/image.jpg`, or a CSV table with the columns `path,pid,camid,split`.
 
-Folders may lie below `train`, `val`, `query` and `gallery`, as the column `split` says for a table. Where nothing says
-the split, a share of the identities becomes the test set: of each identity in each camera with several images, the
-first is a query.
-Identities and cameras may be numbers, which are kept, or names, which are numbered from 1 in sorted order. All of it
-may lie in one more folder, as in many archives.
+The folders may be in folders `train`, `val`, `query` and `gallery`, which the column `split` names in a table. Without
+these, a share of the identities becomes the test set: of each identity in each camera with several images, the first is
+a query. Identities and cameras may be numbers, which are kept, or names, which are numbered from 1 in sorted order. All
+of it may be in one more folder, as in many archives.
 
 Where there are no cameras (`camera_policy=none`: `pid/image.jpg`, no column `camid`), every image counts as its own
 camera. Evaluation then drops nothing but an image that is its own query: same identity, same camera.
@@ -38,7 +37,7 @@ _HERE = re.compile(r"^(?:\./)+")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One image as the user describes it; empty where not said."""
+    """One image as the user describes it, with empty text for what is not given."""
 
     path: str
     pid: str
@@ -52,10 +51,7 @@ def read_source(source: str | os.PathLike[str], camera_policy: str, test_fractio
     Args:
       source: a CSV file (paths are relative to its folder), or a folder or zip, with at most one CSV file at its top.
       camera_policy: `given` or `none`.
-      test_fraction: share of the identities that are tested on where nothing says the split.
-
-    Returns:
-      The files, and what they are.
+      test_fraction: share of the identities that are tested on where no splits are given.
 
     Raises:
       ConfigError: an option has no such value.
@@ -179,9 +175,11 @@ def arrange(rows: Sequence[Row], camera_policy: str, test_fraction: float, locat
     Raises:
       DataError: some images have a split and others none, an image comes twice, or a number is out of range.
     """
-    said = [bool(row.split) for row in rows]
-    if any(said) and not all(said):
-        raise DataError(f"source {location}: {said.count(False)} of {len(rows)} images have no split: give all or none")
+    has_split = [bool(row.split) for row in rows]
+    if any(has_split) and not all(has_split):
+        raise DataError(
+            f"source {location}: {has_split.count(False)} of {len(rows)} images have no split: give all or none"
+        )
     pids = _numbers((row.pid for row in rows), "identities", location)
     if camera_policy == NONE:
         camids = {path: i for i, path in enumerate(sorted({row.path for row in rows}), 1)}
@@ -191,7 +189,7 @@ def arrange(rows: Sequence[Row], camera_policy: str, test_fraction: float, locat
         (row.split, Item(row.path, pids[row.pid], camids[row.path if camera_policy == NONE else row.camid]))
         for row in rows
     ]
-    if not any(said):
+    if not any(has_split):
         items = _split_up(sorted(item for _, item in items), camera_policy, test_fraction)
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
     for split, item in items:

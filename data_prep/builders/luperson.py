@@ -3,9 +3,9 @@
     python -m data_prep.convert --dataset=luperson --source=LUP --data_dir=data
 
 The split is `train`, identities are -1, and the camera is the number of the video in the source, from 0. The same
-command goes on where a conversion was killed. Forms of the source are told in `sources.luperson`. All cores of this
-machine write shards, or Apache Beam does on the machines that its options name, given what its runner needs (the source
-and `data_dir` in a shared place, this package on its workers):
+command resumes a conversion that was killed. `sources.luperson` describes the forms of the source. All cores of this
+machine write shards, or Apache Beam does with the options of a runner, which needs the source and `data_dir` in shared
+storage, and this package on its workers:
 
     --beam_options='--runner=DataflowRunner --project=P --region=R --temp_location=gs://B/tmp --setup_file=./setup.py'
 """
@@ -83,20 +83,17 @@ def convert(
     options: Mapping[str, Any],
     warn: Callable[[str], None],
 ) -> Summary:
-    """Converts LUPerson, or goes on with it; a data set that is there already is replaced at the end.
+    """Converts LUPerson, or resumes its conversion; a data set that is there already is replaced at the end.
 
     Args:
       data_dir: folder or URL for converted data sets.
       source: see `sources.luperson`.
       options: values for some of `Luperson.OPTIONS`: `names`, what file names are (see `shards.make_plan`);
         `shard_mib`, size of a shard; `workers`, processes of this machine (0: one for each core); `beam_options`.
-      warn: called with what a user should know, before images are read.
-
-    Returns:
-      What was done.
+      warn: called with warnings, before images are read.
 
     Raises:
-      ConfigError: options that are none.
+      ConfigError: an option has no such value.
       DataError: the source is missing or damaged, more than 0.1% of the images are unreadable, or `data_dir` cannot be
         written.
     """
@@ -157,9 +154,9 @@ def _remarks(plan: Plan, names: str) -> Iterator[str]:
     official = luperson.IMAGES
     if plan.total != official:
         yield f"train has {plan.total:,} images, the published data set {official:,}"
-        if plan.kind == "tree" and names == "numbers":
+        if plan.kind == luperson.TREE and names == "numbers":
             yield "images are numbered by their places among those that are there: published lists may mean others"
-    if plan.kind == "tree" and names == "auto" and plan.names == "paths":
+    if plan.kind == luperson.TREE and names == "auto" and plan.names == "paths":
         yield (
             "file names are paths, and not the numbers of published lists, which are places in the complete data set: "
             "names=numbers gives them all the same"
@@ -168,7 +165,7 @@ def _remarks(plan: Plan, names: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _stage(root: str) -> Iterator[str]:
-    """Where a conversion goes on; removed when it has succeeded."""
+    """The folder of an unfinished conversion; removed when it has succeeded."""
     if files.is_remote(root):
         stage = files.join(root, ".luperson.incomplete")
         yield stage
@@ -201,7 +198,7 @@ def _write_unreadable(path: str, results: dict[int, Result]) -> int:
 
 
 def _finish(root: str, stage: str, plan: Plan, results: dict[int, Result]) -> str:
-    """Describes the data set and moves it to its place, which is returned."""
+    """Writes the description of the data set, moves it to its final folder, and returns that."""
     folder = files.join(stage, shards.DATASET)
     ordered = [results[number] for number in range(len(plan.images))]
     skipped = sum(len(result.skipped) for result in ordered)

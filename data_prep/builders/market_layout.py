@@ -31,14 +31,11 @@ def scan(
     """Sorts files into splits by folder; files in other folders, and those that are no images, are left out.
 
     Args:
-      names: paths of files.
+      names: paths of files, whose order is kept.
       pattern: of file names; its first two groups are identity and camera.
       form: the same in words, for messages.
       root: what comes before the folders (empty, or ending in a slash).
       reserved: -1 is junk (left out) and 0 a distractor (gallery only), as in Market-1501.
-
-    Returns:
-      The images of those of `train`, `query` and `gallery` that have some, in the order of `names`, and the junk.
 
     Raises:
       DataError: images are not named so; the message names them.

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Int, Int32, Int64, UInt64
 from tqdm import tqdm
 
 from dmosnet_jax.core.errors import DataError
@@ -25,15 +26,15 @@ class Part:
 
     Attributes:
       split: its name.
-      pids: int [N], identities; -1 where unlabelled.
-      camids: int [N], cameras.
+      pids: identities; -1 where unlabelled.
+      camids: cameras.
       name: file name of a row.
       read: encoded image of a row; raises `DataError`, of a converted data set also `OtherLabelsError`.
     """
 
     split: str
-    pids: np.ndarray
-    camids: np.ndarray
+    pids: Int[np.ndarray, " n"]
+    camids: Int[np.ndarray, " n"]
     name: Callable[[int], str]
     read: Callable[[int], bytes]
 
@@ -46,37 +47,30 @@ class Contents:
     """What the images of a split are.
 
     Attributes:
-      digests: uint64 [N], of the encoded bytes; 0 where they cannot be read.
-      heights: int32 [N] in pixels of the image as training decodes it, 0 where it cannot be.
+      digests: of the encoded bytes; 0 where they cannot be read.
+      heights: in pixels of the image as training decodes it, 0 where it cannot be.
       widths: likewise.
-      sizes: int64 [N] in bytes.
+      sizes: in bytes.
       problems: why images cannot be used, by row.
       other_labels: where labels differ from the index, by row: shard, record and both values.
     """
 
-    digests: np.ndarray
-    heights: np.ndarray
-    widths: np.ndarray
-    sizes: np.ndarray
+    digests: UInt64[np.ndarray, " n"]
+    heights: Int32[np.ndarray, " n"]
+    widths: Int32[np.ndarray, " n"]
+    sizes: Int64[np.ndarray, " n"]
     problems: dict[int, str]
     other_labels: dict[int, str] = dataclasses.field(default_factory=dict)
 
 
 def inspect(parts: Sequence[Part]) -> dict[str, Contents]:
-    """Reads and decodes all images of some splits, in threads.
-
-    Args:
-      parts: the splits.
-
-    Returns:
-      What their images are, by name of the split.
-    """
+    """Reads and decodes all images of some splits, in threads; by name of the split."""
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
     try:
         with tqdm(total=sum(map(len, parts)), desc="reading", unit=" images", disable=None, leave=False) as bar:
             return {part.split: _inspect(part, pool, bar) for part in parts}
     finally:
-        # Leaving by Ctrl-C must not wait for the rest.
+        # After Ctrl-C, the remaining images are not read.
         pool.shutdown(cancel_futures=True)
 
 

@@ -13,7 +13,7 @@ from dmosnet_jax.data import records
 
 _TRAINING = (records.TRAIN, records.VAL, records.TRAINVAL)
 _TEST = (records.QUERY, records.GALLERY)
-# A person of whom less is to be seen cannot be recognised; a crop that is larger is none.
+# In pixels: nobody can be recognised in a smaller image, and a larger one is no crop of a person.
 _SMALL, _LARGE = 16, 2048
 _SHOWN = 10
 
@@ -55,16 +55,7 @@ def identities(pids: np.ndarray, rules: Rules) -> set[int]:
 
 
 def check(parts: Sequence[Part], contents: dict[str, Contents], rules: Rules) -> list[Finding]:
-    """All findings.
-
-    Args:
-      parts: the splits.
-      contents: what their images are; empty where they were not read.
-      rules: of the data set.
-
-    Returns:
-      Errors and warnings, in the order of the checks.
-    """
+    """All findings, in the order of the checks; `contents` is empty where the images were not read."""
     by_split = {part.split: part for part in parts}
     findings = _check_numbers(parts, rules)
     if rules.is_labelled:
@@ -221,7 +212,7 @@ def _check_duplicates(parts: Mapping[str, Part], contents: dict[str, Contents]) 
 
 
 def _two(group: Sequence[tuple[str, int]], parts: Mapping[str, Part]) -> tuple[tuple[str, int], tuple[str, int]]:
-    """The first image of a group, and the one of the others that differs most from it in what is known of it."""
+    """The first image of a group, and the one whose split and identity differ most from its own."""
     split, row = group[0]
 
     def difference(other: tuple[str, int]) -> tuple[bool, bool, bool]:

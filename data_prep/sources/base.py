@@ -4,9 +4,9 @@ import abc
 from collections.abc import Iterable, Sequence
 from typing import BinaryIO, Protocol
 
-# A person crop is some kilobytes; a file may be of any size, and an archive may claim any.
+# The most bytes of an image that are read: crops are some kilobytes, but a file may have, or claim, any size.
 MAX_BYTES = 2**26
-# The largest single file that a data set is given out as, `cuhk-03.mat`, has about 2 GB.
+# The most bytes of another file: the largest, `cuhk-03.mat`, has about 2 GB.
 MAX_LARGE_BYTES = 2**32
 _IGNORED = {"__macosx", "thumbs.db", "desktop.ini"}
 
@@ -34,12 +34,7 @@ class Tree(abc.ABC):
     """All files below the root of a folder or zip, see `Files`."""
 
     def __init__(self, location: str, names: Iterable[str]):
-        """Names the files.
-
-        Args:
-          location: what the user gave.
-          names: of the files, relative to the root.
-        """
+        """Takes what the user gave, and the names of the files relative to the root."""
         self.location = location
         self.names = sorted(names)
         self._root = ""

@@ -5,17 +5,18 @@
   published lists of CFS scores;
 - an LMDB with keys `CC_CC_VVVV_MMMMMMMM`, and beside it `keys.pkl`, a list of the keys or a dict with `keys`.
 
-The numbers are places in the sorted folders, so folders with the level of the video have such names too, true where
-nothing is missing. Images come in one order, whatever the form.
+The numbers count the sorted folders and files, so images in folders of videos can be numbered too; they are those of
+the published lists if no image is missing. The order of the images is the same in every form.
 """
 
+import dataclasses
 import functools
 import itertools
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 from data_prep.sources.base import is_ignored, reason
 from data_prep.sources.folder import read_file, refuse_link_out
@@ -24,6 +25,7 @@ from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import ConfigError, DataError, printable
 
 IMAGES = 4_180_243
+TREE, FLAT, LMDB = "tree", "flat", "lmdb"
 _KEY = re.compile(r"\d{2,}_\d{2,}_\d{4,}_\d{1,18}", re.ASCII)
 _NUMBERED = "numbered as CC_CC_VVVV_MMMMMMMM, like 34_01_0341_00001865"
 _JPEG = re.compile(r"\.jpe?g", re.IGNORECASE)
@@ -47,8 +49,9 @@ class Image(NamedTuple):
     size: int
 
 
-class Source(Protocol):
-    """One of the forms.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """LUPerson in one of its forms.
 
     Attributes:
       kind: `tree`, `flat` or `lmdb`; with `root`, all that a worker needs to open it again.
@@ -66,6 +69,7 @@ class Source(Protocol):
         Raises:
           DataError: something is there that LUPerson does not have.
         """
+        return {TREE: _tree_images, FLAT: _flat_images, LMDB: _lmdb_images}[self.kind](self.root, self.location)
 
 
 def find(source: str | os.PathLike[str]) -> Source:
@@ -80,29 +84,26 @@ def find(source: str | os.PathLike[str]) -> Source:
         if files.is_remote(location):
             raise ConfigError(f"source {location}: an LMDB is read in place: copy it to this machine")
         if os.path.isfile(location):
-            return _Lmdb(location, location)
+            return Source(LMDB, location, location)
     top = _entries(location, location)
     names = {entry.name for entry in top}
     if _DATA_FILE in names:
-        return _Lmdb(location, files.join(location, _DATA_FILE))
+        return Source(LMDB, files.join(location, _DATA_FILE), location)
     for entry in top:
         inner = files.join(location, entry.name, _DATA_FILE)
         if entry.is_folder and not files.is_remote(location) and os.path.isfile(inner):
-            return _Lmdb(location, inner)
+            return Source(LMDB, inner, location)
     if any(not entry.is_folder and _is_numbered(entry.name) for entry in top):
-        return _Flat(location, location)
+        return Source(FLAT, location, location)
     inner = files.join(location, "images")
     if "images" in names and any(_is_numbered(entry.name) for entry in _entries(inner, location)):
-        return _Flat(location, inner)
-    return _Tree(location)
+        return Source(FLAT, inner, location)
+    return Source(TREE, location, location)
 
 
 def reader(kind: str, root: str) -> Callable[[str], bytes]:
-    """The function that reads an image of a source by its reference.
-
-    It raises `DataError` with the reason where the image cannot be read.
-    """
-    return Database(root).read if kind == _Lmdb.kind else functools.partial(_read_file, root)
+    """The function that reads an image of a source by its reference, or says why it cannot be read (DataError)."""
+    return Database(root).read if kind == LMDB else functools.partial(_read_file, root)
 
 
 def _read_file(root: str, ref: str) -> bytes:
@@ -138,79 +139,59 @@ def _entries(folder: str, location: str) -> list[files.Entry]:
     return found
 
 
-class _Tree:
-    kind = "tree"
-
-    def __init__(self, location: str):
-        self.location = self.root = location
-
-    def images(self) -> Iterator[Image]:
-        video = -1
-        countries = self._folders("")
-        for i, country in enumerate(countries):
-            for j, city in enumerate(self._folders(country)):
-                inside = _entries(files.join(self.root, country, city), self.location)
-                folders = [entry.name for entry in inside if entry.is_folder]
-                single = [entry for entry in inside if _is_jpeg(entry)]
-                if folders and single:
-                    raise DataError(
-                        f"source {self.location}: {country}/{city} holds both images and folders of videos: it must be "
-                        "one of them"
-                    )
-                for entry in single:
-                    yield Image(f"{country}/{city}/{entry.name}", None, 0, entry.size)
-                for k, name in enumerate(folders):
-                    video += 1
-                    below = f"{country}/{city}/{name}"
-                    crops = filter(_is_jpeg, _entries(files.join(self.root, *below.split("/")), self.location))
-                    for m, entry in enumerate(crops):
-                        number = f"{i:02d}_{j:02d}_{k:04d}_{m:08d}.jpg"
-                        yield Image(f"{below}/{entry.name}", number, video, entry.size)
-
-    def _folders(self, place: str) -> list[str]:
-        """Folders below a place where no image may be."""
-        inside = _entries(files.join(self.root, place) if place else self.root, self.location)
-        stray = next((entry.name for entry in inside if _is_jpeg(entry)), None)
-        if stray is not None:
-            where = f"{place}/{stray}" if place else stray
-            raise DataError(f"source {self.location} holds the image {where}: LUPerson's are laid out as {_LAYOUT}")
-        return [entry.name for entry in inside if entry.is_folder]
+def _tree_images(root: str, location: str) -> Iterator[Image]:
+    video = -1
+    for i, country in enumerate(_only_folders(root, "", location)):
+        for j, city in enumerate(_only_folders(root, country, location)):
+            inside = _entries(files.join(root, country, city), location)
+            folders = [entry.name for entry in inside if entry.is_folder]
+            single = [entry for entry in inside if _is_jpeg(entry)]
+            if folders and single:
+                raise DataError(
+                    f"source {location}: {country}/{city} holds both images and folders of videos: it must be one of "
+                    "them"
+                )
+            for entry in single:
+                yield Image(f"{country}/{city}/{entry.name}", None, 0, entry.size)
+            for k, name in enumerate(folders):
+                video += 1
+                crops = filter(_is_jpeg, _entries(files.join(root, country, city, name), location))
+                for m, entry in enumerate(crops):
+                    number = f"{i:02d}_{j:02d}_{k:04d}_{m:08d}.jpg"
+                    yield Image(f"{country}/{city}/{name}/{entry.name}", number, video, entry.size)
 
 
-class _Flat:
-    kind = "flat"
-
-    def __init__(self, location: str, root: str):
-        self.location, self.root = location, root
-
-    def images(self) -> Iterator[Image]:
-        found = filter(_is_jpeg, _entries(self.root, self.location))
-        yield from _numbered(((entry.name, entry.size) for entry in found), self.location)
-
-
-class _Lmdb:
-    kind = "lmdb"
-
-    def __init__(self, location: str, data: str):
-        self.location = location
-        self.root = data
-
-    def images(self) -> Iterator[Image]:
-        database = Database(self.root)
-        keys = listed_keys(self.root)
-        if keys is None:
-            keys = [key for key in database.all_keys() if _KEY.fullmatch(key)]
-        keys.sort()
-        wrong = next((key for key in keys if not _KEY.fullmatch(key)), None)
-        if wrong is not None:
-            raise DataError(f"source {self.location}: its key {printable(wrong)} is not {_NUMBERED}")
-        for one, other in itertools.pairwise(keys):
-            if one == other:
-                raise DataError(f"source {self.location}: its {KEYS_FILE} lists {one} twice")
-        yield from _numbered(((key, database.size(key)) for key in keys), self.location)
+def _only_folders(root: str, prefix: str, location: str) -> list[str]:
+    """Folders in a folder of the upper two levels, which hold no images."""
+    inside = _entries(files.join(root, prefix) if prefix else root, location)
+    stray = next((entry.name for entry in inside if _is_jpeg(entry)), None)
+    if stray is not None:
+        where = f"{prefix}/{stray}" if prefix else stray
+        raise DataError(f"source {location} holds the image {where}: LUPerson's are laid out as {_LAYOUT}")
+    return [entry.name for entry in inside if entry.is_folder]
 
 
-def _numbered(found: Iterator[tuple[str, int]], location: str) -> Iterator[Image]:
+def _flat_images(root: str, location: str) -> Iterator[Image]:
+    found = filter(_is_jpeg, _entries(root, location))
+    return _numbered(((entry.name, entry.size) for entry in found), location)
+
+
+def _lmdb_images(root: str, location: str) -> Iterator[Image]:
+    database = Database(root)
+    keys = listed_keys(root)
+    if keys is None:
+        keys = [key for key in database.all_keys() if _KEY.fullmatch(key)]
+    keys.sort()
+    wrong = next((key for key in keys if not _KEY.fullmatch(key)), None)
+    if wrong is not None:
+        raise DataError(f"source {location}: its key {printable(wrong)} is not {_NUMBERED}")
+    for one, other in itertools.pairwise(keys):
+        if one == other:
+            raise DataError(f"source {location}: its {KEYS_FILE} lists {one} twice")
+    return _numbered(((key, database.size(key)) for key in keys), location)
+
+
+def _numbered(found: Iterable[tuple[str, int]], location: str) -> Iterator[Image]:
     """Images by their numbered names, in sorted order."""
     video, before = -1, ""
     for ref, size in found:

@@ -10,11 +10,13 @@ import dataclasses
 import io
 import math
 import struct
+import weakref
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
+from jaxtyping import Int64
 from PIL import Image
 
 from data_prep.sources.base import reason
@@ -42,20 +44,17 @@ class MatImages:
     """The images of one kind of `cuhk-03.mat` as PNG files, see `base.Files`; names as the protocol's `filelist`."""
 
     def __init__(self, file: BinaryIO, kind: str, location: str):
-        """Opens the file and lists its images.
-
-        Args:
-          file: of `cuhk-03.mat`; stays open.
-          kind: `detected` or `labeled`.
-          location: for messages.
+        """Lists the `detected` or `labeled` images of the file, which is closed with this object.
 
         Raises:
-          DataError: it is no such file.
+          DataError: it is no `cuhk-03.mat`.
         """
         import h5py
 
         self.location = location
         self._references: dict[str, Any] = {}
+        # Nobody else holds the file, which is read for as long as this object is used.
+        weakref.finalize(self, file.close)
         try:
             self._file = h5py.File(file, "r")
         # HDF5 reports damage by errors of many kinds.
@@ -133,16 +132,16 @@ class Protocol:
     """A file of the new protocol.
 
     Attributes:
-      names: of the images, N.
-      pids: int [N].
-      camids: int [N], 1 or 2.
+      names: of the images.
+      pids: identities.
+      camids: 1 or 2.
       splits: rows (from 0) of `train`, `query` and `gallery`.
     """
 
     names: list[str]
-    pids: np.ndarray
-    camids: np.ndarray
-    splits: dict[str, np.ndarray]
+    pids: Int64[np.ndarray, " n"]
+    camids: Int64[np.ndarray, " n"]
+    splits: dict[str, Int64[np.ndarray, " rows"]]
 
 
 def read_protocol(data: bytes) -> Protocol:

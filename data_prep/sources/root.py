@@ -12,7 +12,7 @@ from data_prep.sources.folder import FolderTree, children, walk
 from data_prep.sources.zip import ZipTree
 from dmosnet_jax.core.errors import DataError
 
-# Nested deeper, a file or folder of the right name belongs to something else.
+# A file or folder of the right name that is nested deeper belongs to something else.
 _DEPTH = 2
 
 

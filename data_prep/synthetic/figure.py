@@ -54,15 +54,10 @@ class Figure:
         height: float,
         light: float,
     ):
-        """Prepares to draw.
+        """Prepares to draw `person` in a pose on an RGB canvas.
 
-        Args:
-          canvas: RGB, drawn on.
-          person: who.
-          pose: how.
-          foot: (x, y) of the point between the feet, in pixels.
-          height: of a person of stature 1, in pixels.
-          light: where it comes from, from -1 (left) to 1 (right).
+        The point between the feet is at `foot` (x, y), a person of stature 1 is `height` high, both in pixels. `light`
+        is the direction of the light, from -1 (left) to 1 (right).
         """
         self._canvas, self._pen = canvas, ImageDraw.Draw(canvas)
         self._person, self._pose, self._foot, self._light = person, pose, foot, light

@@ -1,8 +1,8 @@
 """Renders a re-identification data set in the raw layout of Market-1501, from a seed.
 
 An identity fixes body, hair, clothes and bag (`wardrobe`); a camera fixes viewpoint, distance, background, light and
-colours (`street`); an image adds pose, place, blur and things in the way. The colours of one camera are not those of
-another, and people share a few clothes colours, so that comparing colours is not enough.
+colours (`street`); an image adds pose, position, blur and occlusion. The cameras differ in their colours, and people
+share a few clothes colours, so that comparing colours is not enough.
 
 The same seed gives the same pixels: random numbers come from `numpy.random.RandomState`, whose streams are frozen, and
 every image has its own. Between platforms a sine may differ in its last bit, and with it a single pixel; the bytes of
@@ -25,7 +25,7 @@ from data_prep.synthetic.street import develop, obstruct, place_cameras
 from data_prep.synthetic.wardrobe import draw_person
 from dmosnet_jax.core.errors import ConfigError, DataError
 
-# Drawn so many times larger, for smooth edges.
+# Images are drawn so many times larger and reduced, for smooth edges.
 _OVERSAMPLE = 2
 _MISSING = 0.15
 
@@ -95,7 +95,7 @@ class Studio:
         height, width = scene.image_size
         self._canvas = width * _OVERSAMPLE, height * _OVERSAMPLE
         self._cameras = place_cameras(_stream(scene, "cameras"), scene.cameras, self._canvas)
-        # Cut from one block: drawing as many normal numbers for each image would take as long as the rest.
+        # Every image takes its noise from one block: new normal numbers would take as long as the rendering.
         self._grain = _stream(scene, "grain").standard_normal((height + 64, width + 64, 3)).astype(np.float32)
 
     def photograph(self, shot: Shot) -> Image.Image:
@@ -105,11 +105,11 @@ class Studio:
         # People walk past a camera in one direction; its images of them resemble each other.
         walk = _stream(scene, f"walk {shot.pid} {shot.camid} {shot.take if shot.pid < 1 else 0}")
         heading = camera.heading + 0.35 * walk.standard_normal() + (np.pi if walk.randint(8) == 0 else 0.0)
-        place, stride = walk.random_sample(), walk.uniform(0.1, 0.55) * (walk.randint(6) > 0)
+        position, stride = walk.random_sample(), walk.uniform(0.1, 0.55) * (walk.randint(6) > 0)
         telephone = bool(walk.randint(10) == 0)
         wide, high = self._canvas
         room = camera.background.width - wide
-        left = round(min(max(place + rng.uniform(-0.1, 0.1), 0.0), 1.0) * room)
+        left = round(min(max(position + rng.uniform(-0.1, 0.1), 0.0), 1.0) * room)
         canvas = camera.background.crop((left, 0, left + wide, high))
         person = draw_person(_stream(scene, self._name(shot)))
         pose = Pose(
@@ -123,7 +123,7 @@ class Studio:
         tall = camera.scale * rng.uniform(0.94, 1.05) * high
         foot = wide * (0.5 + 0.05 * rng.standard_normal()), high * (0.955 + 0.02 * rng.standard_normal())
         if shot.pid < 1:
-            # A box that misses most of somebody, as detectors draw them.
+            # A box that misses most of a person, as those of detectors do.
             tall *= rng.uniform(1.0, 1.9)
             foot = foot[0] + wide * rng.choice([-1, 1]) * rng.uniform(0.2, 0.6), foot[1] + high * rng.uniform(-0.3, 0.7)
         Figure(canvas, person, pose, foot, tall, camera.light).draw()
@@ -150,11 +150,7 @@ class Studio:
 
 
 def render(folder: str | os.PathLike[str], scene: Scene) -> int:
-    """Writes the raw data set: `bounding_box_train`, `query` and `bounding_box_test`, whole or not at all.
-
-    Args:
-      folder: to be made.
-      scene: what to render.
+    """Writes the raw data set (`bounding_box_train`, `query`, `bounding_box_test`) to a new folder, all or nothing.
 
     Returns:
       The number of images.
@@ -165,21 +161,21 @@ def render(folder: str | os.PathLike[str], scene: Scene) -> int:
     folder = pathlib.Path(folder).expanduser()
     if folder.exists():
         raise DataError(f"{folder} exists already: give a folder that does not, or remove it")
-    aside = folder.with_name(f".{folder.name}.incomplete")
+    unfinished = folder.with_name(f".{folder.name}.incomplete")
     shots, studio = plan(scene), Studio(scene)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         for name in ("bounding_box_train", "query", "bounding_box_test"):
-            (aside / name).mkdir(parents=True)
+            (unfinished / name).mkdir(parents=True)
         for shot in tqdm(shots, desc="rendering", unit=" images", disable=None, leave=False):
-            studio.photograph(shot).save(aside / shot.path, quality=studio.quality(shot))
-        os.rename(aside, folder)
+            studio.photograph(shot).save(unfinished / shot.path, quality=studio.quality(shot))
+        os.rename(unfinished, folder)
     except OSError as error:
         raise DataError(
             f"cannot write images to {folder} ({error.strerror}): free space, or give another one"
         ) from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return len(shots)
 
 

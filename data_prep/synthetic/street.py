@@ -4,11 +4,12 @@ import dataclasses
 import math
 
 import numpy as np
+from jaxtyping import Float32
 from PIL import Image, ImageDraw, ImageFilter
 
 from data_prep.synthetic.wardrobe import Colour, shade
 
-# Width of a background in images: people pass at different places of it.
+# Width of a background in images: people pass at different positions of it.
 _PANORAMA = 3
 _HEADINGS = (0.0, math.pi, math.pi / 2, -math.pi / 2, math.pi / 4, -3 * math.pi / 4, -math.pi / 4, 3 * math.pi / 4)
 _WALLS: tuple[Colour, ...] = (
@@ -24,7 +25,7 @@ _GROUNDS: tuple[Colour, ...] = ((132, 130, 126), (104, 104, 106), (146, 138, 126
 
 @dataclasses.dataclass(frozen=True)
 class Camera:
-    """A place to see people from.
+    """A camera's viewpoint, light, colours and sharpness.
 
     Attributes:
       heading: in which most people walk, radians, see `figure.Pose`.
@@ -54,15 +55,9 @@ class Camera:
 
 
 def place_cameras(rng: np.random.RandomState, count: int, canvas: tuple[int, int]) -> list[Camera]:
-    """Cameras that differ: each property is spread over them evenly, in an order of its own.
+    """Cameras that differ: each property is spread evenly over them, in an order of its own.
 
-    Args:
-      rng: for the orders and the rest.
-      count: of cameras.
-      canvas: (width, height) of the canvas that people are drawn on, in pixels.
-
-    Returns:
-      The cameras.
+    `canvas` is the (width, height) of the canvas that people are drawn on, in pixels.
     """
 
     def spread(low: float, high: float) -> list[float]:
@@ -96,19 +91,15 @@ def place_cameras(rng: np.random.RandomState, count: int, canvas: tuple[int, int
 
 
 def develop(
-    canvas: Image.Image, camera: Camera, exposure: float, size: tuple[int, int], grain: np.ndarray
+    canvas: Image.Image,
+    camera: Camera,
+    exposure: float,
+    size: tuple[int, int],
+    grain: Float32[np.ndarray, "height width 3"],
 ) -> Image.Image:
-    """What the camera makes of a drawing.
+    """The image that a camera takes of an RGB drawing: its size, blur, exposure, colours and noise.
 
-    Args:
-      canvas: RGB drawing.
-      camera: whose light, colours and lens.
-      exposure: factor of this image alone.
-      size: (width, height) of the result in pixels.
-      grain: float32 [height, width, 3], normal noise of deviation 1.
-
-    Returns:
-      RGB image.
+    `size` is (width, height) in pixels, and `grain` normal noise of deviation 1.
     """
     image = canvas.resize(size, Image.Resampling.BOX)
     if camera.blur > 0.2:

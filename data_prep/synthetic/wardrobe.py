@@ -7,6 +7,7 @@ and its pattern.
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float32, UInt8
 
 Colour = tuple[int, int, int]
 
@@ -99,18 +100,17 @@ def shade(colour: Colour, factor: float) -> Colour:
     return _clip(red * factor), _clip(green * factor), _clip(blue * factor)
 
 
-def fabric(person: Person, across: np.ndarray, height: int, heading: float, light: float) -> np.ndarray:
-    """The upper garment as seen from one side, unrolled from a cylinder.
+def fabric(
+    person: Person, across: Float32[np.ndarray, " width"], height: int, heading: float, light: float
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The upper garment as seen from one side, RGB, unrolled from a cylinder.
 
     Args:
       person: who wears it.
-      across: float32 [W], position of each column, -1 and 1 at the outline of the body.
-      height: H, in pixels, from the neck to the hem.
+      across: position of each column, -1 and 1 at the outline of the body.
+      height: in pixels, from the neck to the hem.
       heading: of the person in radians, see `figure.Pose`.
       light: where it comes from, from -1 (left) to 1 (right).
-
-    Returns:
-      uint8 [H, W, 3] RGB.
     """
     flat = np.clip(across, -1, 1)
     # Around the body, 0 at the chest; a column's place on the cylinder minus how far the body is turned.

@@ -44,12 +44,12 @@ def run(stage: str, todo: Sequence[int], options: PipelineOptions) -> Iterator[t
     """Writes shards, which workers on other machines find on the stage.
 
     Args:
-      stage: see `shards`; a place that all workers reach.
+      stage: see `shards`; a folder or URL that all workers reach.
       todo: numbers of the shards to write.
       options: of Beam, with the runner.
 
     Yields:
-      The number of each shard and what came of it, at the end.
+      The number and the result of each shard, at the end.
 
     Raises:
       DataError: the pipeline failed.

@@ -17,8 +17,8 @@ from data_prep.write import shards
 from data_prep.write.shards import Plan, Result
 from dmosnet_jax.core.errors import DataError
 
-# Seconds between looks at the progress, and between lines about it where there is no terminal for a bar.
-_LOOK = 0.5
+# Seconds between updates of the progress bar, and between printed lines where there is no terminal for a bar.
+_UPDATE = 0.5
 _REPORT = 60.0
 
 
@@ -29,10 +29,10 @@ def run(stage: str, plan: Plan, todo: Sequence[int], workers: int) -> Iterator[t
       stage: see `shards`.
       plan: the plan on it.
       todo: numbers of the shards to write.
-      workers: how many processes; 0 for all cores, 1 for this process alone.
+      workers: number of processes; 0 for all cores, 1 for this process alone.
 
     Yields:
-      The number of each shard and what came of it, as they are finished.
+      The number and the result of each shard, as they are finished.
 
     Raises:
       DataError: a shard cannot be written, or a process was killed.
@@ -59,7 +59,7 @@ def _run_processes(
     try:
         pending = {pool.submit(_write, stage, number): number for number in todo}
         while pending:
-            done, _ = concurrent.futures.wait(pending, _LOOK, concurrent.futures.FIRST_COMPLETED)
+            done, _ = concurrent.futures.wait(pending, _UPDATE, concurrent.futures.FIRST_COMPLETED)
             progress.add(images.value - progress.added)
             for future in done:
                 yield pending.pop(future), future.result()
@@ -73,7 +73,7 @@ def _run_processes(
 
 
 class _StoppedError(BaseException):
-    """Nobody waits for this shard; no `Exception`, which storages would tell as a failure of theirs."""
+    """The run was stopped. Not an `Exception`: storages would report that as a failure of their own."""
 
 
 # What a worker process shares with the one that started it.
@@ -84,7 +84,7 @@ def _begin(images: Any, stop: Any) -> None:
     """Prepares a worker process."""
     global _shared
     _shared = images, stop
-    # Ctrl-C goes to all processes of a terminal; what becomes of workers is for the first one to decide.
+    # Ctrl-C goes to all processes of a terminal; the main process decides when its workers stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -1,11 +1,11 @@
-"""Conversion shard by shard: a plan says what goes where, each shard is written alone, and what is finished stays.
+"""Conversion shard by shard: a plan lists the images of each shard, and finished shards survive an interruption.
 
 A stage (a folder or URL, not yet a data set) holds
 
     plan.json             the fingerprint of the plan, and images and bytes of every shard
     plan/00000            the images of a shard
     dataset/<shard>       finished shards, each with its index
-    done/00000            written last: what came of the shard
+    done/00000            written last: the result of the shard
 
 Nothing here needs TensorFlow or Beam, so that workers start fast and stay small.
 """
@@ -48,7 +48,7 @@ class Skipped(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came of a shard: images and bytes written, and the images left out."""
+    """The result of writing a shard: images and bytes written, and the images left out."""
 
     images: int
     skipped: list[Skipped]
@@ -61,8 +61,8 @@ class Plan:
 
     Attributes:
       dataset: its name; the split is `train`.
-      kind: and `root`: of the source, see `sources.luperson.reader`.
-      root: see there.
+      kind: of the source, see `sources.luperson.Source`.
+      root: of the source.
       names: `numbers` or `paths`, what file names are.
       images: in each shard.
       sizes: bytes of the images of each shard.
@@ -104,9 +104,9 @@ def make_plan(
     """Lists a source and cuts it into shards.
 
     Args:
-      source: what is listed.
+      source: the images.
       dataset: name of the data set to write.
-      shard_bytes: a shard has no more than so many bytes, and no less where another follows it, up to one image.
+      shard_bytes: the most bytes of a shard; all but the last are filled up to one image.
       names: `numbers`, `paths`, or `auto`: numbers where the source has them, or has as many images as LUPerson.
       progress: called with the number of images found so far, now and then.
 
@@ -150,31 +150,25 @@ def make_plan(
 
 
 def use_numbers(source: Source, count: int, numbered: bool, names: str) -> bool:
-    """Whether file names are LUPerson's numbers.
-
-    Args:
-      source: of the images.
-      count: how many there are.
-      numbered: whether all have numbers.
-      names: see `make_plan`.
+    """Whether file names are LUPerson's numbers, for a `count` of images that are all `numbered` or not.
 
     Raises:
-      DataError: they are asked for and are not known.
+      DataError: `names` asks for them and they are not known.
     """
     if names == "numbers" and not numbered:
         raise DataError(
             f"source {source.location} lacks the level of the video, so LUPerson's numbers are not known: names=paths"
         )
     return numbered and (
-        names == "numbers" or (names == "auto" and (source.kind != "tree" or count == luperson.IMAGES))
+        names == "numbers" or (names == "auto" and (source.kind != luperson.TREE or count == luperson.IMAGES))
     )
 
 
 def install(stage: str, plan: Plan, parts: list[bytes]) -> dict[int, Result]:
-    """Puts a plan on the stage, or goes on where an equal one stopped.
+    """Writes a plan to the stage, or resumes an equal one that is there.
 
     Returns:
-      What came of the shards that are finished already.
+      The results of the shards that are finished already.
 
     Raises:
       OSError: the stage cannot be written.
@@ -209,7 +203,7 @@ def read_plan(stage: str) -> Plan | None:
 
 
 def results(stage: str) -> dict[int, Result]:
-    """What came of the shards that are finished, by their numbers."""
+    """The results of the finished shards, by their numbers."""
     found = {}
     for name in _listed(files.join(stage, _DONE)):
         if name.isdigit():
@@ -223,13 +217,10 @@ def results(stage: str) -> dict[int, Result]:
 def write_shard(stage: str, number: int, progress: Callable[[int], None] = lambda _: None) -> Result:
     """Writes one shard, its index and its result; an equal call writes equal files.
 
-    Args:
-      stage: where its plan is.
-      number: of the shard.
-      progress: called with a number of images that were done since the last call, now and then; may raise.
+    `progress` is called now and then with the number of images done since the last call, and may raise.
 
     Returns:
-      What came of it; with more unreadable images than allowed it is given up, and the next run begins it anew.
+      Its result; with more unreadable images than allowed it is given up, and the next run starts it again.
 
     Raises:
       DataError: the stage cannot be written, or a source cannot be opened any more.
@@ -277,7 +268,7 @@ def _part(stage: str, number: int) -> bytes:
 
 
 class _Shard:
-    """Writes records and remembers what the index needs."""
+    """Writes records and collects their index."""
 
     def __init__(self, write: Callable[[bytes], Any]):
         self._write = write
@@ -304,7 +295,7 @@ class _Shard:
 
 
 def _is_whole(stage: str, plan: Plan, number: int, result: Result) -> bool:
-    """Whether a finished shard is there, with its index, as long as it was."""
+    """Whether a finished shard and its index are there, and the shard has its length."""
     path = files.join(stage, DATASET, plan.shard_name(number))
     try:
         if len(result.skipped) > plan.allowed:

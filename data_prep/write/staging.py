@@ -1,4 +1,4 @@
-"""A place to write a data set aside, so that it appears whole or not at all."""
+"""A folder in which a data set is written, so that it appears under its name whole or not at all."""
 
 import contextlib
 import fcntl
@@ -18,14 +18,14 @@ _OLD = ".replaced"
 
 @contextlib.contextmanager
 def staging(data_dir: pathlib.Path, dataset: str, *, keep: bool = False) -> Iterator[pathlib.Path]:
-    """An empty folder in `data_dir`, removed at the end, however it comes.
+    """An empty folder in `data_dir` for one conversion of the data set at a time, removed at the end.
 
-    It is locked while in use; what a killed process left in it is removed by the next.
+    It is locked while in use; what a killed process left in it is removed by the next one.
 
     Args:
       data_dir: where the data set will be; made if missing, and removed again if it stays empty.
-      dataset: name of the data set; one conversion of each at a time.
-      keep: a failure or a killed process leaves the folder to the next one, unless it is empty.
+      dataset: its name.
+      keep: after a failure or a kill, the next conversion finds the folder as it was left.
 
     Yields:
       The folder, on the same file system as `data_dir`.
@@ -57,12 +57,12 @@ def staging(data_dir: pathlib.Path, dataset: str, *, keep: bool = False) -> Iter
 
 
 def publish(folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Moves a finished data set from the stage to its place; one that is there already is removed.
+    """Moves a finished data set from the stage to `target`, and removes one that is there already.
 
     Raises:
       DataError: it cannot be moved there.
     """
-    # Beside its place and not on the stage, which the next conversion empties: see `_restore`.
+    # Not on the stage, which the next conversion empties: `_restore` must find it.
     old = target.with_name(f".{target.name}{_OLD}")
     try:
         target.parent.mkdir(exist_ok=True)
@@ -101,7 +101,7 @@ def _lock(stage: pathlib.Path) -> int:
 
 
 def _restore(folder: pathlib.Path) -> None:
-    """Puts a data set back whose replacement was killed before the new one was in its place."""
+    """Puts back a data set whose replacement was killed between the two renames of `publish`."""
     for old in folder.glob(f".*{_OLD}"):
         target = old.with_name(old.name[1 : -len(_OLD)])
         if target.exists():

@@ -11,51 +11,30 @@ known, which made-up features allow.
 """
 
 import argparse
-import multiprocessing
 import os
-import pathlib
 import sys
 import time
+import timeit
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from dmosnet_jax.benchmarks import dense, structured, tables
-from dmosnet_jax.core.errors import DataError, UserError
+from dmosnet_jax.benchmarks import command, dense, structured, tables
+from dmosnet_jax.benchmarks.command import GIB, in_gib
+from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.memory.clustering import Clustering, cluster, host_memory, neighbours
 
-GIB = 2**30
 _STAGES = ("weights", "jaccard", "dbscan", "criterion")
 _SEARCHES = ("auto", "host", "device", "given")
-
-
-def peak_memory() -> int | None:
-    """The most bytes of memory this process has held, or None where the system does not tell."""
-    try:
-        text = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    found = [line.split() for line in text.splitlines() if line.startswith("VmHWM")]
-    return 1024 * int(found[0][1]) if found else None
-
-
-def device_peak() -> int | None:
-    """The most bytes held on the first device, or None where it does not tell (processors)."""
-    import jax
-
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use")
 
 
 def matmul_rate(dim: int, *, device: bool, rows: int = 4096) -> float:
     """Operations per second of one large float32 product, the roofline of the neighbour search."""
     table = np.random.default_rng(0).standard_normal((rows, dim), np.float32)
     if device:
-        import jax
-        import jax.numpy as jnp
-
         on_device = jax.device_put(table)
         product = jax.jit(lambda x: jnp.matmul(x, x.T, precision=jax.lax.Precision.HIGHEST).max(axis=1))
         product(on_device).block_until_ready()
@@ -63,14 +42,7 @@ def matmul_rate(dim: int, *, device: bool, rows: int = 4096) -> float:
     else:
         out = np.empty((rows, rows), np.float32)
         run = lambda: np.matmul(table, table.T, out=out)  # noqa: E731
-    best = min(_seconds(run) for _ in range(5))
-    return 2 * rows * rows * dim / best
-
-
-def _seconds(function: Any) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    return 2 * rows * rows * dim / min(timeit.repeat(run, number=1, repeat=5))
 
 
 def _load(path: str, images: int) -> np.ndarray:
@@ -86,11 +58,7 @@ def _load(path: str, images: int) -> np.ndarray:
 
 
 def _on_device(search: str) -> bool:
-    if search != "auto":
-        return search == "device"
-    import jax
-
-    return jax.default_backend() != "cpu"
+    return jax.default_backend() != "cpu" if search == "auto" else search == "device"
 
 
 def measure(images: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -116,23 +84,22 @@ def measure(images: int, options: argparse.Namespace) -> dict[str, Any]:
     found = cluster(table, nearest=nearest, k1=options.k1, eps=options.eps, threads=options.threads or None)
     seconds |= {name: found.seconds[name] for name in _STAGES}
     graph_seconds = sum(seconds[name] for name in _STAGES)
-    peak, on_device = peak_memory(), device_peak() if device else None
+    peak = command.peak_memory()
     estimate = host_memory.estimate_memory(images, table.shape[1], k1=options.k1, threads=options.threads or None)
     row: dict[str, Any] = {"images": images, "neighbours": seconds.get("neighbours")}
     row |= {name: seconds[name] for name in _STAGES}
     row |= {
         "total": sum(seconds.values()),
         "us/image": 1e6 * graph_seconds / images,
-        "peak GiB": None if peak is None else peak / GIB,
+        "peak GiB": in_gib(peak),
         "KiB/image": None if peak is None else peak / 1024 / images,
         "estimate GiB": estimate["total"] / GIB,
-        "device GiB": None if on_device is None else on_device / GIB,
+        "device GiB": in_gib(command.device_peak() if device else None),
         "clusters": found.num_clusters,
         "alone": found.num_unclustered,
     }
-    return (
-        row | _rates(images, table.shape[1], seconds.get("neighbours"), device) | _compare(table, found, row, options)
-    )
+    row |= _rates(images, table.shape[1], seconds.get("neighbours"), device)
+    return row | _compare(table, found, row, options)
 
 
 def _warm_up(table: np.ndarray) -> None:
@@ -147,8 +114,6 @@ def _rates(images: int, dim: int, seconds: float | None, device: bool) -> dict[s
         return {"TFLOP/s": None, "of matmul": None}
     rate = 2.0 * images * images * dim / seconds
     if device:
-        import jax
-
         rate /= jax.device_count()
     return {"TFLOP/s": rate / 1e12, "of matmul": rate / matmul_rate(dim, device=device)}
 
@@ -174,17 +139,9 @@ def _compare(table: np.ndarray, found: Clustering, row: dict[str, Any], options:
     return {"dense": total, "ratio": total / row["total"], "same labels": "yes" if same else "no"}
 
 
-def _sizes(text: str) -> list[int]:
-    return [int(part.replace("_", "")) for part in text.split(",")]
-
-
-def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dmosnet_jax.benchmarks.clustering",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--n", type=_sizes, default=[12_936], help="numbers of images, separated by commas")
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command.parser("clustering", __doc__)
+    parser.add_argument("--n", type=command.sizes, default=[12_936], help="numbers of images, separated by commas")
     parser.add_argument("--dim", type=int, default=512, help="feature length of made-up features")
     parser.add_argument("--k1", type=int, default=30)
     parser.add_argument("--eps", type=float, default=0.6)
@@ -196,7 +153,6 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=0, help="host threads, 0 for all cores")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="", help="CSV file to write")
     arguments = parser.parse_args(argv)
     if min(*arguments.n, arguments.dim, arguments.k1) < 2:
         parser.error("--n, --dim and --k1 must be 2 or more")
@@ -205,22 +161,19 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def _run(options: argparse.Namespace) -> None:
+    print(f"{os.cpu_count()} CPU cores, {host_memory.machine_memory() / GIB:.0f} GiB of memory", flush=True)
+    rows = []
+    for images in options.n:
+        rows.append(command.in_fresh_process(measure, images, options))
+        print(f"{images:,}: done in {rows[-1]['total']:.1f} s", flush=True)
+    tables.publish(rows, options.output)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
-    options = _arguments(sys.argv[1:] if argv is None else argv)
-    print(f"{os.cpu_count()} processor cores, {host_memory.machine_memory() / GIB:.0f} GiB of memory", flush=True)
-    rows = []
-    try:
-        for images in options.n:
-            # Spawned, not forked: neither JAX nor the peak of an earlier size come along.
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                rows.append(pool.submit(measure, images, options).result())
-            print(f"{images:,}: done in {rows[-1]['total']:.1f} s", flush=True)
-        tables.publish(rows, options.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    return 0
+    options = _arguments(argv)
+    return command.exit_status(lambda: _run(options))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmosnet_jax.benchmarks import tables
+from dmosnet_jax.benchmarks import command, tables
 from dmosnet_jax.benchmarks.counting import count
-from dmosnet_jax.core.errors import ConfigError, UserError
+from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.models import Model, build, names
 
@@ -119,17 +119,17 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
         left = [row for row in left if row not in members]
         for axes in (everything, full):
             shown = [row for row in members if axes is everything or row["model"].endswith("x1_0")]
-            places = np.array([_place(row) for row in shown]).reshape(-1, 2)
+            points = np.array([_costs(row) for row in shown]).reshape(-1, 2)
             style = {"marker": marker, "s": size, "facecolors": "none", "edgecolors": f"C{number}"}
-            axes.scatter(*places.T, label=label if members else None, **style)
+            axes.scatter(*points.T, label=label if members else None, **style)
     for row in (row for row in rows if row["mAP"] is not None):
         mask = "" if row["attention"] == "-" else f" [{','.join(row['attention'])}]"
         text = f"{row['model']}{mask}\nmAP {row['mAP']:.2f} ({row['source']})"
         if row["model"].endswith("x1_0"):
-            full.annotate(text, _place(row), (6, 6), textcoords="offset points", fontsize=7)
+            full.annotate(text, _costs(row), (6, 6), textcoords="offset points", fontsize=7)
         else:
             side = {"horizontalalignment": "right", "verticalalignment": "top"}
-            everything.annotate(text, _place(row), (-2, -8), textcoords="offset points", fontsize=7, **side)
+            everything.annotate(text, _costs(row), (-2, -8), textcoords="offset points", fontsize=7, **side)
     everything.set(xscale="log", yscale="log", title="all networks")
     full.set(title="full width; mAP on Market-1501 as published")
     full.margins(0.25)
@@ -141,15 +141,14 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
         figure.savefig(part, format=path.rpartition(".")[2])
 
 
-def _place(row: dict[str, Any]) -> tuple[float, float]:
+def _costs(row: dict[str, Any]) -> tuple[float, float]:
     return row["parameters"] / 1e6, row["multiply-adds"] / 1e9
 
 
-def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m dmosnet_jax.benchmarks.complexity", description=__doc__)
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command.parser("complexity", __doc__)
     parser.add_argument("--models", default="", help="comma-separated names; default all")
     parser.add_argument("--image_size", type=int, nargs=2, default=(256, 128), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--output", default="", help="CSV file to write")
     parser.add_argument("--picture", default="", help=f"picture to write, {', '.join(PICTURES)}")
     return parser.parse_args(argv)
 
@@ -168,12 +167,8 @@ def _run(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
-    try:
-        _run(_arguments(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    return 0
+    options = _arguments(argv)
+    return command.exit_status(lambda: _run(options))
 
 
 if __name__ == "__main__":

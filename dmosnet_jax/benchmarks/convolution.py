@@ -7,9 +7,8 @@ its own gradients. `ratio` is the time of XLA's convolution over the form's: abo
 """
 
 import argparse
-import statistics
+import functools
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,8 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dmosnet_jax.benchmarks import tables
-from dmosnet_jax.core.errors import UserError
+from dmosnet_jax.benchmarks import command, tables
 from dmosnet_jax.models import convolution
 
 Form = Callable[[jax.Array, jax.Array], jax.Array]
@@ -69,17 +67,6 @@ def passes(form: Form) -> dict[str, Callable[..., Any]]:
     return {"forward": jax.jit(lambda x, kernel, _: form(x, kernel)), "forward + backward": jax.jit(both)}
 
 
-def milliseconds(function: Callable[..., Any], arguments: Sequence[jax.Array], repeats: int) -> float:
-    """Median time of a compiled call, without the first."""
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
-
-
 def measure(shape: tuple[int, int, int, int], dtype: str, repeats: int) -> Iterator[dict[str, Any]]:
     """One row per operation, pass and form.
 
@@ -97,7 +84,9 @@ def measure(shape: tuple[int, int, int, int], dtype: str, repeats: int) -> Itera
         reference: dict[str, float] = {}
         for form, function in known.items():
             for direction, timed in passes(function).items():
-                took = milliseconds(timed, (x, kernel, weights), repeats)
+                call = functools.partial(timed, x, kernel, weights)
+                jax.block_until_ready(call())  # compiles
+                took = 1e3 * command.median_seconds(call, repeats)[0]
                 reference.setdefault(direction, took)
                 yield {
                     "operation": operation,
@@ -108,13 +97,12 @@ def measure(shape: tuple[int, int, int, int], dtype: str, repeats: int) -> Itera
                 }
 
 
-def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m dmosnet_jax.benchmarks.convolution", description=__doc__)
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command.parser("convolution", __doc__)
     sizes = ("BATCH", "HEIGHT", "WIDTH", "CHANNELS")
     parser.add_argument("--shape", type=int, nargs=4, default=(32, 64, 32, 64), metavar=sizes, help="of the input")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls")
-    parser.add_argument("--output", default="", help="CSV file to write")
     arguments = parser.parse_args(argv)
     if min(*arguments.shape, arguments.repeats) < 1:
         parser.error("--shape and --repeats must be 1 or more")
@@ -123,19 +111,14 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
-    options = _arguments(sys.argv[1:] if argv is None else argv)
+    options = _arguments(argv)
     device = jax.devices()[0]
     shape = "x".join(map(str, options.shape))
     print(f"{shape} {options.dtype}, {device.platform} {device.device_kind}, jax {jax.__version__}")
     rows = list(measure(tuple(options.shape), options.dtype, options.repeats))
-    order = {key: place for place, key in enumerate(dict.fromkeys((row["operation"], row["pass"]) for row in rows))}
-    rows.sort(key=lambda row: order[row["operation"], row["pass"]])
-    try:
-        tables.publish(rows, options.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    return 0
+    passes_in_order = list(dict.fromkeys((row["operation"], row["pass"]) for row in rows))
+    rows.sort(key=lambda row: passes_in_order.index((row["operation"], row["pass"])))
+    return command.exit_status(lambda: tables.publish(rows, options.output))
 
 
 if __name__ == "__main__":

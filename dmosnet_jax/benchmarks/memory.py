@@ -6,17 +6,15 @@ A step is loss, gradient and update for one batch, the tables donated; `CPU ms` 
 programs on the machine disturb less. `tables` counts features, class sums, counts and labels once, `held` all that the
 compiled step holds at a time: arguments, results that do not reuse them, and scratch.
 `direct` is the largest relative difference of loss and gradient from a float64 computation over all images for a few
-random probes, and of the moved rows from the rule applied one image after the other. `reference` is the step as SpCL
+random probes, and of the updated rows from the rule applied one image after the other. `reference` is the step as SpCL
 does it, similarities with all images summed by class. `labels` is the new epoch's class tables, `plan` its batches.
 With --backbone NAME its training step is timed too, and `share` is the memory's step over it.
 """
 
 import argparse
-import multiprocessing
 import sys
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+import timeit
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,10 +23,10 @@ import numpy as np
 import optax
 
 from dmosnet_jax import models
-from dmosnet_jax.benchmarks.clustering import GIB, device_peak, peak_memory
+from dmosnet_jax.benchmarks import command
+from dmosnet_jax.benchmarks.command import GIB, in_gib, median_seconds
 from dmosnet_jax.benchmarks.tables import publish
 from dmosnet_jax.core import parallel
-from dmosnet_jax.core.errors import UserError
 from dmosnet_jax.data.samplers import class_epoch
 from dmosnet_jax.memory import hybrid, tables
 
@@ -85,8 +83,8 @@ def direct(
     return float(-np.log(own + EPSILON).mean()), gradient
 
 
-def moved(rows: np.ndarray, inputs: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Rows [B, D] of the batch's images after it, one image after the other."""
+def updated_rows(rows: np.ndarray, inputs: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Rows [B, D] of the batch's images after the momentum update, one image after the other."""
     state = {int(i): row.astype(np.float64) for i, row in zip(indices, rows, strict=True)}
     for x, i in zip(inputs, indices, strict=True):
         row = MOMENTUM * state[int(i)] + (1 - MOMENTUM) * x
@@ -107,23 +105,12 @@ def reference_step(
         shares = weights / (weights.sum(axis=0, keepdims=True) + EPSILON)
         return -jnp.log(shares[labels[indices], jnp.arange(len(x))] + EPSILON).mean()
 
-    def move(b, table):
+    def update(b, table):
         row = MOMENTUM * table[indices[b]] + (1 - MOMENTUM) * inputs[b]
         return table.at[indices[b]].set(row / jnp.linalg.norm(row))
 
     value, gradient = jax.value_and_grad(loss)(inputs)
-    return jax.lax.fori_loop(0, len(indices), move, features), value, gradient
-
-
-def _timed(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Seconds by the clock and of the processor: the medians of the calls."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter(), time.process_time()
-        jax.block_until_ready(function())
-        times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-    wall, processor = np.median(times, axis=0)
-    return float(wall), float(processor)
+    return jax.lax.fori_loop(0, len(indices), update, features), value, gradient
 
 
 def _difference(found: Any, expected: Any) -> float:
@@ -137,54 +124,55 @@ def measure(images: int, classes: int, options: argparse.Namespace) -> dict[str,
     features, labels, inputs, indices = problem(images, classes, options.dim, options.batch, options.seed)
     probes = min(options.probes, options.batch)
     expected = direct(features, labels, inputs[:probes], indices[:probes])
-    rows_after = moved(features[indices], inputs, indices)
+    expected_rows = updated_rows(features[indices], inputs, indices)
     reference = None
     if images <= options.reference_limit:
         reference = _time_reference(features, labels, inputs, indices, classes, options.repeats)
     memory = hybrid.init(features, labels, momentum=MOMENTUM, temperature=TEMPERATURE, capacity=classes, mesh=mesh)
     del features
-    place = parallel.replicated(mesh)
-    x, i = jax.device_put((inputs, indices), place)
+    replicated = parallel.replicated(mesh)
+    x, i = jax.device_put((inputs, indices), replicated)
     value, gradient = jax.jit(jax.value_and_grad(hybrid.loss, argnums=1))(memory, x[:probes], i[:probes])
     differences = [_difference(value, expected[0]), _difference(gradient, expected[1])]
-    places = tables.shardings(memory, mesh)
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(places, place, place)).lower(memory, x, i).compile()
+    shardings = (tables.shardings(memory, mesh), replicated, replicated)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings).lower(memory, x, i).compile()
     held = compiled.memory_analysis()
     assert held is not None
     state = [compiled(memory, x, i)[0]]
-    differences.append(_difference(jax.jit(lambda table: table[i])(state[0].features), rows_after))
+    differences.append(_difference(jax.jit(lambda table: table[i])(state[0].features), expected_rows))
 
     def one() -> jax.Array:
         state[0], loss, _ = compiled(state[0], x, i)
         return loss
 
-    seconds, processor = _timed(one, options.repeats)
-    relabel, _ = _timed(lambda: hybrid.set_labels(state[0], labels), 2)
-    since = time.perf_counter()
-    class_epoch(labels, None, batch_size=64, instances=4, seed=0, epoch=0, steps=max(images // 64, 1))
-    plan = time.perf_counter() - since
+    wall, cpu = median_seconds(one, options.repeats)
+    relabel, _ = median_seconds(lambda: hybrid.set_labels(state[0], labels), 2)
+    steps = max(images // 64, 1)
+    plan = timeit.timeit(
+        lambda: class_epoch(labels, None, batch_size=64, instances=4, seed=0, epoch=0, steps=steps), number=1
+    )
     size = sum(table.nbytes for table in jax.tree.leaves(state[0])) / GIB
-    devices = mesh.size
+    devices, on_device = mesh.size, command.device_peak()
     bytes_held = held.argument_size_in_bytes + held.output_size_in_bytes - held.alias_size_in_bytes
     row = {
         "images": images,
         "classes": classes,
-        "step ms": 1e3 * seconds,
-        "CPU ms": 1e3 * processor,
+        "step ms": 1e3 * wall,
+        "CPU ms": 1e3 * cpu,
         "tables GiB": size,
         "held GiB": (bytes_held + held.temp_size_in_bytes) * devices / GIB,
-        "device GiB": None if device_peak() is None else (device_peak() or 0) * devices / GIB,
-        "peak GiB": None if peak_memory() is None else (peak_memory() or 0) / GIB,
+        "device GiB": None if on_device is None else in_gib(on_device * devices),
+        "peak GiB": in_gib(command.peak_memory()),
         "direct": f"{max(differences):.0e}",
         "reference ms": None if reference is None else 1e3 * reference,
-        "ratio": None if reference is None else reference / seconds,
+        "ratio": None if reference is None else reference / wall,
         "labels s": relabel,
         "plan s": plan,
     }
     if options.backbone:
         del state[0]
         backbone = _time_backbone(options.backbone, options.batch, options.dtype, mesh)
-        row |= {"backbone ms": 1e3 * backbone, "share": f"{seconds / backbone:.1%}"}
+        row |= {"backbone ms": 1e3 * backbone, "share": f"{wall / backbone:.1%}"}
     return row
 
 
@@ -200,15 +188,14 @@ def _time_reference(
         table[0], value, _ = compiled(table[0], *rest, classes=classes)
         return value
 
-    return _timed(one, repeats)[0]
+    return median_seconds(one, repeats)[0]
 
 
 def _time_backbone(name: str, batch: int, dtype: str, mesh: Any) -> float:
     """Seconds of a network's training step: forward, backward, Adam."""
     model = models.build(name, bn_group_size=16, dtype=dtype)
     optimiser = optax.adam(3.5e-4)
-    place = parallel.replicated(mesh)
-    params, stats = jax.device_put(model.init(jax.random.key(0)), place)
+    params, stats = jax.device_put(model.init(jax.random.key(0)), parallel.replicated(mesh))
     height, width = model.image_size
     images = jax.random.normal(jax.random.key(1), (batch, height, width, 3), jnp.float32)
     images = jax.device_put(images, parallel.by_rows(mesh))
@@ -229,21 +216,15 @@ def _time_backbone(name: str, batch: int, dtype: str, mesh: Any) -> float:
         state[0] = compiled(*state[0][:3], images)
         return state[0][3]
 
-    return _timed(one, 3)[0]
+    return median_seconds(one, 3)[0]
 
 
-def _sizes(text: str) -> list[int]:
-    return [int(part.replace("_", "")) for part in text.split(",")]
-
-
-def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dmosnet_jax.benchmarks.memory",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command.parser("memory", __doc__)
+    parser.add_argument("--n", type=command.sizes, default=[12_936], help="numbers of images, separated by commas")
+    parser.add_argument(
+        "--classes", type=command.sizes, default=[], help="classes for each; default 0.574 of the images"
     )
-    parser.add_argument("--n", type=_sizes, default=[12_936], help="numbers of images, separated by commas")
-    parser.add_argument("--classes", type=_sizes, default=[], help="classes for each; default 0.574 of the images")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--probes", type=int, default=4, help="inputs that are checked against the direct computation")
@@ -252,7 +233,6 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the backbone")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="", help="CSV file to write")
     arguments = parser.parse_args(argv)
     arguments.classes = arguments.classes or [max(round(0.574 * n), 1) for n in arguments.n]
     if len(arguments.classes) != len(arguments.n):
@@ -266,21 +246,18 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
+def _run(options: argparse.Namespace) -> None:
+    rows = []
+    for images, classes in zip(options.n, options.classes, strict=True):
+        rows.append(command.in_fresh_process(measure, images, classes, options))
+        print(f"{images:,}: {rows[-1]['step ms']:.1f} ms a step", flush=True)
+    publish(rows, options.output)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
-    options = _arguments(sys.argv[1:] if argv is None else argv)
-    rows = []
-    try:
-        for images, classes in zip(options.n, options.classes, strict=True):
-            # Spawned, so that the devices and their memory are the child's alone.
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                rows.append(pool.submit(measure, images, classes, options).result())
-            print(f"{images:,}: {rows[-1]['step ms']:.1f} ms a step", flush=True)
-        publish(rows, options.output)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    return 0
+    options = _arguments(argv)
+    return command.exit_status(lambda: _run(options))
 
 
 if __name__ == "__main__":

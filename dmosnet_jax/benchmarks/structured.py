@@ -1,9 +1,8 @@
 """Made-up features with the structure that clustering meets, of any number, with their nearest neighbours known.
 
-Images come in groups of 256 that resemble each other (a place, a day), with about a dozen people in each and images
-that belong to nobody. Across groups similarities scatter around zero, so every image has its nearest ones in its own
-group, where they are found directly: no search over all images is needed. Images come in random order, as
-the memory accesses of real data do.
+Images form groups of 256 that resemble each other (same camera, same day), with about a dozen people in each and images
+that belong to nobody. Across groups similarities scatter around zero, so the nearest images are those of the own group:
+no search over all images is needed. The order is random, so that memory accesses are as irregular as with real data.
 """
 
 import numpy as np
@@ -32,7 +31,7 @@ def features(images: int, dim: int, *, seed: int = 0, k: int = 30) -> tuple[np.n
     """
     rng = np.random.default_rng(seed)
     k = min(k, images)
-    place = rng.permutation(images)
+    order_of_rows = rng.permutation(images)
     table = np.empty((images, dim), np.float32)
     people = np.empty(images, np.int32)
     nearest = np.empty((images, k), np.int32)
@@ -43,7 +42,7 @@ def features(images: int, dim: int, *, seed: int = 0, k: int = 30) -> tuple[np.n
         first = start // GROUP
         count = min(_GROUPS_AT_ONCE, groups - 1 - first) or 1
         size = GROUP if first < groups - 1 else images - start
-        rows = place[start : start + count * size]
+        rows = order_of_rows[start : start + count * size]
         drawn, who = _groups(rng, count, size, dim)
         similarity = np.matmul(drawn, drawn.transpose(0, 2, 1))
         best = np.argpartition(-similarity, k - 1, axis=2)[:, :, :k] if k < size else _all(count, size)

@@ -2,57 +2,39 @@
 
 import ast
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.core.trees import named_leaves
 
 # Between the names of data sets that are trained on together.
 JOIN = "+"
 CRITERIA = ("cfs",)
 _EXAMPLE = '("cfs", "runs/cfs/scores.npz", 0.5)'
 RECIPES = ("quickstart", "spcl", "supervised", "evaluate", "extract", "export", "cfs")
-SCHEDULES = ("step", "cosine", "constant")
-MEMORIES = ("image", "cluster", "cluster_hardest")
-SEARCHES = ("exact", "bfloat16")
-TRIPLETS = ("hinge", "soft", "none")
-TRIPLET_FEATURES = ("embedding", "feature")
-INTERPOLATIONS = ("bilinear", "bicubic")
-ERASINGS = ("fastreid", "spcl")
+_CHOICES = {
+    "optim.schedule": ("step", "cosine", "constant"),
+    "spcl.memory": ("image", "cluster", "cluster_hardest"),
+    "spcl.search": ("exact", "bfloat16"),
+    "loss.triplet": ("hinge", "soft", "none"),
+    "loss.triplet_on": ("embedding", "feature"),
+    "data.interpolation": ("bilinear", "bicubic"),
+    "augment.erasing": ("fastreid", "spcl"),
+}
+_NUMBERS: dict[str, Callable[[Any], bool]] = {
+    "must be greater than 0": lambda value: value > 0,
+    "must not be negative": lambda value: value >= 0,
+    "must lie between 0 and 1": lambda value: 0 <= value <= 1,
+    "must be at least 0 and less than 1": lambda value: 0 <= value < 1,
+}
 
 
-def _positive(config: Any, *fields: str) -> None:
+def _check_numbers(config: Any, rule: str, *fields: str) -> None:
     for field in fields:
         value = read(config, field)
-        if value is not None and not value > 0:
-            raise ConfigError(f"{field}={value} must be greater than 0")
-
-
-def _not_negative(config: Any, *fields: str) -> None:
-    for field in fields:
-        value = read(config, field)
-        if value is not None and not value >= 0:
-            raise ConfigError(f"{field}={value} must not be negative")
-
-
-def _fraction(config: Any, *fields: str) -> None:
-    for field in fields:
-        value = read(config, field)
-        if value is not None and not 0 <= value <= 1:
-            raise ConfigError(f"{field}={value} must lie between 0 and 1")
-
-
-def _below_one(config: Any, *fields: str) -> None:
-    for field in fields:
-        value = read(config, field)
-        if value is not None and not 0 <= value < 1:
-            raise ConfigError(f"{field}={value} must be at least 0 and less than 1")
-
-
-def _known(config: Any, field: str, known: tuple[str, ...]) -> None:
-    value = read(config, field)
-    if value not in (None, "", *known) or (value == "" and field != "data.interpolation"):
-        raise ConfigError(f"{field}={value!r} is not known: use one of {', '.join(known)}")
+        if value is not None and not _NUMBERS[rule](value):
+            raise ConfigError(f"{field}={value} {rule}")
 
 
 def read(config: Any, field: str) -> Any:
@@ -77,39 +59,42 @@ def validate(config: Any) -> None:
     recipe = read(config, "recipe")
     if recipe not in RECIPES:
         raise ConfigError(f"recipe={recipe!r} is not known: use one of {', '.join(RECIPES)}")
-    _positive(config, "batch_size", "eval.batch_size", "optim.learning_rate", "train.log_every_steps", "train.keep")
-    _positive(
-        config, "train.checkpoint_every_steps", "train.epochs", "train.steps_per_epoch", "train.eval_every_epochs"
-    )
-    _positive(config, "sampler.instances", "spcl.temperature", "spcl.eps", "spcl.k1", "spcl.k2", "spcl.min_samples")
-    _positive(config, "spcl.max_classes")
-    _not_negative(
+    _check_numbers(
         config,
-        "spcl.refresh_every_steps",
-        "eval.rank_lists",
-        "seed",
-        "optim.weight_decay",
-        "optim.warmup_steps",
-        "optim.clip_norm",
-        "loss.triplet_weight",
-        "augment.pad",
-        "data.threads",
-        "data.workers",
+        "must be greater than 0",
+        *("batch_size", "eval.batch_size", "sampler.instances", "optim.learning_rate"),
+        *("train.epochs", "train.steps_per_epoch", "train.keep", "train.log_every_steps"),
+        *("train.checkpoint_every_steps", "train.eval_every_epochs"),
+        *("spcl.temperature", "spcl.eps", "spcl.k1", "spcl.k2", "spcl.min_samples", "spcl.max_classes"),
+        *("loss.circle_scale", "loss.circle_margin", "cfs.chunk_images", "cfs.sheet_columns"),
     )
-    _fraction(
-        config, "spcl.min_clustered", "augment.flip", "augment.erase", "augment.autoaugment", "optim.warmup_factor"
+    _check_numbers(
+        config,
+        "must not be negative",
+        *("seed", "data.threads", "data.workers", "augment.pad", "eval.rank_lists", "spcl.refresh_every_steps"),
+        *("optim.weight_decay", "optim.warmup_steps", "optim.clip_norm", "loss.triplet_weight"),
     )
-    _fraction(config, "optim.decay_factor", "optim.final_factor")
-    _below_one(config, "spcl.momentum", "optim.momentum", "loss.label_smoothing")
-    _positive(config, "cfs.chunk_images", "cfs.sheet_columns")
+    _check_numbers(
+        config,
+        "must lie between 0 and 1",
+        *("augment.flip", "augment.erase", "augment.autoaugment", "spcl.min_clustered"),
+        *("optim.warmup_factor", "optim.decay_factor", "optim.final_factor"),
+    )
+    _check_numbers(
+        config, "must be at least 0 and less than 1", "spcl.momentum", "optim.momentum", "loss.label_smoothing"
+    )
+    if read(config, "loss.triplet") == "hinge":
+        _check_numbers(config, "must be greater than 0", "loss.triplet_margin")
+    for field, known in _CHOICES.items():
+        value = read(config, field)
+        # No filter means the one that the weights were trained with.
+        if value not in (None, *known) and (field, value) != ("data.interpolation", ""):
+            raise ConfigError(f"{field}={value!r} is not known: use one of {', '.join(known)}")
     _check_selection(config, recipe)
     _check_image_size(config)
     _check_sampler(config)
     _check_groups(config, recipe)
-    _check_schedule(config)
-    _check_loss(config)
-    _known(config, "data.interpolation", INTERPOLATIONS)
-    _known(config, "augment.erasing", ERASINGS)
+    _check_radii(config)
 
 
 def _check_selection(config: Any, recipe: str) -> None:
@@ -164,8 +149,7 @@ def _check_groups(config: Any, recipe: str) -> None:
         )
 
 
-def _check_schedule(config: Any) -> None:
-    _known(config, "optim.schedule", SCHEDULES)
+def _check_radii(config: Any) -> None:
     gap = read(config, "spcl.eps_gap")
     for field in ("eps", "eps_end"):
         eps = read(config, f"spcl.{field}")
@@ -174,16 +158,6 @@ def _check_schedule(config: Any) -> None:
                 f"spcl.{field}={eps} with spcl.eps_gap={gap}: the radii {field} - eps_gap to {field} + eps_gap must "
                 "lie between 0 and 1"
             )
-    _known(config, "spcl.memory", MEMORIES)
-    _known(config, "spcl.search", SEARCHES)
-
-
-def _check_loss(config: Any) -> None:
-    _known(config, "loss.triplet", TRIPLETS)
-    _known(config, "loss.triplet_on", TRIPLET_FEATURES)
-    if read(config, "loss.triplet") == "hinge":
-        _positive(config, "loss.triplet_margin")
-    _positive(config, "loss.circle_scale", "loss.circle_margin")
 
 
 def dataset_names(value: Any) -> tuple[str, ...]:
@@ -239,11 +213,11 @@ def check_subset(subset: Any) -> None:
         raise ConfigError(f"{where}: the share must be greater than 0 and at most 1, e.g. {_EXAMPLE}")
 
 
-# What a field may do when a run goes on with another value than it began with; the first pattern that matches decides,
-# and what no pattern matches is refused: what was learnt under one value and under another would pass as one run.
+# May a run be resumed with another value of a field? The first pattern that matches decides; a field that no pattern
+# matches is refused, because parts of the run that were trained under different values would pass as one run.
 FREE, TOLD, REFUSED = "free", "told", "refused"
 ON_RESUME = (
-    # How fast, where from and how often: no number depends on it.
+    # Speed, paths and intervals: no result depends on them.
     ("data_dir", FREE),
     ("data.threads", FREE),
     ("data.workers", FREE),
@@ -253,14 +227,14 @@ ON_RESUME = (
     ("train.checkpoint_every_steps", FREE),
     ("train.eval_every_epochs", FREE),
     ("train.keep", FREE),
-    # Compared as they came out, not as they were asked for: the network, the chosen images, the steps of an epoch.
+    # Compared by their outcome instead: the network, the selected images, the steps of an epoch.
     ("model.*", FREE),
     ("default_model", FREE),
     ("data.subset", FREE),
     ("train.steps_per_epoch", FREE),
-    # The weights have been taken over; where they came from may be gone.
+    # The weights are in the checkpoint; their file may be gone.
     ("pretrained", TOLD),
-    # The run is another one from here on, as its owner wants it: longer, slower, with another radius.
+    # The user may change these on purpose: the length, the learning rate, the radius.
     ("spcl.memory", REFUSED),
     ("train.epochs", TOLD),
     ("optim.*", TOLD),
@@ -272,31 +246,23 @@ ON_RESUME = (
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What a run that goes on has otherwise than it began, by `ON_RESUME`.
+    """Fields whose values differ from those that the run began with, by `ON_RESUME`.
 
     Args:
         before: the config in a checkpoint, nested dicts of JSON values.
         now: the present config, in the same form.
 
     Returns:
-        "FIELD=VALUE (was VALUE)" of each changed field, under `TOLD` and `REFUSED`. A field that the checkpoint does
-        not have, of an older version, is left out.
+        "FIELD=VALUE (was VALUE)" of each changed field, under `TOLD` and `REFUSED`, without fields that a checkpoint
+        of an older version does not have.
     """
     found: dict[str, list[str]] = {TOLD: [], REFUSED: []}
-    then = dict(_leaves(before))
-    for field, value in _leaves(now):
+    then = dict(named_leaves(before))
+    for field, value in named_leaves(now):
         rule = next((rule for pattern, rule in ON_RESUME if fnmatch.fnmatchcase(field, pattern)), REFUSED)
         if rule != FREE and field in then and then[field] != value:
             found[rule].append(f"{field}={value!r} (was {then[field]!r})")
     return found
-
-
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def duration_steps(config: Any, name: str, *, steps_per_epoch: int, examples_per_step: int) -> int | None:

@@ -1,7 +1,8 @@
 """Files by path or by URL (`gs://`, `s3://`, ... through fsspec), and the one way to write them whole or not at all.
 
-fsspec is imported when the first URL is met, so that local data never need it. Failures are `OSError` with a reason and
-the place, whatever the storage raises; `atomic_write`, which writes what a user asked for, turns them into `DataError`.
+fsspec is imported when the first URL is met, so that local data never need it. Every function raises `OSError` with a
+reason and the path, whatever the storage raises, and `ConfigError` where the storage's package is not installed;
+`atomic_write`, for files that a user asked for, raises `DataError` instead.
 """
 
 import contextlib
@@ -34,25 +35,25 @@ class Entry(NamedTuple):
     is_link: bool = False
 
 
-def is_remote(place: Path) -> bool:
-    """Whether a place is a URL of another storage than the local files."""
-    text = os.fspath(place)
+def is_remote(location: Path) -> bool:
+    """Whether a location is a URL of another storage than the local files."""
+    text = os.fspath(location)
     return "://" in text and not text.startswith(_FILE)
 
 
-def tidy(place: Path) -> str:
+def tidy(location: Path) -> str:
     """A path with the user's home filled in, or a URL; neither ends in a slash."""
-    text = os.fspath(place)
+    text = os.fspath(location)
     if is_remote(text):
         return text.rstrip("/") if not text.endswith("://") else text
     return os.path.expanduser(text.removeprefix(_FILE))
 
 
-def join(place: Path, *names: str) -> str:
-    """A place below another."""
-    if is_remote(place):
-        return "/".join([tidy(place), *names])
-    return os.path.join(os.fspath(place), *names)
+def join(location: Path, *names: str) -> str:
+    """A location below another."""
+    if is_remote(location):
+        return "/".join([tidy(location), *names])
+    return os.path.join(os.fspath(location), *names)
 
 
 def storage(url: str) -> tuple[Any, str]:
@@ -77,84 +78,60 @@ def storage(url: str) -> tuple[Any, str]:
         raise ConfigError(f"{url}: its storage cannot be opened ({_line(error)}): check the credentials") from error
 
 
-def read(place: Path) -> bytes:
-    """The content of a file.
-
-    Raises:
-      OSError: it cannot be read.
-    """
-    if not is_remote(place):
-        with open(tidy(place), "rb") as file:
+def read(location: Path) -> bytes:
+    """The content of a file."""
+    if not is_remote(location):
+        with open(tidy(location), "rb") as file:
             return file.read()
-    with _remote(place) as (files, path):
+    with _remote(location) as (files, path):
         return files.cat_file(path)
 
 
-def read_range(place: Path, offset: int, size: int) -> bytes:
-    """Up to `size` bytes of a file from `offset`, fewer where it ends before; of a remote one by one request.
-
-    Raises:
-      OSError: it cannot be read.
-    """
+def read_range(location: Path, offset: int, size: int) -> bytes:
+    """Up to `size` bytes of a file from `offset`, fewer where it ends before; of a remote one by one request."""
     if size <= 0:
         return b""
-    if not is_remote(place):
-        with open(tidy(place), "rb") as file:
+    if not is_remote(location):
+        with open(tidy(location), "rb") as file:
             file.seek(offset)
             return file.read(size)
-    with _remote(place) as (files, path):
+    with _remote(location) as (files, path):
         return files.cat_file(path, start=offset, end=offset + size)
 
 
 @contextlib.contextmanager
-def open_stream(place: Path) -> Iterator[BinaryIO]:
-    """A file to read from its start to its end.
-
-    Raises:
-      OSError: it cannot be read.
-    """
-    if not is_remote(place):
-        with open(tidy(place), "rb", buffering=1 << 20) as file:
+def open_stream(location: Path) -> Iterator[BinaryIO]:
+    """A file to read from its start to its end."""
+    if not is_remote(location):
+        with open(tidy(location), "rb", buffering=1 << 20) as file:
             yield file
         return
-    with _remote(place) as (files, path), files.open(path, "rb", block_size=1 << 23) as stream:
+    with _remote(location) as (files, path), files.open(path, "rb", block_size=1 << 23) as stream:
         yield stream
 
 
-def size(place: Path) -> int:
-    """Bytes in a file.
-
-    Raises:
-      OSError: it is not there.
-    """
-    if not is_remote(place):
-        return os.stat(tidy(place)).st_size
-    with _remote(place) as (files, path):
+def size(location: Path) -> int:
+    """Bytes in a file."""
+    if not is_remote(location):
+        return os.stat(tidy(location)).st_size
+    with _remote(location) as (files, path):
         return int(files.info(path)["size"])
 
 
-def is_file(place: Path) -> bool:
-    """Whether a file is there.
-
-    Raises:
-      OSError: the storage does not answer.
-    """
-    if not is_remote(place):
-        return os.path.isfile(tidy(place))
-    with _remote(place) as (files, path):
+def is_file(location: Path) -> bool:
+    """Whether a file is there."""
+    if not is_remote(location):
+        return os.path.isfile(tidy(location))
+    with _remote(location) as (files, path):
         return bool(files.isfile(path))
 
 
-def entries(place: Path) -> list[Entry]:
-    """What a folder holds, sorted by name.
-
-    Raises:
-      OSError: it is not a folder, or cannot be read.
-    """
-    if not is_remote(place):
-        with os.scandir(tidy(place)) as found:
+def entries(location: Path) -> list[Entry]:
+    """What a folder holds, sorted by name."""
+    if not is_remote(location):
+        with os.scandir(tidy(location)) as found:
             return sorted(_local_entry(entry) for entry in found)
-    with _remote(place) as (files, path):
+    with _remote(location) as (files, path):
         listed = files.ls(path, detail=True)
     root = path.rstrip("/")
     return sorted(
@@ -174,25 +151,17 @@ def _local_entry(entry: os.DirEntry[str]) -> Entry:
     return Entry(entry.name, is_folder, size, is_link)
 
 
-def write(place: Path, data: bytes) -> None:
-    """Writes a file, whole or not at all; makes its folder.
-
-    Raises:
-      OSError: it cannot be written.
-    """
-    with create(place) as file:
+def write(location: Path, data: bytes) -> None:
+    """Writes a file, whole or not at all; makes its folder."""
+    with create(location) as file:
         file.write(data)
 
 
 @contextlib.contextmanager
-def create(place: Path) -> Iterator[BinaryIO]:
-    """A file to write, which is in its place at the end of the block and not before; makes its folder.
-
-    Raises:
-      OSError: it cannot be written.
-    """
-    if is_remote(place):
-        with _remote(place) as (files, path):
+def create(location: Path) -> Iterator[BinaryIO]:
+    """A file to write, which appears under its name at the end of the block and not before; makes its folder."""
+    if is_remote(location):
+        with _remote(location) as (files, path):
             files.makedirs(posixpath.dirname(path), exist_ok=True)
             file = files.open(path, "wb")
             try:
@@ -204,13 +173,13 @@ def create(place: Path) -> Iterator[BinaryIO]:
                 raise
             file.close()
         return
-    with _replacing(place) as part, part.open("wb", buffering=1 << 20) as file:
+    with _replacing(location) as part, part.open("wb", buffering=1 << 20) as file:
         yield file
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[pathlib.Path]:
-    """A name beside a local `path` for a file or a folder, which takes its place, whole, when the block ends.
+    """A name beside a local `path` for a file or a folder, which replaces it, whole, when the block ends.
 
     It is on the disk before it gets the name, and vanishes when the block fails; two writers do not meet. Missing
     folders are made.
@@ -259,27 +228,19 @@ def _flush(path: pathlib.Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed processes were writing in a local folder; nobody else may be writing there.
-
-    Raises:
-      OSError: something cannot be removed.
-    """
+    """Removes what killed processes were writing in a local folder; nobody else may be writing there."""
     for part in pathlib.Path(tidy(folder)).glob("*" + PART):
         remove(part)
 
 
-def remove(place: Path) -> None:
-    """Removes a folder with everything in it, or a file, where it is there.
-
-    Raises:
-      OSError: it cannot be removed.
-    """
-    if is_remote(place):
-        with _remote(place) as (files, path):
+def remove(location: Path) -> None:
+    """Removes a folder with everything in it, or a file, where it is there."""
+    if is_remote(location):
+        with _remote(location) as (files, path):
             if files.exists(path):
                 files.rm(path, recursive=True)
         return
-    path = tidy(place)
+    path = tidy(location)
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     else:
@@ -288,11 +249,7 @@ def remove(place: Path) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copies a file to a remote place: a local one up, a remote one within its storage.
-
-    Raises:
-      OSError: it cannot be copied.
-    """
+    """Copies a file to a remote location: a local one up, a remote one within its storage."""
     with _remote(target) as (files, path):
         files.makedirs(posixpath.dirname(path), exist_ok=True)
         if is_remote(source):
@@ -302,9 +259,9 @@ def copy(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _remote(place: Path) -> Iterator[tuple[Any, str]]:
+def _remote(location: Path) -> Iterator[tuple[Any, str]]:
     """The storage and path of a URL; inside, every failure becomes an `OSError` with a reason and the URL."""
-    url = os.fspath(place)
+    url = os.fspath(location)
     files, path = storage(url)
     try:
         yield files, path

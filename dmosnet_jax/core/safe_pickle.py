@@ -183,19 +183,17 @@ class _Machine:
         """Carries out an opcode; False where it has no place in data."""
         if opcode in _INTEGERS and argument.bit_length() > _MAX_INTEGER_BITS:
             raise self._damaged(f"an integer of {argument.bit_length()} bits")
-        if opcode in _VALUES:
-            self._push(argument)
-        elif opcode in _BYTES:
-            self._push(bytes(argument))
-        elif opcode in _EMPTY:
-            self._push(_EMPTY[opcode]())
-        else:
-            return self._move(opcode, argument) or self._fill(opcode) or self._name(opcode, argument)
-        return True
-
-    def _move(self, opcode: str, argument: Any) -> bool:
-        """Opcodes that move what is there: memo, marks and stack."""
         match opcode:
+            case _ if opcode in _VALUES:
+                self._push(argument)
+            case _ if opcode in _BYTES:
+                self._push(bytes(argument))
+            case _ if opcode in _EMPTY:
+                self._push(_EMPTY[opcode]())
+            case "PROTO" | "FRAME":
+                pass
+
+            # Stack, marks and memo.
             case "MEMOIZE" | "PUT" | "BINPUT" | "LONG_BINPUT":
                 self._memo[len(self._memo) if argument is None else argument] = self._stack[-1]
             case "GET" | "BINGET" | "LONG_BINGET":
@@ -209,15 +207,8 @@ class _Machine:
                 self._pop_to_mark()
             case "DUP":
                 self._push(self._stack[-1])
-            case "PROTO" | "FRAME":
-                pass
-            case _:
-                return False
-        return True
 
-    def _fill(self, opcode: str) -> bool:
-        """Opcodes that make containers, or put values into them."""
-        match opcode:
+            # Containers.
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 items = [self.pop() for _ in range(int(opcode[-1]))]
                 self._push(tuple(reversed(items)))
@@ -238,13 +229,8 @@ class _Machine:
                 self._set_items([key, value])
             case "SETITEMS":
                 self._set_items(self._pop_to_mark())
-            case _:
-                return False
-        return True
 
-    def _name(self, opcode: str, argument: Any) -> bool:
-        """Opcodes that name things, or call what was named."""
-        match opcode:
+            # Names, and calls of what was named.
             case "GLOBAL":
                 self._push(self._resolve(*argument.split(" ", 1)))
             case "STACK_GLOBAL":

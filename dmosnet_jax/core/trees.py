@@ -1,14 +1,14 @@
 """Nested dicts of arrays, seen by name."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
-def named_leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Pairs of dotted name and leaf of a nested dict, in order."""
+def named_leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Pairs of dotted name and leaf of nested mappings, in order."""
     for key, value in tree.items():
         name = f"{prefix}.{key}" if prefix else str(key)
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             yield from named_leaves(value, name)
         else:
             yield name, value

@@ -2,7 +2,7 @@
 
 Horizontal flip, zero padding with a random crop back to the input size, normalisation, random erasing, as in fast-reid
 (`fastreid/data/transforms/build.py`) and SpCL (`examples/spcl_train_usl.py`), which differ in the last: see `ERASING`.
-Every image has its own key, folded from its position in the global batch, so what happens to it depends neither on the
+Every image has its own key, folded from its position in the global batch, so its augmentation depends neither on the
 batch size nor on how the batch is sharded.
 """
 
@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Float32, Int32, Key, UInt8
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -20,13 +22,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class Erasing:
-    """How a code base draws the rectangles of random erasing (Zhong et al. 2020) and what it fills them with.
+    """How a code base samples the rectangles of random erasing (Zhong et al. 2020) and what it fills them with.
 
     Attributes:
       area: share of the image, uniform between these.
       aspect: height over width, between these.
       log_aspect: the logarithm of the aspect is uniform instead of the aspect.
-      attempts: shapes drawn until one is smaller than the image.
+      attempts: shapes sampled until one is smaller than the image.
       fill: per channel, after normalisation.
     """
 
@@ -46,21 +48,18 @@ ERASING = {
 
 
 def normalise(
-    images: jax.Array,
+    images: UInt8[Array, "*batch 3"],
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     dtype: DTypeLike = jnp.float32,
-) -> jax.Array:
-    """`(images / 255 - mean) / std`.
+) -> Float[Array, "*batch 3"]:
+    """`(images / 255 - mean) / std` of RGB images, computed in float32 whatever the dtype of the result.
 
     Args:
-      images: uint8 [..., 3] RGB.
+      images: RGB.
       mean: per channel, in [0, 1] units.
       std: per channel, in [0, 1] units, > 0.
-      dtype: of the result; computed in float32.
-
-    Returns:
-      dtype [..., 3].
+      dtype: of the result.
 
     Raises:
       ValueError: images are not uint8 RGB, or mean or std do not have three values.
@@ -76,8 +75,8 @@ def normalise(
 
 
 def augment(
-    key: jax.Array,
-    images: jax.Array,
+    key: Key[Array, ""],
+    images: UInt8[Array, "b h w 3"],
     *,
     flip: float = 0.5,
     pad: int = 10,
@@ -85,24 +84,21 @@ def augment(
     erasing: str = "fastreid",
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
-) -> jax.Array:
+) -> Float32[Array, "b h w 3"]:
     """Flips, pads and crops, normalises and erases each image at random.
 
     Padding is black before normalisation. `flip=0, pad=0, erase=0` is exactly `normalise`. The options are Python
     values, fixed at tracing.
 
     Args:
-      key: a PRNG key for this step.
-      images: uint8 [B, H, W, 3] RGB, sharded over B or not.
+      key: for this step.
+      images: RGB, sharded over the batch or not.
       flip: probability of a horizontal flip.
       pad: pixels of zero padding on each side before a crop of H x W at a uniform offset.
       erase: probability of random erasing.
       erasing: whose, a key of `ERASING`.
       mean: see `normalise`.
       std: see `normalise`.
-
-    Returns:
-      float32 [B, H, W, 3].
 
     Raises:
       ValueError: images are not uint8 [B, H, W, 3], or an option is out of range; raised while tracing.
@@ -128,18 +124,13 @@ def augment(
     return floats
 
 
-def erase_rectangle(key: jax.Array, height: int, width: int, probability: float, kind: Erasing) -> jax.Array:
-    """Draws one rectangle to erase: the first of up to `kind.attempts` drawn shapes that is smaller than the image.
-
-    Args:
-      key: a PRNG key.
-      height: of the image, pixels.
-      width: of the image, pixels.
-      probability: of erasing at all.
-      kind: whose rectangles.
+def erase_rectangle(
+    key: Key[Array, ""], height: int, width: int, probability: float, kind: Erasing
+) -> Int32[Array, " 4"]:
+    """Samples the rectangle to erase in an image: the first of `kind.attempts` shapes that is smaller than the image.
 
     Returns:
-      int32 [4]: top, left, height, width; height and width 0 when nothing is erased.
+      Top, left, height, width; height and width are 0 with probability 1 - `probability`, or when no shape fits.
     """
     on_key, area_key, aspect_key, top_key, left_key = jax.random.split(key, 5)
     shapes = (kind.attempts,)
@@ -160,20 +151,20 @@ def erase_rectangle(key: jax.Array, height: int, width: int, probability: float,
     return jnp.stack([top, left, h, w])
 
 
-def _pad_crop(images: jax.Array, offsets: jax.Array, pad: int) -> jax.Array:
-    """uint8 [B, H, W, 3] padded by `pad` and cut at int32 [B, 2] offsets (rows, columns)."""
+def _pad_crop(images: UInt8[Array, "b h w 3"], offsets: Int32[Array, "b 2"], pad: int) -> UInt8[Array, "b h w 3"]:
+    """Images padded by `pad` and cropped at offsets (rows, columns)."""
     _, height, width, channels = images.shape
     padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
 
     # One whole-image slice per image: 5 ms for 64 x 256 x 128 on two CPU cores, a gather of pixels takes 15.
-    def crop(image: jax.Array, offset: jax.Array) -> jax.Array:
+    def crop(image: Array, offset: Array) -> Array:
         return jax.lax.dynamic_slice(image, (offset[0], offset[1], jnp.int32(0)), (height, width, channels))
 
     return jax.vmap(crop)(padded, offsets)
 
 
-def _inside(rectangles: jax.Array, height: int, width: int) -> jax.Array:
-    """Bool [B, H, W]: pixels inside the int32 [B, 4] rectangles."""
+def _inside(rectangles: Int32[Array, "b 4"], height: int, width: int) -> Bool[Array, "b h w"]:
+    """Whether pixels are inside the rectangles."""
     top, left, h, w = (rectangles[:, i, None] for i in range(4))
     y = jnp.arange(height)[None, :]
     x = jnp.arange(width)[None, :]

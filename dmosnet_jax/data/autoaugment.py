@@ -1,14 +1,15 @@
 """AutoAugment's ImageNet policy (Cubuk et al. 2019, arXiv 1805.09501, table 9), on the host, before the resize.
 
 Part of the training recipe that the authors of DM-OSNet released (fast-reid's `DO_AUTOAUG`, for a tenth of the images).
-The operations are Pillow's; their ranges are the paper's table 6. What becomes of an image depends on (seed, epoch,
-step, place in the global batch) alone: not on threads, processes or on where a run was interrupted.
+The operations are Pillow's; their ranges are the paper's table 6. The changes to an image depend on (seed, epoch, step,
+position in the global batch) alone: not on threads, processes or on where a run was interrupted.
 """
 
 import dataclasses
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Bool
 from PIL import Image, ImageEnhance, ImageOps
 
 # Two operations with (probability, magnitude from 0 to 10) each.
@@ -103,43 +104,20 @@ OPERATIONS: dict[str, Callable[[Image.Image, int, np.random.Generator], Image.Im
 
 @dataclasses.dataclass(frozen=True)
 class AutoAugment:
-    """Changes a share of the images of an epoch; picklable, for worker processes.
-
-    Attributes:
-      probability: share of images that are changed, 0 to 1.
-      seed: of the run.
-      epoch: of the run.
-    """
+    """Changes each image of an epoch with a probability; picklable, for worker processes."""
 
     probability: float
     seed: int
     epoch: int
 
-    def chosen(self, step: int, batch_size: int) -> np.ndarray:
-        """Which images of a global batch are changed.
-
-        Args:
-          step: of the epoch.
-          batch_size: B, of the global batch.
-
-        Returns:
-          bool [B].
-        """
+    def chosen(self, step: int, batch_size: int) -> Bool[np.ndarray, " batch"]:
+        """Which images of the global batch of a step are changed."""
         rng = np.random.default_rng((_STREAM, self.seed, self.epoch, step))
         return rng.random(batch_size) < self.probability
 
-    def __call__(self, image: Image.Image, step: int, place: int) -> Image.Image:
-        """One of the policy's 25 pairs of operations, each with its own probability.
-
-        Args:
-          image: RGB.
-          step: of the epoch.
-          place: of the image in the global batch.
-
-        Returns:
-          An RGB image of the same size.
-        """
-        rng = np.random.default_rng((_STREAM, self.seed, self.epoch, step, place))
+    def __call__(self, image: Image.Image, step: int, position: int) -> Image.Image:
+        """Applies one of the policy's 25 pairs of operations to the image at a position of the global batch."""
+        rng = np.random.default_rng((_STREAM, self.seed, self.epoch, step, position))
         for name, probability, level in POLICY[rng.integers(len(POLICY))]:
             if rng.random() < probability:
                 image = OPERATIONS[name](image, level, rng)

@@ -1,61 +1,26 @@
 """One host batch: rows of a split read, decoded and resized, from records or from the cache."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
-from collections.abc import Callable, Sized
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import Self
 
 import numpy as np
+from jaxtyping import Bool, Integer
 from PIL import Image
 
 from dmosnet_jax.core.errors import ConfigError, DataError, UserError
 from dmosnet_jax.data import transforms
-
-if TYPE_CHECKING:
-    from dmosnet_jax.data.autoaugment import AutoAugment
-    from dmosnet_jax.data.records import Record
+from dmosnet_jax.data.autoaugment import AutoAugment
+from dmosnet_jax.data.splits import Rows
 
 HostBatch = dict[str, np.ndarray]
-
-
-class Images(Protocol):
-    """What is needed of a `dmosnet_jax.data.splits.Split`; must pickle for worker processes."""
-
-    @property
-    def name(self) -> str:
-        """Of the data set, for messages."""
-
-    @property
-    def source(self) -> Sized:
-        """The records; here only their number is asked for."""
-
-    @property
-    def pids(self) -> np.ndarray:
-        """Identities, int32 [N]."""
-
-    @property
-    def camids(self) -> np.ndarray:
-        """Cameras, int32 [N]."""
-
-    def record(self, index: int, /) -> Record:
-        """The image's encoded bytes and file name."""
-
-
-class Plan(Protocol):
-    """Rows of each global batch: `plan[step]` is int [B]. An int [steps, B] array is one; must pickle for workers."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, step: int, /) -> np.ndarray: ...
 
 
 class ImageCache:
     """Decoded and resized images of one split, kept in host memory from the first time each is needed.
 
-    Worth it where decoding competes with training for few cores. Pages are only touched when filled. All that share one
-    use the same filter.
+    Worth it where decoding competes with training for few cores. All users of a cache must resize with the same filter.
 
     Attributes:
       images: uint8 [N, H, W, 3].
@@ -67,11 +32,10 @@ class ImageCache:
         self.filled = np.zeros(count, bool)
 
     @classmethod
-    def within(cls, split: Images, image_size: tuple[int, int], budget_bytes: int) -> ImageCache | None:
+    def within(cls, split: Rows, image_size: tuple[int, int], budget_bytes: int) -> Self | None:
         """A cache for the whole split, or None when its N * H * W * 3 bytes exceed the budget."""
-        count = len(split.source)
-        needed = count * image_size[0] * image_size[1] * 3
-        return cls(count, image_size) if needed <= budget_bytes else None
+        needed = len(split) * image_size[0] * image_size[1] * 3
+        return cls(len(split), image_size) if needed <= budget_bytes else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,26 +48,26 @@ class Failure:
 class BatchLoader:
     """Makes this process's part of the batch of one step; picklable, and called from many threads at once.
 
-    The arguments are those of `pipeline.TrainStream`; `mask` is bool [steps, B], False where a row is padding.
+    The arguments are those of `pipeline.train_batches`; `mask` is False where a row is padding.
     """
 
     def __init__(
         self,
-        split: Images,
-        plan: Plan,
+        split: Rows,
+        plan: Integer[np.ndarray, "steps batch"],
         *,
         image_size: tuple[int, int],
         interpolation: str = transforms.DEFAULT_FILTER,
-        mask: np.ndarray | None = None,
+        mask: Bool[np.ndarray, "steps batch"] | None = None,
         process_index: int = 0,
         process_count: int = 1,
-        labels: np.ndarray | None = None,
+        labels: Integer[np.ndarray, " n"] | None = None,
         cache: ImageCache | None = None,
         policy: AutoAugment | None = None,
     ):
         self._policy, self._interpolation = policy, interpolation
         self._split, self._plan, self._mask, self._cache = split, plan, mask, cache
-        count = len(split.source)
+        count = len(split)
         self._size = (int(image_size[0]), int(image_size[1]))
         if min(self._size) < 1:
             raise ConfigError(f"image_size={tuple(image_size)} must be (height, width), both positive")
@@ -113,13 +77,13 @@ class BatchLoader:
             raise ValueError(f"labels {self._pids.shape} and camids {self._camids.shape} must be [{count}]")
         if cache is not None and cache.images.shape != (count, *self._size, 3):
             raise ValueError(f"the cache holds {cache.images.shape}, the split needs {(count, *self._size, 3)}")
-        if isinstance(plan, np.ndarray) and plan.size and (plan.min() < 0 or plan.max() >= count):
+        if plan.size and (plan.min() < 0 or plan.max() >= count):
             raise ValueError(f"the plan's rows {plan.min()}..{plan.max()} are outside the split's {count} images")
         if not 0 <= process_index < process_count:
             raise ConfigError(f"process_index={process_index} is outside 0..{process_count - 1}")
         self._process_index, self._process_count = process_index, process_count
         if len(plan):
-            self._local(np.asarray(plan[0]))
+            self._local(plan[0])
 
     def __call__(self, step: int) -> HostBatch | Failure:
         """Batch `step` of the plan, or the error in the user's data that prevents it."""
@@ -129,13 +93,13 @@ class BatchLoader:
             return Failure(error)
 
     def _load(self, step: int) -> HostBatch:
-        batch = np.asarray(self._plan[step], np.int32)
+        batch = self._plan[step].astype(np.int32)
         rows = self._local(batch)
-        changes = self._changes(step, len(batch))
+        changes = self._augmented(step, len(batch))
         mask = np.ones(len(rows), bool) if self._mask is None else self._local(self._mask[step])
         images = np.zeros((len(rows), *self._size, 3), np.uint8)
-        for place in map(int, np.flatnonzero(mask)):
-            images[place] = self._image(int(rows[place]), changes.get(place))
+        for position in map(int, np.flatnonzero(mask)):
+            images[position] = self._image(int(rows[position]), changes.get(position))
         minus_one = np.int32(-1)
         return {
             "image": images,
@@ -145,19 +109,19 @@ class BatchLoader:
             "mask": mask,
         }
 
-    def _changes(self, step: int, batch_size: int) -> dict[int, Callable[[Image.Image], Image.Image]]:
-        """What the policy does before the resize, by place in this process's part of the batch."""
+    def _augmented(self, step: int, batch_size: int) -> dict[int, Callable[[Image.Image], Image.Image]]:
+        """What the policy does before the resize, by position in this process's part of the batch."""
         if self._policy is None:
             return {}
-        chosen, places = self._policy.chosen(step, batch_size), self._local(np.arange(batch_size))
+        chosen, positions = self._policy.chosen(step, batch_size), self._local(np.arange(batch_size))
         return {
-            local: functools.partial(self._policy, step=step, place=int(place))
-            for local, place in enumerate(places)
-            if chosen[place]
+            local: functools.partial(self._policy, step=step, position=int(position))
+            for local, position in enumerate(positions)
+            if chosen[position]
         }
 
     def _image(self, row: int, change: Callable[[Image.Image], Image.Image] | None) -> np.ndarray:
-        # A changed image is made anew every time.
+        # What the policy changed must not be cached.
         cache = self._cache if change is None else None
         if cache is not None and cache.filled[row]:
             return cache.images[row]

@@ -1,8 +1,8 @@
 """Files that order the images of a data set, best first: score files of ours, and lists of names from anywhere.
 
 A score file is an `.npz` of `scores` float32 [N], one for each record in the order of the TFRecord shards, and
-`identity`, which tells the data set. A list of names is a text file (one a line), the same gzipped, an `.npz` or `.npy`
-of strings, or a pickle, which is read as data: nothing in it is ever run.
+`identity`, a fingerprint of the data set. A list of names is a text file (one a line), the same gzipped, an `.npz` or
+`.npy` of strings, or a pickle, which is read as data: nothing in it is ever run.
 """
 
 import gzip
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import IO, Any
 
 import numpy as np
+from jaxtyping import Float, Float32, Int64
 
 from dmosnet_jax.core.errors import DataError, printable
 from dmosnet_jax.core.safe_npz import MAX_BYTES, read_arrays
@@ -42,14 +43,8 @@ def identity(split: Split) -> str:
     return digest.hexdigest()
 
 
-def write_scores(file: IO[bytes], scores: np.ndarray, split: Split) -> None:
-    """Writes a score file.
-
-    Args:
-        file: open for writing.
-        scores: float32 [N], higher is better.
-        split: the records that they belong to, in the same order.
-    """
+def write_scores(file: IO[bytes], scores: Float32[np.ndarray, " n"], split: Split) -> None:
+    """Writes the score file of a split's records; higher scores are better."""
     assert scores.shape == split.pids.shape
     of = {"identity": identity(split), "dataset": split.name, "split": split.split}
     np.savez(file, scores=scores.astype(np.float32), **of)  # type: ignore[arg-type]
@@ -69,12 +64,12 @@ def write_names(path: str | os.PathLike[str], names: Iterable[str], *, compress:
             packed.close()
 
 
-def order(scores: np.ndarray) -> np.ndarray:
-    """Rows, best first, int64 [N]; equal scores keep the order of the records."""
+def order(scores: Float[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+    """Rows, best first; equal scores keep the order of the records."""
     return np.argsort(-scores, kind="stable")
 
 
-def read_ranking(path: str | os.PathLike[str], split: Split) -> np.ndarray | list[str]:
+def read_ranking(path: str | os.PathLike[str], split: Split) -> Int64[np.ndarray, " n"] | list[str]:
     """Reads a score file or a list of names.
 
     Args:
@@ -82,7 +77,7 @@ def read_ranking(path: str | os.PathLike[str], split: Split) -> np.ndarray | lis
         split: the data set that is to be ordered.
 
     Returns:
-        Of a score file the rows, best first, int64 [N]; of a list its names.
+        Of a score file the rows, best first; of a list its names.
 
     Raises:
         DataError: the file can't be read, is damaged or refused, or is a score file of another data set.
@@ -126,8 +121,8 @@ def _own_scores(arrays: dict[str, np.ndarray], where: str, split: Split) -> np.n
     return scores
 
 
-def read_scores(path: str | os.PathLike[str], split: Split) -> np.ndarray:
-    """The scores of a score file, float32 [N].
+def read_scores(path: str | os.PathLike[str], split: Split) -> Float32[np.ndarray, " n"]:
+    """The scores of a score file.
 
     Raises:
         DataError: it is damaged, or of another data set.
@@ -159,7 +154,7 @@ def _from_text(content: bytes, where: str) -> list[str]:
         raise DataError(f"{where}: is neither UTF-8 text nor of another known kind: {_FIX}") from error
     if "\0" in text:
         raise DataError(f"{where}: is not a text file: {_FIX}")
-    # What stands behind a tab, such as a score, is not part of the name.
+    # A tab ends the name; a score may follow.
     return _names([name for line in text.split("\n") if (name := line.split("\t")[0].strip())], where)
 
 

@@ -19,7 +19,7 @@ FEATURES = (IMAGE, PID, CAMID, FILENAME)
 
 TRAIN, QUERY, GALLERY = "train", "query", "gallery"
 SPLITS = (TRAIN, QUERY, GALLERY)
-# Training images that not everybody trains on, and those not told apart from the others.
+# MSMT17's validation images, which some train on too, and training images where the two are not told apart.
 VAL, TRAINVAL = "val", "trainval"
 
 FILE_FORMAT = "tfrecord"
@@ -78,13 +78,7 @@ def shard_name(dataset: str, split: str, shard: int, shards: int) -> str:
 
 
 def parse(record: bytes) -> Record:
-    """Reads a record; features that are not part of the schema are ignored.
-
-    Args:
-      record: a serialised `tf.train.Example`.
-
-    Returns:
-      The record.
+    """Reads a serialised `tf.train.Example`; features that are not part of the schema are ignored.
 
     Raises:
       DataError: the bytes are not such an Example. The caller knows the shard and names it.
@@ -105,11 +99,7 @@ def parse(record: bytes) -> Record:
 
 
 def serialise(record: Record) -> bytes:
-    """A record as `parse` reads it; equal records give equal bytes.
-
-    Args:
-      record: the record; its file name must be valid text.
-    """
+    """A record as `parse` reads it; equal records give equal bytes. The file name must be valid text."""
     example = _Example()
     feature = example.features.feature
     feature[IMAGE].bytes_list.value.append(record.image)

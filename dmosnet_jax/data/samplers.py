@@ -5,49 +5,44 @@ restart. Rows are positions in the split; plans are int32.
 """
 
 import numpy as np
+from jaxtyping import Bool, Int32, Integer
 
 from dmosnet_jax.core.errors import ConfigError
 
-# The samplers draw from unrelated streams even for equal (seed, epoch).
+# The random streams of the samplers are unrelated even for equal (seed, epoch).
 _IDENTITY, _CLASS = 1, 2
 
 
 def identity_epoch(
-    pids: np.ndarray,
-    camids: np.ndarray | None = None,
+    pids: Integer[np.ndarray, " n"],
     *,
     batch_size: int,
     instances: int,
     seed: int,
     epoch: int,
     steps: int | None = None,
-) -> np.ndarray:
+) -> Int32[np.ndarray, "steps batch"]:
     """P x K batches: P = batch_size / instances identities with K = instances images each, contiguous.
 
     The semantics of torchreid's RandomIdentitySampler and fast-reid's NaiveIdentitySampler: the shuffled images of an
     identity are cut into chunks of K (an incomplete last chunk is left out; an identity with fewer than K images gives
     one chunk drawn with replacement); each batch takes one chunk from each of P random identities that still have some,
     and the pass ends when fewer than P have. Images with a negative pid are never drawn. With K = 1 and fewer
-    identities than a batch has places, identities must come again in it: then a pass goes over the shuffled images.
+    identities than images in a batch, a batch must repeat identities: then a pass goes over the shuffled images.
 
     Args:
-      pids: int [N], the identity of each image.
-      camids: accepted so that all samplers are called alike; this one does not look at cameras.
+      pids: the identity of each image.
       batch_size: images per batch, a multiple of `instances`.
       instances: images per identity in a batch (K).
       seed: of the run.
-      epoch: number of the epoch; another epoch gives another plan.
-      steps: number of batches. None: as many as one pass has, which varies a little from epoch to epoch. Otherwise
-        passes are repeated, and the last one is cut.
-
-    Returns:
-      int32 [steps, batch_size].
+      epoch: number of the epoch.
+      steps: number of batches: passes are repeated, and the last one is cut. None: as many as one pass has, which
+        varies a little from epoch to epoch.
 
     Raises:
       ConfigError: batch_size is not a multiple of instances, or the data has fewer than P identities (with K > 1), or
         fewer images than a batch.
     """
-    _check_camids(pids, camids)
     per_batch = _classes_per_batch(batch_size, instances)
     rng = _generator(seed, epoch, _IDENTITY)
     order, starts, counts = _group(pids)
@@ -67,15 +62,15 @@ def identity_epoch(
 
 
 def class_epoch(
-    labels: np.ndarray,
-    camids: np.ndarray | None,
+    labels: Integer[np.ndarray, " n"],
+    camids: Integer[np.ndarray, " n"] | None,
     *,
     batch_size: int,
     instances: int,
     seed: int,
     epoch: int,
     steps: int,
-) -> np.ndarray:
+) -> Int32[np.ndarray, "steps batch"]:
     """Class-balanced batches: the semantics of SpCL's RandomMultipleGallerySampler (`spcl/utils/data/sampler.py`).
 
     A pass visits every class once in random order. A class gives one random image and `instances - 1` others: from
@@ -85,27 +80,25 @@ def class_epoch(
     batch at the end of each pass, and cannot run when a pass is smaller than a batch).
 
     Args:
-      labels: int [N], the class of each image; negative labels are never drawn.
-      camids: int [N], or None to choose within the class regardless of cameras.
+      labels: the class of each image; images with a negative label are never drawn.
+      camids: cameras, or None to choose within the class regardless of cameras.
       batch_size: images per batch, a multiple of `instances`.
       instances: images per class (K).
       seed: of the run.
       epoch: number of the epoch.
       steps: number of batches.
 
-    Returns:
-      int32 [steps, batch_size].
-
     Raises:
       ConfigError: batch_size is not a multiple of instances, or no label is >= 0.
     """
-    _check_camids(labels, camids)
+    if camids is not None and camids.shape != labels.shape:
+        raise ValueError(f"{len(labels)} labels and {len(camids)} camids must be as many")
     _classes_per_batch(batch_size, instances)
     rng = _generator(seed, epoch, _CLASS)
     order, starts, counts = _group(labels, camids)
     if not len(counts):
         raise ConfigError("no image has a class (all labels are negative): there is nothing to train on")
-    sorted_camids = None if camids is None else np.asarray(camids)[order]
+    sorted_camids = None if camids is None else camids[order]
     needed = steps * batch_size
     parts: list[np.ndarray] = []
     while needed > 0:
@@ -117,15 +110,10 @@ def class_epoch(
     return np.concatenate([np.empty(0, np.int32), *parts]).reshape(steps, batch_size)
 
 
-def evaluation_order(n: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """All images in order, the last batch padded by repeating the last image.
-
-    Args:
-      n: number of images.
-      batch_size: images per batch.
-
-    Returns:
-      int32 [steps, batch_size] and bool [steps, batch_size], False where padded; steps = ceil(n / batch_size).
+def evaluation_order(
+    n: int, batch_size: int
+) -> tuple[Int32[np.ndarray, "steps batch"], Bool[np.ndarray, "steps batch"]]:
+    """Rows of all n images in order, the last batch padded by repeating the last image, and False where padded.
 
     Raises:
       ConfigError: batch_size is not positive.
@@ -183,14 +171,14 @@ def _random_order(rng: np.random.Generator, chunks_of: np.ndarray, per_batch: in
     remaining = len(left)
     batches: list[np.ndarray] = []
     while remaining >= per_batch:
-        places = rng.choice(remaining, per_batch, replace=False)
-        chosen = available[places]
+        positions = rng.choice(remaining, per_batch, replace=False)
+        chosen = available[positions]
         batches.append(chosen)
         left[chosen] -= 1
-        # Identities used up are overwritten by the last ones; from the back, so that none moved is one to remove.
-        for place in sorted(places[left[chosen] == 0], reverse=True):
+        # The last available identity replaces one without chunks; from the back, so that it has chunks itself.
+        for position in sorted(positions[left[chosen] == 0], reverse=True):
             remaining -= 1
-            available[place] = available[remaining]
+            available[position] = available[remaining]
     return np.stack(batches)
 
 
@@ -204,8 +192,8 @@ def _class_pass(
 ) -> np.ndarray:
     """Images of the given classes in their order, int32 [between len(starts) and len(starts) * instances]."""
     anchor = starts + rng.integers(0, counts)
-    # Within a class the images are sorted by camera, so those of the anchor's camera are one run [low, high), and the
-    # others are numbered 0..others-1 by stepping over it.
+    # Within a class the images are sorted by camera, so those of the anchor's camera are one run [low, high); the
+    # others are numbered 0..others-1, skipping that run.
     low, high = anchor, anchor + 1
     others = counts - 1
     if sorted_camids is not None:
@@ -214,8 +202,8 @@ def _class_pass(
         elsewhere = counts - (run_high - run_low)
         low, high = np.where(elsewhere > 0, run_low, low), np.where(elsewhere > 0, run_high, high)
         others = np.where(elsewhere > 0, elsewhere, others)
-    draws = _subsets(rng, np.maximum(others, 1), instances - 1, others < instances)
-    position = starts[:, None] + draws
+    picks = _subsets(rng, np.maximum(others, 1), instances - 1, others < instances)
+    position = starts[:, None] + picks
     position += np.where(position >= low[:, None], (high - low)[:, None], 0)
     table = np.concatenate([anchor[:, None], position], axis=1)
     present = np.ones(table.shape, bool)
@@ -239,23 +227,22 @@ def _camera_runs(
 
 
 def _subsets(rng: np.random.Generator, n: np.ndarray, k: int, replace: np.ndarray) -> np.ndarray:
-    """Draws k times from range(n[i]) in each row: with replacement where told, otherwise distinct (then n[i] >= k)."""
-    draws = rng.integers(0, n[:, None], (len(n), k))
+    """Takes k numbers below n[i] in each row i: with replacement where `replace`, else distinct (n[i] >= k)."""
+    picks = rng.integers(0, n[:, None], (len(n), k))
     distinct = ~replace
-    # Floyd's algorithm (Bentley 1987), all rows at once: draw from the first j + 1 numbers, take j itself on a repeat.
+    # Floyd's algorithm (Bentley 1987) on all rows at once: pick from 0..last, and take `last` itself on a repeat.
     for i in range(k):
         last = n - k + i
-        draw = rng.integers(0, np.where(distinct, last, 0) + 1)
-        repeated = np.any(draws[:, :i] == draw[:, None], axis=1)
-        draws[:, i] = np.where(distinct, np.where(repeated, last, draw), draws[:, i])
-    return draws
+        pick = rng.integers(0, np.where(distinct, last, 0) + 1)
+        repeated = np.any(picks[:, :i] == pick[:, None], axis=1)
+        picks[:, i] = np.where(distinct, np.where(repeated, last, pick), picks[:, i])
+    return picks
 
 
 def _group(labels: np.ndarray, camids: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Positions with label >= 0 sorted by label (then camera), and where each label's group starts and its size."""
-    labels = np.asarray(labels)
     order = np.flatnonzero(labels >= 0)
-    keys = (labels[order],) if camids is None else (np.asarray(camids)[order], labels[order])
+    keys = (labels[order],) if camids is None else (camids[order], labels[order])
     order = order[np.lexsort(keys)]
     _, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
     return order, starts, counts
@@ -274,8 +261,3 @@ def _classes_per_batch(batch_size: int, instances: int) -> int:
             f"{max(1, batch_size // max(1, instances)) * max(1, instances)}, or change instances"
         )
     return batch_size // instances
-
-
-def _check_camids(labels: np.ndarray, camids: np.ndarray | None) -> None:
-    if np.ndim(labels) != 1 or (camids is not None and np.shape(camids) != np.shape(labels)):
-        raise ValueError("labels and camids must be vectors of the same length")

@@ -1,8 +1,8 @@
 """Random access to the records of TFRecord shards, checked by their CRCs, through an index beside each shard.
 
-A record stands in a shard as `uint64 length, uint32 crc(length), data, uint32 crc(data)`, little-endian, with masked
-CRC32C (tensorflow/core/lib/io/record_writer.h). `<shard>.index.npz` says where the records are, and their identities
-and cameras, so that a split of millions of images opens without being read; it is made again where it is missing or of
+A record in a shard is `uint64 length, uint32 crc(length), data, uint32 crc(data)`, little-endian, with masked CRC32C
+(tensorflow/core/lib/io/record_writer.h). `<shard>.index.npz` holds the offsets of the records, their identities and
+cameras, so that a split of millions of images opens without being read; it is rebuilt where it is missing or belongs to
 another file. Shards are local files or remote ones, which are read by ranged requests; the index of a remote shard is
 kept on this machine, in `$DMOSNET_CACHE` (default: `~/.cache/dmosnet_jax/indices`).
 """
@@ -30,7 +30,7 @@ from dmosnet_jax.data import records
 Index = dict[str, np.ndarray]
 
 INDEX_SUFFIX = ".index.npz"
-# Bytes at each end of a shard whose checksum tells apart most files of equal size, whatever a copy did to their dates.
+# The checksum of so many bytes at each end of a shard tells most files of equal size apart, also after a copy.
 ENDS = 4096
 FIX = "copy the file again, or convert the data set again"
 
@@ -38,20 +38,20 @@ _HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
 _OVERHEAD = _HEADER.size + _FOOTER.size
 _COLUMNS: dict[str, Any] = {"offset": np.int64, "length": np.int64, "pid": np.int32, "camid": np.int32}
 _SCALARS: dict[str, Any] = {"shard_bytes": np.int64, "shard_ends": np.uint32}
-# Beyond so many shards a file is opened for each read: the limit on open files is often 1024.
+# The limit on open files is often 1024; the files of further shards are opened for each read.
 _MAX_OPEN = 256
 # Opening a remote shard waits for several requests; a large data set has hundreds of shards.
-_OPENING = 16
+_OPENING_THREADS = 16
 
 
 def frame(data: bytes) -> bytes:
-    """A record as it stands in a shard."""
+    """A record with its length and checksums, as in a shard."""
     length = len(data).to_bytes(8, "little")
     return b"".join((length, _FOOTER.pack(_masked_crc(length)), data, _FOOTER.pack(_masked_crc(data))))
 
 
 def _masked_crc(data: bytes) -> int:
-    """TFRecord's checksum; the mask keeps checksums of data that itself holds checksums apart."""
+    """TFRecord's checksum, masked so that data may hold checksums themselves."""
     crc = google_crc32c.value(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -75,17 +75,14 @@ def _corrupt(path: str, number: int, offset: int, reason: str) -> DataError:
 
 
 def load_index(path: Path) -> Index:
-    """The index of a shard: from its sidecar, or made from the shard where that is missing or of another file.
+    """The index of a shard: from its sidecar, or built from the shard where that is missing or belongs to another file.
 
     A new sidecar is written beside the shard where the folder allows it; that of a remote shard is kept locally.
-
-    Args:
-      path: of the shard.
 
     Returns:
       `offset` int64 [n] (bytes from the file's start to the record's), `length` int64 [n] (bytes of its data), `pid`
       and `camid` int32 [n], `shard_bytes` int64 [] and `shard_ends` uint32 [] (checksum of the file's two ends).
-      Whether its identities and cameras are the records' shows when those are read: see `splits.Split.record`.
+      `splits.Split.record` compares identities and cameras with those of the records.
 
     Raises:
       DataError: the shard is missing, cut short or damaged.
@@ -106,20 +103,14 @@ def load_index(path: Path) -> Index:
             index = make_index(list(_scan(path, size)), size, ends)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): {FIX}") from error
-    # A folder that cannot be written to: the next process makes the index again.
+    # Where the folder cannot be written to, the next process builds the index again.
     with contextlib.suppress(OSError):
         files.write(local, to_bytes(index))
     return index
 
 
 def make_index(rows: Sequence[tuple[int, int, int, int]], size: int, ends: int) -> Index:
-    """The index of a shard; see `load_index`.
-
-    Args:
-      rows: offset, length, identity and camera of every record.
-      size: bytes of the shard.
-      ends: its `checksum_of_ends`.
-    """
+    """The index of a shard of `size` bytes from offset, length, identity and camera of every record."""
     columns = np.array(rows, np.int64).reshape(-1, len(_COLUMNS)).T
     index = {name: column.astype(kind) for (name, kind), column in zip(_COLUMNS.items(), columns, strict=True)}
     return index | {"shard_bytes": np.array(size, np.int64), "shard_ends": np.array(ends, np.uint32)}
@@ -156,7 +147,7 @@ def _read_index(path: str, size: int, ends: int) -> Index | None:
 
 
 def _scan(path: str, size: int) -> Iterator[tuple[int, int, int, int]]:
-    """Reads a whole shard, checking every record: offset, length, identity and camera of each."""
+    """Offset, length, identity and camera of every record, all of which are read and checked."""
     offset = number = 0
     with files.open_stream(path) as file:
         while offset < size:
@@ -194,27 +185,21 @@ def _cached(path: str) -> str:
 
 
 class RecordSource:
-    """A sequence of serialised records over shards, in their order.
+    """A sequence of serialised records over shards, in their order, with `lengths` in bytes, `pids` and `camids`, [N].
 
     Reads are positioned (`pread`, or a range of a remote file), so threads and forked or spawned workers may share one
     source; it pickles without its open files.
-
-    Attributes:
-      paths: of the shards.
-      lengths: bytes of each record, int64 [N].
-      pids: identities, int32 [N].
-      camids: cameras, int32 [N].
     """
 
     def __init__(self, paths: Sequence[Path], counts: Sequence[int] | None = None):
-        """Opens the shards, whose missing or stale indices are made again.
+        """Opens the shards, whose missing or stale indices are built again.
 
         Args:
           paths: of the shards, or their URLs.
           counts: how many records each shard must hold, where known: a shard cut between two records looks whole.
 
         Raises:
-          DataError: a shard is missing, cut short, or damaged where its index had to be made again.
+          DataError: a shard is missing, cut short, or damaged where its index had to be built again.
         """
         self.paths = [os.fspath(path) for path in paths]
         if not self.paths:
@@ -241,7 +226,7 @@ class RecordSource:
           IndexError: there is no such record.
           DataError: the record is damaged; the message names the shard, the record in it, and its byte offset.
         """
-        path, number, offset = self.place(index)
+        path, number, offset = self.locate(index)
         length = int(self.lengths[index])
         try:
             raw = self._read(path, length + _OVERHEAD, offset)
@@ -252,7 +237,7 @@ class RecordSource:
             raise _corrupt(path, number, offset, reason)
         return raw[_HEADER.size : -_FOOTER.size]
 
-    def place(self, index: int) -> tuple[str, int, int]:
+    def locate(self, index: int) -> tuple[str, int, int]:
         """Path of the shard, record number in it, and byte offset of a record.
 
         Raises:
@@ -306,5 +291,5 @@ def _close(opened: dict[str, int]) -> None:
 def _load_indices(paths: Sequence[str]) -> list[Index]:
     if not any(map(files.is_remote, paths)):
         return [load_index(path) for path in paths]
-    with concurrent.futures.ThreadPoolExecutor(_OPENING) as pool:
+    with concurrent.futures.ThreadPoolExecutor(_OPENING_THREADS) as pool:
         return list(pool.map(load_index, paths))

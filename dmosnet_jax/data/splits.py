@@ -10,10 +10,10 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Int, Int32, Integer
 
 from dmosnet_jax.core import files
 from dmosnet_jax.core.config import joined
@@ -27,19 +27,16 @@ _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 
 
 class Rows(abc.ABC):
-    """What training, evaluation and scoring need of a split, a part of one, or several; pickles for worker processes.
+    """A split, a part of one, or several, as training and evaluation see them; pickles for worker processes.
 
     Attributes:
       name: of the data set.
       split: `train`, `query`, `gallery`, `val` or `trainval`.
       pids: identities, int32 [N]; -1 where unlabelled.
       camids: cameras, int32 [N].
-      source: something as long.
     """
 
-    source: Sized
-
-    def __init__(self, name: str, split: str, pids: np.ndarray, camids: np.ndarray):
+    def __init__(self, name: str, split: str, pids: Int[np.ndarray, " n"], camids: Int[np.ndarray, " n"]):
         self.name, self.split, self.pids, self.camids = name, split, pids, camids
 
     @abc.abstractmethod
@@ -78,8 +75,6 @@ class Split(Rows):
       source: the serialised records.
     """
 
-    source: RecordSource
-
     def __init__(self, name: str, split: str, source: RecordSource):
         super().__init__(name, split, source.pids, source.camids)
         self.source = source
@@ -87,7 +82,7 @@ class Split(Rows):
     def record(self, index: int, /) -> records.Record:
         """See `Rows.record`."""
         raw = self.source[index]
-        path, number, offset = self.source.place(index)
+        path, number, offset = self.source.locate(index)
         where = f"{path}: record {number} at byte {offset}"
         try:
             record = records.parse(raw)
@@ -110,9 +105,9 @@ class Subset(Rows):
       rows: its rows, int [n], in the order of the subset.
     """
 
-    def __init__(self, base: Rows, rows: np.ndarray):
+    def __init__(self, base: Rows, rows: Integer[np.ndarray, " n"]):
         super().__init__(base.name, base.split, base.pids[rows], base.camids[rows])
-        self.base, self.rows, self.source = base, rows, range(len(rows))
+        self.base, self.rows = base, rows
 
     def record(self, index: int, /) -> records.Record:
         """See `Rows.record`."""
@@ -122,8 +117,9 @@ class Subset(Rows):
 class JointSplit(Rows):
     """Several splits after each other, seen as one: of several data sets, or two of one data set.
 
-    Of several data sets, identities and cameras never meet: they are numbered from 0 without gaps, those of each data
-    set after those of the ones before it; negative ones (not known) stay -1. File names begin with the data set's name.
+    Of several data sets, identities and cameras are numbered from 0 without gaps, those of each data set after those of
+    the ones before it, so that none are shared; negative ones (not known) become -1. File names begin with the data
+    set's name.
 
     Attributes:
       name: names of the data sets, joined by `+`.
@@ -138,7 +134,6 @@ class JointSplit(Rows):
         pids, camids = (combined([getattr(part, column) for part in self.parts]) for column in ("pids", "camids"))
         super().__init__(name, self.parts[0].split, pids, camids)
         self._firsts = [0, *np.cumsum([len(part) for part in self.parts]).tolist()]
-        self.source = range(len(self))
 
     def record(self, index: int, /) -> records.Record:
         """See `Rows.record`; with the identity, camera and file name of the union."""
@@ -171,10 +166,7 @@ def load_split(data_dir: Path, dataset: str, split: str) -> Split:
     Args:
       data_dir: the folder or URL given to the conversion as `--data_dir`.
       dataset: name of the data set.
-      split: `train`, `query` or `gallery`.
-
-    Returns:
-      The split.
+      split: one of `split_names`.
 
     Raises:
       ConfigError: the name cannot be one of a data set.
@@ -182,21 +174,18 @@ def load_split(data_dir: Path, dataset: str, split: str) -> Split:
         shard is missing, cut short or damaged.
     """
     folder = _version_folder(files.tidy(data_dir), dataset)
-    lengths = _shard_lengths(files.join(folder, records.INFO_FILE), split)
-    names = [records.shard_name(dataset, split, shard, len(lengths)) for shard in range(len(lengths))]
-    source = RecordSource([files.join(folder, name) for name in names], lengths)
-    return Split(dataset, split, source)
+    lengths = _shard_lengths(folder)
+    if split not in lengths:
+        info = files.join(folder, records.INFO_FILE)
+        raise DataError(f"{info}: there is no split {split!r}, there are {', '.join(sorted(lengths))}")
+    shards = len(lengths[split])
+    names = [records.shard_name(dataset, split, shard, shards) for shard in range(shards)]
+    return Split(dataset, split, RecordSource([files.join(folder, name) for name in names], lengths[split]))
 
 
 def split_names(data_dir: Path, dataset: str) -> list[str]:
-    """Names of the splits that a converted data set has.
-
-    Raises:
-      ConfigError: as `load_split`.
-      DataError: as `load_split`.
-    """
-    folder = _version_folder(files.tidy(data_dir), dataset)
-    return sorted(_all_lengths(files.join(folder, records.INFO_FILE)))
+    """Names of the splits that a converted data set has; raises as `load_split`."""
+    return sorted(_shard_lengths(_version_folder(files.tidy(data_dir), dataset)))
 
 
 def relabel(pids: Int[np.ndarray, " n"]) -> Int32[np.ndarray, " n"]:
@@ -230,17 +219,9 @@ def _version_folder(data_dir: str, dataset: str) -> str:
     return max(versions)[1]
 
 
-def _shard_lengths(info: str, split: str) -> list[int]:
-    """Records per shard of a split, as the conversion wrote them down."""
-    lengths = _all_lengths(info)
-    if split not in lengths:
-        raise DataError(f"{info}: there is no split {split!r}, there are {', '.join(sorted(lengths))}")
-    return lengths[split]
-
-
-def _all_lengths(info: str) -> dict[str, list[int]]:
-    """Records per shard of every split."""
-    fix = "convert the data set again"
+def _shard_lengths(folder: str) -> dict[str, list[int]]:
+    """Records per shard of every split, as the conversion wrote them down."""
+    info, fix = files.join(folder, records.INFO_FILE), "convert the data set again"
     try:
         description = json.loads(files.read(info).decode())
         lengths = {entry["name"]: [int(n) for n in entry["shardLengths"]] for entry in description["splits"]}

@@ -12,8 +12,10 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
+from jaxtyping import Int64
 
 from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import DataError, printable
@@ -21,7 +23,7 @@ from dmosnet_jax.core.safe_npz import read_arrays
 from dmosnet_jax.data.rankings import identity, read_ranking
 from dmosnet_jax.data.splits import Split, Subset
 
-# Reading every name means reading every record: from so many images on, what was found is kept beside the list.
+# Reading every name means reading every record: from so many images on, the matches are cached beside the list.
 KEEP_FROM = 100_000
 _SUFFIX = re.compile(r"(?<=[^/])\.(?:jpe?g|png|bmp|webp)$", re.IGNORECASE)
 
@@ -31,14 +33,14 @@ class Matches:
     """Where the names of a list are in a data set.
 
     Attributes:
-      rows: of the data set, best first, int64 [M]; each once.
+      rows: of the data set, best first; each once.
       listed: entries of the list.
       unmatched: entries that name no image of the data set.
       repeated: entries that name an image for the second time.
       how: what of the names was compared.
     """
 
-    rows: np.ndarray
+    rows: Int64[np.ndarray, " m"]
     listed: int
     unmatched: int = 0
     repeated: int = 0
@@ -56,13 +58,13 @@ def choose(
     """The best images of a split by a score file or a list of names.
 
     The first `share_count(len(split), share)` images of the order are kept, or all of it where it has fewer; they stay
-    in the order of the records. Equal arguments and files give equal subsets.
+    in the order of the records.
 
     Args:
       split: the whole split.
       path: see `rankings.read_ranking`.
       share: of the split's images, in (0, 1].
-      names: gives the file names of the split; None reads them without a word.
+      names: gives the file names of the split; None reads them without showing progress.
 
     Returns:
       The subset, and a sentence about it.
@@ -85,20 +87,16 @@ def choose(
 def ranked_rows(
     split: Split, path: str | os.PathLike[str], *, names: Callable[[], Sequence[str]] | None = None
 ) -> Matches:
-    """Rows of a split in the order of a score file or a list of names; see `choose`.
-
-    Raises:
-      DataError: as `choose`.
-    """
-    kept = _StoredMatches(path, split) if len(split) >= KEEP_FROM else None
-    if kept is not None and (found := kept.read()) is not None:
+    """Rows of a split in the order of a score file or a list of names; arguments and errors as for `choose`."""
+    cache = _MatchCache(path, split) if len(split) >= KEEP_FROM else None
+    if cache is not None and (found := cache.read()) is not None:
         return found
     ranking = read_ranking(path, split)
     if isinstance(ranking, np.ndarray):
         return Matches(ranking, listed=len(ranking))
     found = _match(ranking, split.filenames() if names is None else names(), f"{split.name} {split.split}", path)
-    if kept is not None:
-        kept.write(found)
+    if cache is not None:
+        cache.write(found)
     return found
 
 
@@ -131,19 +129,17 @@ def _match(listed: Sequence[str], names: Sequence[str], what: str, path: str | o
     return Matches(present[first], len(listed), len(listed) - count, len(present) - len(first), how)
 
 
-Form = Callable[[str], str]
-
-
-def _forms(listed: Sequence[str], names: Sequence[str]) -> list[tuple[str, Form]]:
+def _forms(listed: Sequence[str], names: Sequence[str]) -> list[tuple[str, Callable[[str], str]]]:
+    """Forms of a name that may be compared, the most telling first, each with its description."""
     depth = min(_path(listed[0]).count("/"), _path(names[0]).count("/")) + 1
     return [
         ("path", _path),
         ("path without suffix", _stem),
-        *((f"the last {parts} parts of the path", _Last(parts)) for parts in range(depth, 1, -1)),
-        ("file name", _Last(1)),
+        *((f"the last {parts} parts of the path", partial(_last, parts)) for parts in range(depth, 1, -1)),
+        ("file name", partial(_last, 1)),
         ("path joined by _", lambda name: _stem(name).replace("/", "_")),
         # LUPerson's country, city, video and image, and the same without the video.
-        *((f"the last {parts} parts of the path joined by _", _Last(parts, "_")) for parts in (4, 3)),
+        *((f"the last {parts} parts of the path joined by _", partial(_last, parts, join="_")) for parts in (4, 3)),
     ]
 
 
@@ -152,34 +148,27 @@ def _path(name: str) -> str:
 
 
 def _stem(name: str) -> str:
-    # What stands behind another point belongs to the name.
+    # Only the suffixes of images are removed: other points belong to the name.
     return _SUFFIX.sub("", _path(name))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Last:
-    """The last parts of a path, without suffix."""
-
-    parts: int
-    between: str = "/"
-
-    def __call__(self, name: str) -> str:
-        return self.between.join(_stem(name).rsplit("/", self.parts)[-self.parts :])
+def _last(parts: int, name: str, join: str = "/") -> str:
+    return join.join(_stem(name).rsplit("/", parts)[-parts:])
 
 
-class _StoredMatches:
-    """What was found for a list in a data set, in a file beside the list."""
+class _MatchCache:
+    """The rows that a list names in a data set, in a file beside the list."""
 
     def __init__(self, path: str | os.PathLike[str], split: Split):
-        place = pathlib.Path(path)
+        ranking = pathlib.Path(path)
         self._identity = identity(split)
         self._digest = ""
-        with contextlib.suppress(OSError), place.open("rb") as file:
+        with contextlib.suppress(OSError), ranking.open("rb") as file:
             self._digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._path = place.with_name(f"{place.name}.rows-{self._identity[:16]}.npz")
+        self._path = ranking.with_name(f"{ranking.name}.rows-{self._identity[:16]}.npz")
 
     def read(self) -> Matches | None:
-        """None where there is none, or it is of another list or data set."""
+        """The rows; None where there is no file, or it is damaged or of another list or data set."""
         try:
             stored = read_arrays(self._path)
             if (str(stored["identity"]), str(stored["digest"])) != (self._identity, self._digest):
@@ -187,11 +176,10 @@ class _StoredMatches:
             counts = {name: int(stored[name]) for name in ("listed", "unmatched", "repeated")}
             return Matches(stored["rows"].astype(np.int64), **counts, how=str(stored["how"]))
         except Exception:
-            # Whatever is wrong with it, it is only a cache.
             return None
 
     def write(self, found: Matches) -> None:
-        """Keeps it, where the folder can be written to."""
+        """Writes the file, where the folder allows it."""
         values = dataclasses.asdict(found) | {"identity": self._identity, "digest": self._digest}
         with contextlib.suppress(OSError), files.create(self._path) as file:
             np.savez(file, **values)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dmosnet_jax.core.errors import DataError
@@ -37,14 +38,8 @@ _UPRIGHT = {
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
 
 
-def decode(data: bytes) -> np.ndarray:
-    """Decodes an image of any mode, upright; transparency is dropped, 16-bit grey keeps its upper byte.
-
-    Args:
-      data: an encoded JPEG, PNG, BMP or WebP file.
-
-    Returns:
-      uint8 [h, w, 3] RGB.
+def decode(data: bytes) -> UInt8[np.ndarray, "h w 3"]:
+    """Decodes a JPEG, PNG, BMP or WebP file to upright RGB; transparency is dropped, 16-bit grey keeps its upper byte.
 
     Raises:
       DataError: the bytes are not such an image, or are damaged or cut short. The caller knows the file and names it.
@@ -52,16 +47,10 @@ def decode(data: bytes) -> np.ndarray:
     return np.asarray(_decode(data))
 
 
-def resize(image: np.ndarray, size: tuple[int, int], interpolation: str = DEFAULT_FILTER) -> np.ndarray:
-    """Resizes as `PIL.Image.resize((W, H), filter)` does, bit for bit.
-
-    Args:
-      image: uint8 [h, w, 3].
-      size: (H, W) in pixels, height first.
-      interpolation: a key of `FILTERS`.
-
-    Returns:
-      uint8 [H, W, 3].
+def resize(
+    image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int], interpolation: str = DEFAULT_FILTER
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Resizes to (height, width) by one of `FILTERS` as `PIL.Image.resize` does, bit for bit.
 
     Raises:
       ValueError: image is not uint8 [h, w, 3].
@@ -76,17 +65,8 @@ def load(
     size: tuple[int, int],
     interpolation: str = DEFAULT_FILTER,
     change: Callable[[Image.Image], Image.Image] | None = None,
-) -> np.ndarray:
-    """`resize(decode(data), size, interpolation)`, without the array in between.
-
-    Args:
-      data: an encoded image.
-      size: (H, W) in pixels, height first.
-      interpolation: a key of `FILTERS`.
-      change: applied to the RGB image before it is resized.
-
-    Returns:
-      uint8 [H, W, 3] RGB.
+) -> UInt8[np.ndarray, "height width 3"]:
+    """`resize(decode(data), size, interpolation)`, with `change` applied to the RGB image in between.
 
     Raises:
       DataError: as `decode`.

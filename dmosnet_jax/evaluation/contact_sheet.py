@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Float, Int64
 from PIL import Image, ImageDraw, ImageFont
 
 from dmosnet_jax.core.errors import DataError
@@ -18,18 +19,8 @@ _GAP, _MARGIN, _CAPTION, _LABEL, _HEAD = 8, 16, 18, 104, 34
 _PAPER, _INK, _SOFT, _FRAME = "#ffffff", "#1c2330", "#5b6472", "#eceef1"
 
 
-def rows_at(count: int, columns: int, positions: Sequence[float] = POSITIONS) -> np.ndarray:
-    """Ranks of the images to show.
-
-    Args:
-        count: images of the order.
-        columns: neighbours in the order to show at each position, fewer where there are fewer images.
-        positions: in percent of the order.
-
-    Returns:
-        int64 [len(positions), min(columns, count)]: neighbours around the position, the first ones at 0 and the last
-        ones at 100.
-    """
+def rows_at(count: int, columns: int, positions: Sequence[float] = POSITIONS) -> Int64[np.ndarray, "positions columns"]:
+    """Ranks, among `count`, of the neighbours around each position (percent): the first at 0 and the last at 100."""
     columns = min(columns, count)
     centres = np.round(np.asarray(positions) / 100 * (count - 1)).astype(np.int64)
     firsts = np.clip(centres - columns // 2, 0, count - columns)
@@ -38,7 +29,7 @@ def rows_at(count: int, columns: int, positions: Sequence[float] = POSITIONS) ->
 
 def write_contact_sheet(
     path: str | os.PathLike[str],
-    scores: np.ndarray,
+    scores: Float[np.ndarray, " n"],
     image: Callable[[int], bytes],
     *,
     title: str,
@@ -49,7 +40,7 @@ def write_contact_sheet(
 
     Args:
         path: the `.png` file.
-        scores: float [N], higher is better; equal ones keep their order.
+        scores: higher is better; equal ones keep their order.
         image: gives the encoded image of a row.
         title: a line above the images.
         columns: images of each position.

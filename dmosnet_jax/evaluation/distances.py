@@ -3,21 +3,22 @@
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from jaxtyping import Float, Float32
 
 from dmosnet_jax.core.errors import ConfigError, DataError
 
 METRICS = ("cosine", "euclidean")
 # (start, stop) -> float [stop - start, G], the distances of those queries.
 DistanceSource = Callable[[int, int], np.ndarray]
-Distance = np.ndarray | DistanceSource
+Distance = Float[np.ndarray, "q g"] | DistanceSource
 
 
-def prepare(features: np.ndarray, metric: str, name: str) -> np.ndarray:
-    """Checked float32 features [N, D], L2-normalised for the cosine metric.
+def prepare(features: np.ndarray, metric: str, name: str) -> Float32[np.ndarray, "n d"]:
+    """Checked features, L2-normalised for the cosine metric.
 
     Raises:
         ConfigError: unknown metric.
-        DataError: not a matrix, empty, or values that are not finite; `name` is told.
+        DataError: not a matrix, empty, or values that are not finite; gives `name`.
     """
     if metric not in METRICS:
         raise ConfigError(f"evaluation: metric={metric!r} is unknown; use one of {', '.join(METRICS)}")
@@ -40,7 +41,7 @@ def prepare(features: np.ndarray, metric: str, name: str) -> np.ndarray:
 
 def prepare_pair(
     query_features: np.ndarray, gallery_features: np.ndarray, metric: str
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Float32[np.ndarray, "q d"], Float32[np.ndarray, "g d"]]:
     """`prepare` for both sets, which must have features of one length (DataError)."""
     queries, gallery = prepare(query_features, metric, "query"), prepare(gallery_features, metric, "gallery")
     if queries.shape[1] != gallery.shape[1]:
@@ -51,8 +52,10 @@ def prepare_pair(
     return queries, gallery
 
 
-def distance_block(queries: np.ndarray, gallery: np.ndarray, metric: str) -> np.ndarray:
-    """Distances float32 [Q, G] of prepared features: 1 - cosine, or the squared Euclidean distance."""
+def distance_block(
+    queries: Float32[np.ndarray, "q d"], gallery: Float32[np.ndarray, "g d"], metric: str
+) -> Float32[np.ndarray, "q g"]:
+    """Distances of prepared features: 1 - cosine, or the squared Euclidean distance."""
     product = queries @ gallery.T
     if metric == "cosine":
         return np.subtract(np.float32(1), product, out=product)

@@ -7,17 +7,95 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float32
 
 from dmosnet_jax.core.parallel import by_rows, replicated, to_devices, to_host
 from dmosnet_jax.data import augment
-from dmosnet_jax.data.loading import ImageCache, Images
+from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.pipeline import evaluation_batches
+from dmosnet_jax.data.splits import Rows
 from dmosnet_jax.data.transforms import DEFAULT_FILTER
 from dmosnet_jax.models import Model
 from dmosnet_jax.train.metrics import progress_bar
 
 # Batches under way at once: enough to keep the devices busy while the host decodes, few enough to hold in memory.
 _IN_FLIGHT = 4
+
+
+class BatchProgram:
+    """A program over batches of images, compiled once, for any number of splits and weights."""
+
+    def __init__(
+        self,
+        program: Callable[[Any, jax.Array], jax.Array],
+        mesh: Mesh,
+        *,
+        image_size: tuple[int, int],
+        interpolation: str,
+        batch_size: int,
+        threads: int,
+        workers: int,
+    ):
+        """Prepares the program.
+
+        Args:
+            program: from weights, the same on every device, and uint8 [B, H, W, 3] to [B, ...].
+            mesh: the devices, over which batches are split by rows.
+            image_size: (H, W) in pixels.
+            interpolation: filter that resizes, a key of `transforms.FILTERS`.
+            batch_size: global batch size, rounded up to a multiple of the devices.
+            threads: decoding threads per process.
+            workers: decoding processes; not used with a cache.
+        """
+        rows = by_rows(mesh)
+        self._program = jax.jit(program, in_shardings=(replicated(mesh), rows), out_shardings=rows)
+        self._mesh, self._workers = mesh, workers
+        self._options: dict[str, Any] = {
+            "image_size": image_size,
+            "interpolation": interpolation,
+            "batch_size": -(-batch_size // mesh.size) * mesh.size,
+            "threads": threads,
+        }
+
+    def __call__(self, weights: Any, split: Rows, *, cache: ImageCache | None = None) -> Iterator[np.ndarray]:
+        """The program's values for every image in order, computed while the next images are decoded.
+
+        Args:
+            weights: tree of arrays, on the host or on every device.
+            split: the images.
+            cache: decoded images of this split.
+
+        Yields:
+            [b, ...] with b = B but for the last batch, the same on every process.
+
+        Raises:
+            DataError: a record or image can't be read.
+        """
+        weights = jax.device_put(weights, replicated(self._mesh))
+        left = len(split)
+        waiting: collections.deque[jax.Array] = collections.deque()
+
+        def oldest() -> np.ndarray:
+            nonlocal left
+            values = to_host(waiting.popleft())[:left]
+            left -= len(values)
+            return values
+
+        batches = evaluation_batches(
+            split,
+            workers=0 if cache is not None else self._workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            cache=cache,
+            **self._options,
+        )
+        for batch in batches:
+            images = to_devices({"image": batch["image"]}, self._mesh)["image"]
+            waiting.append(self._program(weights, images))
+            if len(waiting) > _IN_FLIGHT:
+                yield oldest()
+        while waiting:
+            yield oldest()
 
 
 class Extractor:
@@ -35,34 +113,27 @@ class Extractor:
         mean: Sequence[float] = augment.IMAGENET_MEAN,
         std: Sequence[float] = augment.IMAGENET_STD,
     ):
-        """Prepares the program.
+        """Prepares the program: `mean` and `std` per channel in [0, 1] units, otherwise as `BatchProgram`."""
 
-        Args:
-            model: the network.
-            mesh: the devices.
-            batch_size: global batch size, rounded up to a multiple of the devices.
-            threads: decoding threads per process.
-            workers: decoding processes.
-            interpolation: filter that resizes the images, a key of `transforms.FILTERS`.
-            mean: per channel, in [0, 1] units.
-            std: per channel, in [0, 1] units.
-        """
-        self._mesh, self._image_size, self._interpolation = mesh, model.image_size, interpolation
-        self._batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._threads, self._workers = threads, workers
-
-        def forward(params, stats, images):
+        def forward(weights, images):
+            params, stats = weights
             outputs, _ = model.apply(params, stats, augment.normalise(images, mean, std), train=False)
             return outputs["feature"]
 
-        placed = by_rows(mesh)
-        everywhere = replicated(mesh)
-        self._forward = jax.jit(forward, in_shardings=(everywhere, everywhere, placed), out_shardings=placed)
+        self._forward = BatchProgram(
+            forward,
+            mesh,
+            image_size=model.image_size,
+            interpolation=interpolation,
+            batch_size=batch_size,
+            threads=threads,
+            workers=workers,
+        )
 
     def __call__(
-        self, params: Any, stats: Any, split: Images, *, label: str = "extract", cache: ImageCache | None = None
-    ) -> np.ndarray:
-        """Features of all images.
+        self, params: Any, stats: Any, split: Rows, *, label: str = "extract", cache: ImageCache | None = None
+    ) -> Float32[np.ndarray, "n e"]:
+        """Features of all images, not L2-normalised, the same on every process.
 
         Args:
             params: parameter tree, on the host or on every device.
@@ -71,86 +142,12 @@ class Extractor:
             label: of the progress bar.
             cache: decoded images of this split.
 
-        Returns:
-            float32 [N, E], not L2-normalised, the same on every process.
-
         Raises:
             DataError: a record or image can't be read.
         """
-        params, stats = jax.device_put((params, stats), replicated(self._mesh))
         done: list[np.ndarray] = []
-        with progress_bar(len(split.source), label=label) as bar:
-            for features in in_batches(
-                lambda images: self._forward(params, stats, images),
-                split,
-                self._mesh,
-                image_size=self._image_size,
-                interpolation=self._interpolation,
-                batch_size=self._batch_size,
-                threads=self._threads,
-                workers=self._workers,
-                cache=cache,
-            ):
+        with progress_bar(len(split), label=label) as bar:
+            for features in self._forward((params, stats), split, cache=cache):
                 done.append(features)
                 bar.update(len(features))
         return np.concatenate(done)
-
-
-def in_batches(
-    program: Callable[[jax.Array], jax.Array],
-    split: Images,
-    mesh: Mesh,
-    *,
-    image_size: tuple[int, int],
-    interpolation: str,
-    batch_size: int,
-    threads: int,
-    workers: int,
-    cache: ImageCache | None = None,
-) -> Iterator[np.ndarray]:
-    """What a program gives for every image of a split, in order, while the next images are decoded.
-
-    Args:
-        program: from uint8 [B, H, W, 3] to [B, ...], both split by rows over the devices.
-        split: the images.
-        mesh: the devices.
-        image_size: (H, W) in pixels.
-        interpolation: filter that resizes, a key of `transforms.FILTERS`.
-        batch_size: of the global batch; a multiple of the devices.
-        threads: decoding threads per process.
-        workers: decoding processes; not used with a cache.
-        cache: decoded images of this split.
-
-    Yields:
-        [b, ...] with b = B but for the last batch, the same on every process.
-
-    Raises:
-        DataError: a record or image can't be read.
-    """
-    batches = evaluation_batches(
-        split,
-        image_size=image_size,
-        interpolation=interpolation,
-        batch_size=batch_size,
-        threads=threads,
-        workers=0 if cache is not None else workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        cache=cache,
-    )
-    left = len(split.source)
-    waiting: collections.deque[jax.Array] = collections.deque()
-
-    def oldest() -> np.ndarray:
-        nonlocal left
-        values = to_host(waiting.popleft())[:left]
-        left -= len(values)
-        return values
-
-    for batch in batches:
-        images = to_devices({"image": batch["image"]}, mesh)["image"]
-        waiting.append(program(images))
-        if len(waiting) > _IN_FLIGHT:
-            yield oldest()
-    while waiting:
-        yield oldest()

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Float64, Int64, Integer
 
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.kernels import jit, map_rows
@@ -32,9 +33,9 @@ class Ranking:
         num_query: queries.
         num_valid_query: queries with a match, which the scores are means over.
         num_gallery: gallery images.
-        cmc: float64 [max_rank], cumulative matching characteristic.
-        average_precision: float64 [num_query], NaN for queries without a match.
-        first_match: int64 [num_query], rank from 1 of the first match, 0 for queries without one.
+        cmc: cumulative matching characteristic.
+        average_precision: NaN for queries without a match.
+        first_match: rank from 1 of the first match, 0 for queries without one.
     """
 
     mAP: float  # noqa: N815 - the field of results.json
@@ -45,9 +46,9 @@ class Ranking:
     num_query: int
     num_valid_query: int
     num_gallery: int
-    cmc: np.ndarray
-    average_precision: np.ndarray
-    first_match: np.ndarray
+    cmc: Float64[np.ndarray, " max_rank"]
+    average_precision: Float64[np.ndarray, " q"]
+    first_match: Int64[np.ndarray, " q"]
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
@@ -62,18 +63,18 @@ class RankingLists:
     """The first gallery images of some queries, for rank-list figures.
 
     Attributes:
-        queries: int64 [M], rows of the query set.
-        indices: int64 [M, top], gallery rows in ranking order; -1 where fewer are left.
-        distances: float32 [M, top], NaN where fewer are left.
-        match: bool [M, top], same identity from another camera.
-        junk: bool [M, top], same identity from the same camera.
+        queries: rows of the query set.
+        indices: gallery rows in ranking order; -1 where fewer are left.
+        distances: NaN where fewer are left.
+        match: same identity from another camera.
+        junk: same identity from the same camera.
     """
 
-    queries: np.ndarray
-    indices: np.ndarray
-    distances: np.ndarray
-    match: np.ndarray
-    junk: np.ndarray
+    queries: Int64[np.ndarray, " m"]
+    indices: Int64[np.ndarray, "m top"]
+    distances: Float32[np.ndarray, "m top"]
+    match: Bool[np.ndarray, "m top"]
+    junk: Bool[np.ndarray, "m top"]
 
 
 @jit()
@@ -120,13 +121,6 @@ def _rank_matches(distance, query0, query_ids, query_cams, gallery_ids, gallery_
         inp[query] = count / (ahead + count)
 
 
-def _rank_block(part: np.ndarray, query0: int, labels: tuple, out: tuple, threads: int | None) -> None:
-    def task(start: int, stop: int) -> None:
-        _rank_matches(part, query0, *labels, start, stop, *out)
-
-    map_rows(task, part.shape[0], threads=threads, task_rows=64)
-
-
 def _labels(query_ids, gallery_ids, query_cams, gallery_cams) -> tuple[np.ndarray, ...]:
     arrays = tuple(np.ascontiguousarray(a, np.int64) for a in (query_ids, gallery_ids, query_cams, gallery_cams))
     q_ids, g_ids, q_cams, g_cams = arrays
@@ -139,12 +133,12 @@ def _labels(query_ids, gallery_ids, query_cams, gallery_cams) -> tuple[np.ndarra
 
 
 def evaluate(
-    query_features: np.ndarray | None,
-    gallery_features: np.ndarray | None,
-    query_ids: np.ndarray,
-    gallery_ids: np.ndarray,
-    query_cams: np.ndarray,
-    gallery_cams: np.ndarray,
+    query_features: Float[np.ndarray, "q d"] | None,
+    gallery_features: Float[np.ndarray, "g d"] | None,
+    query_ids: Integer[np.ndarray, " q"],
+    gallery_ids: Integer[np.ndarray, " g"],
+    query_cams: Integer[np.ndarray, " q"],
+    gallery_cams: Integer[np.ndarray, " g"],
     *,
     metric: str = "cosine",
     max_rank: int = 50,
@@ -155,15 +149,15 @@ def evaluate(
     """CMC, mAP and mINP of every query against the gallery.
 
     Args:
-        query_features: float [Q, D]; None when `distance` is given.
-        gallery_features: float [G, D]; None when `distance` is given.
-        query_ids: int [Q].
-        gallery_ids: int [G].
-        query_cams: int [Q].
-        gallery_cams: int [G].
+        query_features: None when `distance` is given, as `gallery_features`.
+        gallery_features: of the same length.
+        query_ids: identities; -1 where unknown.
+        gallery_ids: likewise.
+        query_cams: cameras.
+        gallery_cams: likewise.
         metric: "cosine" (features are L2-normalised here) or "euclidean" (features as they are).
         max_rank: length of the CMC curve.
-        distance: distances instead of features: [Q, G], or a function (start, stop) -> [stop - start, G].
+        distance: distances instead of features, or a function from (start, stop) to those of the queries between.
         block: queries per block; no more distances are held at a time.
         threads: worker threads, default all cores.
 
@@ -181,7 +175,11 @@ def evaluate(
     labels = (q_ids, q_cams, g_ids, g_cams)
     source = distances.source(query_features, gallery_features, metric, distance)
     for query0, part in distances.blocks(source, (queries, gallery), block):
-        _rank_block(part, query0, labels, (precision, first, penalty), threads)
+
+        def rank(start: int, stop: int, query0: int = query0, part: np.ndarray = part) -> None:
+            _rank_matches(part, query0, *labels, start, stop, precision, first, penalty)
+
+        map_rows(rank, len(part), threads=threads, task_rows=64)
     valid = first > 0
     if not valid.any():
         raise DataError(
@@ -206,14 +204,14 @@ def evaluate(
 
 
 def ranking_lists(
-    query_features: np.ndarray | None,
-    gallery_features: np.ndarray | None,
-    query_ids: np.ndarray,
-    gallery_ids: np.ndarray,
-    query_cams: np.ndarray,
-    gallery_cams: np.ndarray,
+    query_features: Float[np.ndarray, "q d"] | None,
+    gallery_features: Float[np.ndarray, "g d"] | None,
+    query_ids: Integer[np.ndarray, " q"],
+    gallery_ids: Integer[np.ndarray, " g"],
+    query_cams: Integer[np.ndarray, " q"],
+    gallery_cams: Integer[np.ndarray, " g"],
     *,
-    queries: np.ndarray,
+    queries: Integer[np.ndarray, " m"],
     top: int = 10,
     keep_junk: bool = False,
     metric: str = "cosine",
@@ -221,21 +219,11 @@ def ranking_lists(
 ) -> RankingLists:
     """The first gallery images of chosen queries.
 
-    Args:
-        query_features: float [Q, D]; None when `distance` is given.
-        gallery_features: float [G, D]; None when `distance` is given.
-        query_ids: int [Q].
-        gallery_ids: int [G].
-        query_cams: int [Q].
-        gallery_cams: int [G].
-        queries: int [M], rows of the query set.
-        top: list length.
-        keep_junk: leave junk images in the lists, flagged, instead of taking them out.
-        metric: as in `evaluate`.
-        distance: as in `evaluate`.
+    Features, labels, metric and distance are those of `evaluate`.
 
     Returns:
-        `RankingLists`, in the order of `queries`.
+        Lists of `top` images in the order of `queries`, rows of the query set; junk images are taken out, or flagged
+        with `keep_junk`.
     """
     q_ids, g_ids, q_cams, g_cams = _labels(query_ids, gallery_ids, query_cams, gallery_cams)
     queries = np.asarray(queries, np.int64)

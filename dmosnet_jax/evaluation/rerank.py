@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float, Float32
 
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.evaluation.distances import distance_block, prepare_pair
@@ -22,27 +23,27 @@ class Reranked:
     """Re-ranked distances, computed a block of queries at a time; `ranking.evaluate` takes it as its `distance`.
 
     Attributes:
-        features: float32 [Q + G, D], queries first.
+        features: queries first.
         weights: their descriptions.
         inverted: inverted index of the weights.
-        largest: float32 [Q + G], largest squared distance of each row.
+        largest: largest squared distance of each row.
         num_query: Q.
         lambda_value: share of the original distance.
         metric: metric of the original distance.
         threads: worker threads.
     """
 
-    features: np.ndarray
+    features: Float32[np.ndarray, "n d"]
     weights: jaccard.SparseRows
     inverted: jaccard.SparseRows
-    largest: np.ndarray
+    largest: Float32[np.ndarray, " n"]
     num_query: int
     lambda_value: float
     metric: str
     threads: int | None = None
 
-    def __call__(self, start: int, stop: int) -> np.ndarray:
-        """Distances float32 [stop - start, G] of the queries `start..stop`."""
+    def __call__(self, start: int, stop: int) -> Float32[np.ndarray, "q g"]:
+        """Distances of the queries `start..stop`."""
         rows = np.arange(start, min(stop, self.num_query))
         original = distance_block(self.features[rows], self.features[self.num_query :], self.metric) ** 2
         original /= self.largest[rows, None]
@@ -51,14 +52,14 @@ class Reranked:
         final += original * np.float32(self.lambda_value)
         return final
 
-    def dense(self) -> np.ndarray:
-        """All distances, float32 [Q, G]."""
+    def dense(self) -> Float32[np.ndarray, "q g"]:
+        """All distances."""
         return self(0, self.num_query)
 
 
 def rerank(
-    query_features: np.ndarray,
-    gallery_features: np.ndarray,
+    query_features: Float[np.ndarray, "q d"],
+    gallery_features: Float[np.ndarray, "g d"],
     *,
     k1: int = 20,
     k2: int = 6,
@@ -70,8 +71,8 @@ def rerank(
     """Prepares re-ranked distances between queries and gallery.
 
     Args:
-        query_features: float [Q, D].
-        gallery_features: float [G, D].
+        query_features: of the queries.
+        gallery_features: of the gallery.
         k1: neighbours of the k-reciprocal sets, besides the image itself.
         k2: neighbours of query expansion, the image itself included.
         lambda_value: share of the original distance in the result, 0 to 1.

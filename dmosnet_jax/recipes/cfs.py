@@ -13,7 +13,7 @@ from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.parallel import make_mesh, print_once
 from dmosnet_jax.data import rankings
 from dmosnet_jax.data.records import TRAIN, Record
-from dmosnet_jax.data.splits import Split, Subset, load_split
+from dmosnet_jax.data.splits import Rows, Split, Subset, load_split
 from dmosnet_jax.data.subset import share_count
 from dmosnet_jax.evaluation.contact_sheet import POSITIONS, write_contact_sheet
 from dmosnet_jax.evaluation.forgetting import ForgettingScorer, Proxy
@@ -119,12 +119,12 @@ def _score(config: Any, chunks: Chunks, proxies: list[Proxy]) -> np.ndarray:
     return chunks.scores() if jax.process_index() == 0 else np.empty(0, np.float32)
 
 
-class _Naming:
+class _Naming(Rows):
     """A chunk that keeps the names of the records it reads, so that they need not be read twice."""
 
     def __init__(self, images: Subset):
-        self.images, self.name, self.source = images, images.name, images.source
-        self.pids, self.camids = images.pids, images.camids
+        super().__init__(images.name, images.split, images.pids, images.camids)
+        self.images = images
         self._names: dict[int, str] = {}
 
     def record(self, index: int, /) -> Record:

@@ -1,6 +1,5 @@
 """Features of a user's own images."""
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -11,33 +10,22 @@ from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.data.records import Record
+from dmosnet_jax.data.splits import Rows
 from dmosnet_jax.recipes.network import open_network, require_paths
 from dmosnet_jax.recipes.scoring import make_extractor
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageFiles:
-    """Image files seen as a split, with `files` relative to `root`."""
+class ImageFiles(Rows):
+    """Image files seen as a split, with `files` relative to `root`; neither identities nor cameras are known."""
 
-    root: pathlib.Path
-    files: tuple[str, ...]
-    name: str = "images"
+    def __init__(self, root: pathlib.Path, files: tuple[str, ...]):
+        unknown = np.full(len(files), -1, np.int32)
+        super().__init__("images", "", unknown, unknown)
+        self.root, self.files = root, files
 
-    @property
-    def source(self) -> tuple[str, ...]:
-        """The files, one a row."""
-        return self.files
-
-    @property
-    def pids(self) -> np.ndarray:
-        """int32 [N] of -1: neither identities nor cameras are known."""
-        return np.full(len(self.files), -1, np.int32)
-
-    camids = pids
-
-    def record(self, index: int) -> Record:
+    def record(self, index: int, /) -> Record:
         """The file's bytes.
 
         Raises:

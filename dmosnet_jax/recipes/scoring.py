@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dmosnet_jax.core.config import joined
-from dmosnet_jax.data.loading import ImageCache, Images
-from dmosnet_jax.data.splits import Split, load_split
+from dmosnet_jax.data.loading import ImageCache
+from dmosnet_jax.data.splits import Rows, Split, load_split
 from dmosnet_jax.evaluation import ranking, report
 from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.evaluation.report_charts import charts_from_metrics
@@ -104,7 +104,7 @@ def make_extractor(config: Any, model: Model, mesh: Mesh) -> Extractor:
     )
 
 
-def image_cache(config: Any, split: Images) -> ImageCache | None:
+def image_cache(config: Any, split: Rows) -> ImageCache | None:
     """A cache of decoded images where the config's budget holds the whole split."""
     if config.data.workers or not config.data.cache_mib:
         return None

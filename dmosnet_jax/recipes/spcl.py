@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from dmosnet_jax.core.errors import ConfigError
-from dmosnet_jax.data.pipeline import TrainStream
+from dmosnet_jax.data.pipeline import Batches
 from dmosnet_jax.data.samplers import class_epoch
 from dmosnet_jax.memory import cluster, hybrid
 from dmosnet_jax.recipes import feature_pass, pseudo_labels
@@ -100,7 +100,7 @@ class Epochs:
         )
         return state.replace(memory=memory), dataclasses.asdict(values)
 
-    def begin(self, run: RunState, epoch: int, offset: int) -> tuple[RunState, TrainStream, Mapping[str, float]]:
+    def begin(self, run: RunState, epoch: int, offset: int) -> tuple[RunState, Batches, Mapping[str, float]]:
         """Clusters the memory and plans the epoch; resumed within one, takes the pseudo-labels from the memory."""
         experiment, config = self.experiment, self.experiment.config
         notes: dict[str, float] = {}

@@ -22,7 +22,7 @@ from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.parallel import check_batch, make_mesh, print_once
 from dmosnet_jax.data.autoaugment import AutoAugment
 from dmosnet_jax.data.loading import ImageCache
-from dmosnet_jax.data.pipeline import TrainStream
+from dmosnet_jax.data.pipeline import Batches, train_batches
 from dmosnet_jax.data.splits import Rows
 from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.export.weights import MODEL_OPTIONS, Weights, describe_run, open_weights
@@ -82,10 +82,10 @@ class Experiment:
         rows = subset_checksum(self.images)
         return found if rows is None else {**found, "subset": rows}
 
-    def stream(self, plan: np.ndarray, *, epoch: int, start: int, labels: np.ndarray | None) -> TrainStream:
+    def stream(self, plan: np.ndarray, *, epoch: int, start: int, labels: np.ndarray | None) -> Batches:
         """Training batches of an epoch's plan from step `start` on."""
         share = self.config.augment.autoaugment
-        return TrainStream(
+        return train_batches(
             self.images,
             plan,
             image_size=self.model.image_size,
@@ -162,7 +162,7 @@ def _schedule(config: Any, images: Rows) -> Schedule:
     )
 
 
-BeginEpoch = Callable[[RunState, int, int], tuple[RunState, TrainStream, Mapping[str, float]]]
+BeginEpoch = Callable[[RunState, int, int], tuple[RunState, Batches, Mapping[str, float]]]
 Prepare = Callable[[TrainState, Mapping[str, Any] | None], tuple[TrainState, Mapping[str, Any]]]
 
 

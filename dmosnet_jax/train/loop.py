@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from dmosnet_jax.core.errors import UserError
 from dmosnet_jax.core.parallel import by_process, to_devices, to_host
-from dmosnet_jax.data.pipeline import TrainStream
+from dmosnet_jax.data.pipeline import Batches
 from dmosnet_jax.train.checkpoints import Checkpoints
 from dmosnet_jax.train.metrics import MetricsWriter, progress_bar, write_json
 from dmosnet_jax.train.state import RunState
@@ -69,7 +69,7 @@ class Recipe:
     """
 
     step: Step
-    begin_epoch: Callable[[RunState, int, int], tuple[RunState, TrainStream, Mapping[str, float]]]
+    begin_epoch: Callable[[RunState, int, int], tuple[RunState, Batches, Mapping[str, float]]]
     evaluate: Callable[[RunState, int], Mapping[str, float] | None]
     files: Callable[[np.ndarray], list[str]]
 

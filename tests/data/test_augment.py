@@ -187,6 +187,7 @@ def test_sharded_equals_unsharded_bit_for_bit_without_communication(rng):
         (np.zeros((2, 4, 4, 3), np.uint8), {"std": (1.0, 0.0, 1.0)}, "std="),
     ],
 )
+@pytest.mark.usefixtures("no_array_checks")
 def test_misuse_raises_while_tracing(images, options, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda x: augmentation.augment(jax.random.key(0), x, **options), images)

@@ -10,7 +10,7 @@ from PIL import Image
 from dmosnet_jax.data import transforms
 from dmosnet_jax.data.autoaugment import OPERATIONS, POLICY, AutoAugment
 from dmosnet_jax.data.loading import ImageCache
-from dmosnet_jax.data.pipeline import TrainStream
+from dmosnet_jax.data.pipeline import train_batches
 from dmosnet_jax.data.records import Record
 
 
@@ -93,8 +93,11 @@ class Photos:
     name = "photos"
 
     def __init__(self, data, count):
-        self.data, self.source = data, range(count)
+        self.data = data
         self.pids = self.camids = np.zeros(count, np.int32)
+
+    def __len__(self):
+        return len(self.pids)
 
     def record(self, index):
         del index
@@ -110,7 +113,7 @@ def test_the_stream_changes_what_is_chosen_before_it_resizes(photo, cached):
     policy = AutoAugment(0.4, seed=7, epoch=1)
     plan = np.random.default_rng(0).integers(0, 40, (6, 8)).astype(np.int32)
     cache = ImageCache(40, size) if cached else None
-    whole = list(TrainStream(split, plan, image_size=size, threads=3, policy=policy, cache=cache))
+    whole = list(train_batches(split, plan, image_size=size, threads=3, policy=policy, cache=cache))
     plain = transforms.load(data, size)
     for step, batch in enumerate(whole):
         chosen = policy.chosen(step, 8)
@@ -122,7 +125,7 @@ def test_the_stream_changes_what_is_chosen_before_it_resizes(photo, cached):
         assert (cache.images[cache.filled] == plain).all()
     # Two processes, resumed in the middle, see their halves of the same.
     for process in range(2):
-        part = TrainStream(
+        part = train_batches(
             split, plan, image_size=size, threads=0, start=2, process_index=process, process_count=2, policy=policy
         )
         for step, batch in enumerate(part, start=2):

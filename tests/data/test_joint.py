@@ -25,7 +25,7 @@ def parts(tmp_path, write_dataset, example):
 
 def test_identities_and_cameras_never_meet(parts):
     union = JointSplit(parts)
-    assert (union.name, union.split, len(union), len(union.source)) == ("market1501+dukemtmc+luperson", "train", 11, 11)
+    assert (union.name, union.split, len(union)) == ("market1501+dukemtmc+luperson", "train", 11)
     assert union.pids.dtype == union.camids.dtype == np.int32
     bounds = np.cumsum([0, *map(len, parts)])
     for values, columns in ((union.pids, [p.pids for p in parts]), (union.camids, [p.camids for p in parts])):

@@ -16,8 +16,8 @@ def long_tailed(rng, n, classes, noise=0):
 
 @pytest.mark.parametrize("instances", [1, 4, 16])
 def test_identity_batches_are_p_by_k(rng, instances):
-    pids, camids = long_tailed(rng, 3000, 90, noise=200)
-    plan = samplers.identity_epoch(pids, camids, batch_size=64, instances=instances, seed=1, epoch=0)
+    pids, _ = long_tailed(rng, 3000, 90, noise=200)
+    plan = samplers.identity_epoch(pids, batch_size=64, instances=instances, seed=1, epoch=0)
     assert plan.dtype == np.int32
     per_batch = 64 // instances
     assert plan.shape[1] == 64
@@ -38,16 +38,16 @@ def test_identity_batches_are_p_by_k(rng, instances):
 
 def test_identity_small_identities_repeat_only_their_own(rng):
     pids = np.repeat(np.arange(8), [1, 2, 3, 1, 2, 3, 2, 1])
-    plan = samplers.identity_epoch(pids, None, batch_size=32, instances=4, seed=0, epoch=0)
+    plan = samplers.identity_epoch(pids, batch_size=32, instances=4, seed=0, epoch=0)
     assert plan.shape == (1, 32)
     assert sorted(set(pids[plan[0]])) == list(range(8))
 
 
 def test_identity_steps_repeat_passes(rng):
-    pids, camids = long_tailed(rng, 400, 20)
+    pids, _ = long_tailed(rng, 400, 20)
     options = {"batch_size": 16, "instances": 4, "seed": 3, "epoch": 2}
-    one_pass = samplers.identity_epoch(pids, camids, **options)
-    plan = samplers.identity_epoch(pids, camids, steps=3 * len(one_pass), **options)
+    one_pass = samplers.identity_epoch(pids, **options)
+    plan = samplers.identity_epoch(pids, steps=3 * len(one_pass), **options)
     assert plan.shape == (3 * len(one_pass), 16)
     np.testing.assert_array_equal(plan[: len(one_pass)], one_pass)
     assert np.any(plan[len(one_pass) : 2 * len(one_pass)] != one_pass)
@@ -129,13 +129,13 @@ def test_class_labels_need_not_be_contiguous(rng):
 
 PLANS = {
     "identity": lambda seed, epoch: samplers.identity_epoch(
-        np.arange(200) // 5, np.arange(200) % 3, batch_size=16, instances=4, seed=seed, epoch=epoch, steps=9
+        np.arange(200) // 5, batch_size=16, instances=4, seed=seed, epoch=epoch, steps=9
     ),
     "class": lambda seed, epoch: samplers.class_epoch(
         np.arange(200) // 5, np.arange(200) % 3, batch_size=16, instances=4, seed=seed, epoch=epoch, steps=9
     ),
     "few identities": lambda seed, epoch: samplers.identity_epoch(
-        np.arange(200) // 25, None, batch_size=16, instances=1, seed=seed, epoch=epoch, steps=20
+        np.arange(200) // 25, batch_size=16, instances=1, seed=seed, epoch=epoch, steps=20
     ),
 }
 
@@ -155,14 +155,14 @@ def test_plans_depend_on_seed_and_epoch_alone(name):
 def test_one_image_of_an_identity_with_few_identities_is_a_shuffled_pass():
     pids = np.arange(104) // 13
     pids[50] = -1
-    plan = samplers.identity_epoch(pids, None, batch_size=10, instances=1, seed=0, epoch=4)
+    plan = samplers.identity_epoch(pids, batch_size=10, instances=1, seed=0, epoch=4)
     assert plan.shape == (10, 10)
     assert plan.dtype == np.int32
     counts = np.bincount(plan.ravel(), minlength=104)
     assert counts.max() == 1
     assert counts[50] == 0
     assert np.any(np.diff(plan.ravel()) != 1)
-    repeated = samplers.identity_epoch(pids, None, batch_size=10, instances=1, seed=0, epoch=4, steps=25)
+    repeated = samplers.identity_epoch(pids, batch_size=10, instances=1, seed=0, epoch=4, steps=25)
     assert repeated.shape == (25, 10)
     np.testing.assert_array_equal(repeated[:10], plan)
     assert np.any(repeated[10:20] != plan)
@@ -222,13 +222,13 @@ def walk_sizes(plan, labels):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: samplers.identity_epoch(np.arange(90), None, batch_size=30, instances=4, seed=0, epoch=0), "use 28"),
+        (lambda: samplers.identity_epoch(np.arange(90), batch_size=30, instances=4, seed=0, epoch=0), "use 28"),
         (
-            lambda: samplers.identity_epoch(np.arange(90) // 15, None, batch_size=64, instances=4, seed=0, epoch=0),
+            lambda: samplers.identity_epoch(np.arange(90) // 15, batch_size=64, instances=4, seed=0, epoch=0),
             "needs 16 identities per batch, the data has 6",
         ),
         (
-            lambda: samplers.class_epoch(np.zeros(9), None, batch_size=6, instances=4, seed=0, epoch=0, steps=1),
+            lambda: samplers.class_epoch(np.zeros(9, int), None, batch_size=6, instances=4, seed=0, epoch=0, steps=1),
             "batch_size=6 is not a multiple of instances=4",
         ),
         (
@@ -236,14 +236,14 @@ def walk_sizes(plan, labels):
             "no image has a class",
         ),
         (
-            lambda: samplers.class_epoch(np.zeros(9), None, batch_size=8, instances=0, seed=0, epoch=0, steps=1),
+            lambda: samplers.class_epoch(np.zeros(9, int), None, batch_size=8, instances=0, seed=0, epoch=0, steps=1),
             "instances=0",
         ),
         (
-            lambda: samplers.identity_epoch(np.arange(9) % 2, None, batch_size=10, instances=1, seed=0, epoch=0),
+            lambda: samplers.identity_epoch(np.arange(9) % 2, batch_size=10, instances=1, seed=0, epoch=0),
             "batch_size=10 is more than the 9 images with an identity",
         ),
-        (lambda: samplers.identity_epoch(np.arange(9), None, batch_size=3, instances=1, seed=-1, epoch=0), "seed=-1"),
+        (lambda: samplers.identity_epoch(np.arange(9), batch_size=3, instances=1, seed=-1, epoch=0), "seed=-1"),
         (lambda: samplers.evaluation_order(9, 0), "batch_size=0"),
     ],
 )

@@ -82,10 +82,10 @@ def test_stale_or_damaged_index_is_made_again(shards, example, write_shard):
         "camid": np.zeros((15, 1), np.int32),
         "shard_bytes": np.zeros(3, np.int64),
     }.items():
-        np.savez(sidecar.open("wb"), **(arrays | {name: value}))
+        np.savez(sidecar, **(arrays | {name: value}))
         assert list(RecordSource(paths)) == raw
     pickled = np.array([{"a": 1}], dtype=object)
-    np.savez(sidecar.open("wb"), **(arrays | {"offset": pickled}))
+    np.savez(sidecar, **(arrays | {"offset": pickled}))
     assert list(RecordSource(paths)) == raw
 
 

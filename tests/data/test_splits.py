@@ -120,7 +120,7 @@ def with_labels(sidecar, **columns):
     """Writes other labels into an index."""
     with np.load(sidecar) as stored:
         arrays = dict(stored)
-    np.savez(sidecar.open("wb"), **(arrays | columns))
+    np.savez(sidecar, **(arrays | columns))
 
 
 def rewritten(shard, write_shard, example, pids):

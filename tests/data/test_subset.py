@@ -54,7 +54,7 @@ def test_the_best_are_kept_in_the_order_of_the_records(tmp_path, split_of, rng, 
         rankings.write_scores(file, scores, split)
     chosen, about = subset.choose(split, tmp_path / "scores.npz", share)
     count = math.ceil(8 * share)
-    assert len(chosen) == len(chosen.source) == len(chosen.pids) == count
+    assert len(chosen) == len(chosen.pids) == count
     assert (np.diff(chosen.rows) > 0).all()
     left = np.setdiff1d(np.arange(8), chosen.rows)
     assert left.size == 0 or scores[chosen.rows].min() > scores[left].max()

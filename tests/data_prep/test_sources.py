@@ -177,7 +177,8 @@ def test_no_more_is_unpacked_than_is_claimed(tmp_path):
     tracemalloc.start()
     try:
         assert tree.read("train/a.jpg") == bytes(1000)
-        assert tree.open("train/a.jpg").read() == bytes(1000)
+        with tree.open("train/a.jpg") as file:
+            assert file.read() == bytes(1000)
         assert tracemalloc.get_traced_memory()[1] < 2**25
     finally:
         tracemalloc.stop()

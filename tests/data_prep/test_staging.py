@@ -84,7 +84,7 @@ def test_second_conversion_of_the_same_is_refused_while_the_first_runs(tmp_path)
             pass
     finally:
         holder.kill()
-        holder.wait()
+        holder.communicate()
     assert (tmp_path / ".set.incomplete" / "left").exists()
     # Its lock went with it; its rubbish goes now.
     with staging.staging(tmp_path, "set") as stage:

@@ -8,6 +8,7 @@ from dmosnet_jax.data.splits import load_split
 from dmosnet_jax.evaluation import forgetting
 
 
+@pytest.mark.usefixtures("no_array_checks")
 def test_cosine_is_numpys(rng):
     first, second = rng.normal(size=(2, 9, 64)).astype(np.float32)
     second[3], second[4], first[5] = 7 * first[3], -first[4], 0

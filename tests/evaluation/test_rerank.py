@@ -65,6 +65,7 @@ def test_equals_dense_matrices_on_features_of_any_length(seed):
     np.testing.assert_allclose(found(queries // 2, queries), found.dense()[queries // 2 :], atol=1e-6)
 
 
+@pytest.mark.usefixtures("no_array_checks")
 def test_errors(rng):
     query, gallery = rng.normal(size=(4, 8)), rng.normal(size=(9, 8))
     with pytest.raises(ConfigError, match="k1=0"):

@@ -57,7 +57,7 @@ def arrays(rng):
 def test_features_are_the_models(saved, extractor, arrays):
     _, model, params, stats = saved
     images = np.stack([transforms.resize(image, SIZE) for image in arrays])
-    pixels = augment.normalise(images, MEAN, STD)
+    pixels = augment.normalise(jax.numpy.asarray(images), MEAN, STD)
     wanted = jax.jit(lambda *a: model.apply(*a, train=False)[0]["feature"])(params, stats, pixels)
     got = extractor(arrays)
     assert (got.dtype, got.shape, extractor.feature_dim) == (np.float32, (3, 128), 128)

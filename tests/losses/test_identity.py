@@ -108,7 +108,7 @@ def test_sharded_equals_unsharded(batch):
     np.testing.assert_allclose(sharded_gradient, gradient, atol=1e-8)
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("no_array_checks")
 @pytest.mark.parametrize(
     ("logits", "labels", "options", "message"),
     [

@@ -104,7 +104,7 @@ def test_images_outside_of_clusters_move_nothing(rng):
     jax.tree.map(np.testing.assert_array_equal, after, memory)
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("no_array_checks")
 def test_bad_labels(rng):
     features, labels, _, _ = problem(rng)
     memory = cluster.init(features, labels, momentum=MOMENTUM, temperature=TEMPERATURE, capacity=14)

@@ -199,7 +199,7 @@ def test_rows_are_normalised_and_unit_rows_left_alone(rng):
     np.testing.assert_array_equal(cluster(scaled, **settings).dbscan, cluster(features, **settings).dbscan)
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("no_array_checks")
 def test_known_neighbours_are_used():
     features, settings = random_problem(2)
     nearest = neighbours.search_host(features, 40).indices
@@ -247,7 +247,7 @@ def test_too_few_clustered_images_are_refused_with_the_curve(rng):
     assert (caught.value.eps, caught.value.min_samples) == (0.4, 4)
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("no_array_checks")
 def test_bad_features_and_settings(rng):
     features, settings = random_problem(2)
     for value in (np.nan, np.inf):

@@ -281,7 +281,7 @@ def test_tables_are_padded_to_what_the_devices_share(count, devices, expected):
     assert expected % devices == 0
 
 
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("no_array_checks")
 def test_errors(rng):
     features, labels, inputs, _ = problem(rng)
     make = {"momentum": 0.2, "temperature": 0.05}

@@ -17,10 +17,6 @@ class Split:
         self.pids = np.arange(count)
         self.camids = np.zeros(count, np.int32)
 
-    @property
-    def source(self):
-        return range(len(self.pids))
-
     def __len__(self):
         return len(self.pids)
 

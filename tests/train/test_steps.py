@@ -74,7 +74,7 @@ def run(step, state, batch, mesh):
 
 def augmented(state, batch):
     options = {**CONFIG["augment"], "mean": CONFIG["pixel_mean"], "std": CONFIG["pixel_std"]}
-    return augment.augment(train_state.step_key(state), batch["image"], **options)
+    return augment.augment(train_state.step_key(state), jnp.asarray(batch["image"]), **options)
 
 
 @pytest.mark.parametrize("kind", ["hinge", "soft", "none"])
