@@ -25,6 +25,7 @@ import numpy as np
 from dmosnet_jax.benchmarks import command, dense, structured, tables
 from dmosnet_jax.benchmarks.command import GIB, in_gib
 from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.core.unit import unit_rows_np
 from dmosnet_jax.memory.clustering import Clustering, cluster, host_memory, neighbours
 
 _STAGES = ("weights", "jaccard", "dbscan", "criterion")
@@ -53,8 +54,7 @@ def _load(path: str, images: int) -> np.ndarray:
         raise DataError(f"{path}: not an .npy file or an .npz with `features` ({error})") from error
     if table.ndim != 2 or len(table) < images:
         raise DataError(f"{path}: features have shape {table.shape}; --n asks for {images} rows")
-    table = np.ascontiguousarray(table[:images], np.float32)
-    return table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
+    return unit_rows_np(np.ascontiguousarray(table[:images], np.float32))
 
 
 def _on_device(search: str) -> bool:

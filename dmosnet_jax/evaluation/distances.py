@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.unit import unit_rows_np
 
 METRICS = ("cosine", "euclidean")
 # (start, stop) -> float [stop - start, G], the distances of those queries.
@@ -34,9 +35,7 @@ def prepare(features: np.ndarray, metric: str, name: str) -> Float32[np.ndarray,
             f"evaluation: {bad.size} {name} features are not finite, the first is row {bad[0]}; "
             "the network has diverged or the checkpoint is damaged: evaluate an earlier checkpoint"
         )
-    if metric == "cosine":
-        features = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    return features
+    return unit_rows_np(features) if metric == "cosine" else features
 
 
 def prepare_pair(
