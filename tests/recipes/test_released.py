@@ -23,9 +23,9 @@ def test_released_recipe_trains_and_scores(cli, tiny_flags, tmp_path):
     assert all(row["loss"] == pytest.approx(row["loss_id"] + row["loss_triplet"], rel=1e-5) for row in losses)
     assert 0 < json.loads((workdir / "results.json").read_text())["mAP"] <= 1
     # The network tells what it is: nothing but the workdir is needed.
-    datasets_with_queries = [flag for flag in tiny_flags("evaluate", checkpoint=workdir) if "model.name" not in flag]
-    datasets_with_queries = [flag for flag in datasets_with_queries if "image_size" not in flag]
-    finished = cli.forked(*datasets_with_queries, f"--workdir={tmp_path / 'scores'}")
+    evaluated = [flag for flag in tiny_flags("evaluate", checkpoint=workdir) if "model.name" not in flag]
+    evaluated = [flag for flag in evaluated if "image_size" not in flag]
+    finished = cli.forked(*evaluated, f"--workdir={tmp_path / 'scores'}")
     assert finished.status == 0, finished.err
     scores = [json.loads((folder / "results.json").read_text())["mAP"] for folder in (workdir, tmp_path / "scores")]
     assert scores[0] == scores[1]
