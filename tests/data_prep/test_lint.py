@@ -265,10 +265,10 @@ def test_as_a_command(raw):
 
 def test_groups_are_those_of_a_direct_search(rng):
     digests = [rng.integers(0, 12, n).astype(np.uint64) for n in (30, 1, 25)]
-    contents = {
-        split: Contents(values, np.ones(len(values)), np.ones(len(values)), np.ones(len(values)), {})
-        for split, values in zip("abc", digests, strict=True)
-    }
+    contents = {}
+    for split, values in zip("abc", digests, strict=True):
+        side, size = np.ones(len(values), np.int32), np.ones(len(values), np.int64)
+        contents[split] = Contents(values, side, side, size, {})
     places: dict[int, list[tuple[str, int]]] = {}
     for split, values in zip("abc", digests, strict=True):
         for row, value in enumerate(values.tolist()):
