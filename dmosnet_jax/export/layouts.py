@@ -2,7 +2,8 @@
 
 A layout is recognised by the names in a state dict. Its table of prefixes translates them into torchreid's (OSNet) or
 torchvision's (ResNet) names, which are also ours, and back; what a leaf called `weight` becomes, and how it is
-transposed, is the same for all of them. Adding a layout means adding an entry to `LAYOUTS`.
+transposed, is the same for all of them. Adding a layout means adding an entry to `LAYOUTS`, and to
+`torch_export.EXPORTS` if it is written too.
 """
 
 import dataclasses
@@ -139,11 +140,6 @@ LAYOUTS: tuple[Layout, ...] = (
         marks=(r"conv1\.conv\.weight|layer1\.0\.conv1\.weight",),
     ),
 )
-# The layouts that are also written: those of the code bases that have a network of ours.
-EXPORTS: Mapping[str, Layout] = {
-    name: next(layout for layout in LAYOUTS if layout.name == name)
-    for name in ("torchreid", "fastreid", "openunreid", "spcl")
-}
 
 
 def unwrap(names: Iterable[str]) -> dict[str, str]:

@@ -7,9 +7,10 @@ The names and transpositions are the tables of `layouts` read backwards, so impo
 imported one, returns every tensor bit for bit.
 """
 
+import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import safetensors.numpy
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.trees import named_leaves
-from dmosnet_jax.export.layouts import EXPORTS, KERNEL_AXES, LEAVES, Layout
+from dmosnet_jax.export.layouts import KERNEL_AXES, LAYOUTS, LEAVES, Layout
 from dmosnet_jax.export.torch_write import write_pth
 from dmosnet_jax.models import Model
 
@@ -48,7 +49,7 @@ def to_state_dict(
         ConfigError: that code base has no such network, so that the file would compute something else there.
     """
     check_layout(model, layout)
-    return by_torch_names(params, stats, batches=batches, layout=EXPORTS[layout])
+    return by_torch_names(params, stats, batches=batches, layout=EXPORTS[layout].names)
 
 
 def by_torch_names(
@@ -82,7 +83,7 @@ def check_layout(model: Model, layout: str) -> None:
     """
     if layout not in EXPORTS:
         raise ConfigError(f"layout={layout!r} is not known: use one of {', '.join(EXPORTS)}")
-    problem = _misfit(model, layout)
+    problem = EXPORTS[layout].lacks(model)
     if problem:
         others = [other for other in EXPORTS if fits(model, other)]
         advice = f"use layout={' or '.join(others)}" if others else "export it as a folder of ours instead"
@@ -91,29 +92,62 @@ def check_layout(model: Model, layout: str) -> None:
 
 def fits(model: Model, layout: str) -> bool:
     """Whether the code base of a layout has the model's network."""
-    return _misfit(model, layout) is None
+    return EXPORTS[layout].lacks(model) is None
 
 
-def _misfit(model: Model, layout: str) -> str | None:
-    """What of the model the code base has not, or None."""
-    resnet = model.name.startswith("resnet")
+def _torchreid_lacks(model: Model) -> str | None:
+    if model.pool == "gem":
+        return "GeM pooling"
+    wanted = {"none": "torchreid", "fc": "spcl"}.get(model.neck)
+    if model.name.startswith("resnet") and model.variant != wanted:
+        return f"ResNet with neck={model.neck} and variant={model.variant}"
+    return None
+
+
+def _fastreid_lacks(model: Model) -> str | None:
+    other = model.name.startswith("resnet") and model.variant != "fastreid"
+    return _bnneck_lacks(model) or (f"ResNet of variant={model.variant!r}" if other else None)
+
+
+def _openunreid_lacks(model: Model) -> str | None:
+    other = not model.name.startswith("resnet") or model.variant != "spcl" or model.neck != "bnneck"
+    network = f"network of variant={model.variant!r} and neck={model.neck!r}"
+    return _bnneck_lacks(model) or (network if other else None)
+
+
+def _spcl_lacks(model: Model) -> str | None:
+    return _openunreid_lacks(model) or ("GeM pooling" if model.pool == "gem" else None)
+
+
+def _bnneck_lacks(model: Model) -> str | None:
+    """What fast-reid and those after it lack: their classifiers have no bias, and there is no OSNet-AIN."""
     biased = model.num_classes and model.neck == "none" and model.classifier == "linear"
-    if layout == "torchreid":
-        if model.pool == "gem":
-            return "GeM pooling"
-        wanted = {"none": "torchreid", "fc": "spcl"}.get(model.neck)
-        return (
-            f"ResNet with neck={model.neck} and variant={model.variant}" if resnet and model.variant != wanted else None
-        )
     if model.neck == "fc" or biased:
         return f"neck={model.neck!r}"
-    if model.name.startswith("osnet_ain"):
-        return "OSNet-AIN"
-    if layout == "fastreid":
-        return f"ResNet of variant={model.variant!r}" if resnet and model.variant != "fastreid" else None
-    if not resnet or model.variant != "spcl" or model.neck != "bnneck":
-        return f"network of variant={model.variant!r} and neck={model.neck!r}"
-    return "GeM pooling" if layout == "spcl" and model.pool == "gem" else None
+    return "OSNet-AIN" if model.name.startswith("osnet_ain") else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A code base that weights are written for.
+
+    Attributes:
+        names: its names.
+        lacks: model -> what of it the code base has not, in words, or None where it has such a network.
+    """
+
+    names: Layout
+    lacks: Callable[[Model], str | None]
+
+
+_NAMES = {layout.name: layout for layout in LAYOUTS}
+# The layouts that are also written: those of the code bases that have a network of ours.
+EXPORTS: Mapping[str, Export] = {
+    "torchreid": Export(_NAMES["torchreid"], _torchreid_lacks),
+    "fastreid": Export(_NAMES["fastreid"], _fastreid_lacks),
+    "openunreid": Export(_NAMES["openunreid"], _openunreid_lacks),
+    "spcl": Export(_NAMES["spcl"], _spcl_lacks),
+}
 
 
 def save(path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarray]) -> None:
