@@ -14,6 +14,7 @@ CRITERIA = ("cfs",)
 _EXAMPLE = '("cfs", "runs/cfs/scores.npz", 0.5)'
 RECIPES = ("quickstart", "spcl", "supervised", "evaluate", "extract", "export", "cfs")
 _CHOICES = {
+    "optim.name": ("adam", "sgd"),
     "optim.schedule": ("step", "cosine", "constant"),
     "spcl.memory": ("image", "cluster", "cluster_hardest"),
     "spcl.search": ("exact", "bfloat16"),
@@ -72,7 +73,7 @@ def validate(config: Any) -> None:
         config,
         "must not be negative",
         *("seed", "data.threads", "data.workers", "augment.pad", "eval.rank_lists", "spcl.refresh_every_steps"),
-        *("optim.weight_decay", "optim.warmup_steps", "optim.clip_norm", "loss.triplet_weight"),
+        *("optim.weight_decay", "optim.warmup_steps", "optim.warmup_epochs", "optim.clip_norm", "loss.triplet_weight"),
     )
     _check_numbers(
         config,

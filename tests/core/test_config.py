@@ -67,6 +67,8 @@ def test_good_settings_pass():
         ({"loss__triplet_on": "logits"}, r"loss\.triplet_on='logits' is not known: use one of embedding, feature"),
         ({"pixel_std": (0.2, 0.0, 0.2)}, r"pixel_std=\(0\.2, 0\.0, 0\.2\) must be greater than 0"),
         ({"eval__rank_lists": -1}, r"eval\.rank_lists=-1 must not be negative"),
+        ({"optim__warmup_epochs": -0.5}, r"optim\.warmup_epochs=-0\.5 must not be negative"),
+        ({"optim__name": "lamb"}, r"optim\.name='lamb' is not known: use one of adam, sgd"),
         ({"optim__clip_norm": -1.0}, r"optim\.clip_norm=-1\.0 must not be negative"),
         ({"loss__triplet_weight": -1.0}, r"loss\.triplet_weight=-1\.0 must not be negative"),
         ({"optim__decay_factor": 10.0}, r"optim\.decay_factor=10\.0 must lie between 0 and 1"),
