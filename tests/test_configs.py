@@ -95,7 +95,7 @@ def test_finetune_is_as_released():
     assert (config.loss.circle_scale, config.loss.circle_margin) == (64.0, 0.35)
     assert (config.train.epochs, config.optim.schedule, config.optim.decay_epochs) == (60, "cosine", (30,))
     assert (config.model.bn_group_size, config.augment.erasing) == (0, "fastreid")
-    rate = optim.learning_rate(config.optim, steps_per_epoch=100, total_steps=6000, batch_size=64)
+    rate = optim.learning_rate(config.optim, steps_per_epoch=100, total_steps=6000)
     np.testing.assert_allclose([rate(0), rate(2000), rate(3099), rate(6000)], [3.5e-5, 3.5e-4, 3.5e-4, 7e-7], rtol=1e-5)
 
     config = module.get_config("cuhk03_detected,recipe=released,epochs=3")

@@ -266,22 +266,21 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list
     return found
 
 
-def duration_steps(config: Any, name: str, *, steps_per_epoch: int, examples_per_step: int) -> int | None:
-    """A duration in steps, from whichever of `<name>_steps`, `<name>_epochs`, `<name>_examples` is set.
+def duration_steps(config: Any, name: str, *, steps_per_epoch: int) -> int | None:
+    """A duration in steps, from whichever of `<name>_steps` and `<name>_epochs` is set.
 
     Args:
         config: the node that holds the fields, e.g. `config.optim`.
         name: the duration's name, e.g. "warmup".
         steps_per_epoch: steps in an epoch.
-        examples_per_step: the global batch size.
 
     Returns:
-        The number of steps, or None where no field is set.
+        The number of steps, or None where neither is set.
 
     Raises:
-        ConfigError: more than one of the fields is set.
+        ConfigError: both are set.
     """
-    units = {"steps": 1.0, "epochs": float(steps_per_epoch), "examples": 1.0 / examples_per_step}
+    units = {"steps": 1, "epochs": steps_per_epoch}
     given = {unit: read(config, f"{name}_{unit}") for unit in units}
     given = {unit: value for unit, value in given.items() if value is not None}
     if len(given) > 1:

@@ -126,12 +126,7 @@ def open_experiment(config: Any, workdir: pathlib.Path, images: Rows, *, num_cla
     check_batch(config.batch_size, mesh)
     model = build_model(config, weights, num_classes=num_classes, may_differ=HEAD if meta is None else MODEL_OPTIONS)
     schedule = _schedule(config, images)
-    rate = optim.learning_rate(
-        config.optim,
-        steps_per_epoch=schedule.steps_per_epoch,
-        total_steps=schedule.total_steps,
-        batch_size=config.batch_size,
-    )
+    rate = optim.learning_rate(config.optim, steps_per_epoch=schedule.steps_per_epoch, total_steps=schedule.total_steps)
     return Experiment(
         config,
         workdir,

@@ -10,7 +10,7 @@ from dmosnet_jax.core.config import duration_steps
 from dmosnet_jax.core.errors import ConfigError
 
 
-def learning_rate(config: Any, *, steps_per_epoch: int, total_steps: int, batch_size: int) -> optax.Schedule:
+def learning_rate(config: Any, *, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
     """The learning rate by step.
 
     Warm-up rises linearly from `warmup_factor` times the base rate. Then the rate changes at the ends of epochs: "step"
@@ -23,15 +23,14 @@ def learning_rate(config: Any, *, steps_per_epoch: int, total_steps: int, batch_
 
     Args:
         config: the `optim` node: `learning_rate`, `schedule`, `decay_epochs`, `decay_factor`, `final_factor`,
-            `warmup_steps` (or `warmup_epochs`, `warmup_examples`), `warmup_factor`, `count_after_warmup`.
+            `warmup_steps` or `warmup_epochs`, `warmup_factor`, `count_after_warmup`.
         steps_per_epoch: steps in an epoch.
         total_steps: steps of the run.
-        batch_size: global batch size.
 
     Returns:
         int32 step -> float32 rate.
     """
-    warmup = duration_steps(config, "warmup", steps_per_epoch=steps_per_epoch, examples_per_step=batch_size) or 0
+    warmup = duration_steps(config, "warmup", steps_per_epoch=steps_per_epoch) or 0
     # Whole epochs inside of the warm-up, and those that it reaches into.
     within, reached = (
         (warmup // steps_per_epoch, -(-warmup // steps_per_epoch)) if config.count_after_warmup else (0, 0)

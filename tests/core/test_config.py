@@ -169,14 +169,13 @@ def test_read_follows_dots_and_ends_where_the_path_does():
     [
         ({"warmup_steps": 2000}, 2000),
         ({"warmup_epochs": 1.5}, 150),
-        ({"warmup_examples": 640}, 10),
-        ({"warmup_examples": 0}, 0),
+        ({"warmup_epochs": 0.0}, 0),
         ({"warmup_steps": None, "warmup_epochs": 2}, 200),
         ({}, None),
     ],
 )
 def test_durations_in_steps(fields, steps):
-    found = settings.duration_steps(ConfigDict(fields), "warmup", steps_per_epoch=100, examples_per_step=64)
+    found = settings.duration_steps(ConfigDict(fields), "warmup", steps_per_epoch=100)
     assert found == steps
     assert found is None or type(found) is int
 
@@ -184,4 +183,4 @@ def test_durations_in_steps(fields, steps):
 def test_a_duration_is_given_once():
     node = ConfigDict({"warmup_steps": 5, "warmup_epochs": 1})
     with pytest.raises(ConfigError, match="warmup_steps=5, warmup_epochs=1: give one of them"):
-        settings.duration_steps(node, "warmup", steps_per_epoch=100, examples_per_step=64)
+        settings.duration_steps(node, "warmup", steps_per_epoch=100)

@@ -53,7 +53,7 @@ def digests(name: str) -> dict[str, str]:
 
     config = finetune.get_config()
     model = models.build(name, num_classes=CLASSES, image_size=IMAGE_SIZE)
-    rate = optim.learning_rate(config.optim, steps_per_epoch=100, total_steps=12_000, batch_size=BATCH)
+    rate = optim.learning_rate(config.optim, steps_per_epoch=100, total_steps=12_000)
     optimiser = optim.make_optimiser(config.optim, rate)
     params, stats = model.shapes()
     start = state.shapes(params, stats, optimiser)
