@@ -19,7 +19,9 @@ def learning_rate(config: Any, *, steps_per_epoch: int, total_steps: int) -> opt
     "constant" holds it.
 
     With `count_after_warmup`, as in fast-reid (`engine/hooks.py`, `LRScheduler.after_epoch`; `solver/build.py`), the
-    epochs of "step" are counted from the end of the warm-up, and a "cosine" does not begin before it.
+    epochs of "step" are counted from the end of the last epoch that lies within the warm-up, and a "cosine" does not
+    begin before it. Where the warm-up ends amid epoch `decay_epochs[0]` or a later one, the cosine is as long as the
+    epochs that the warm-up does not reach into, and the last epoch itself has the final rate.
 
     Args:
         config: the `optim` node: `learning_rate`, `schedule`, `decay_epochs`, `decay_factor`, `final_factor`,

@@ -86,10 +86,11 @@ def fastreid_rates(sched, *, steps_per_epoch, epochs, warmup, delay=0, milestone
 
 
 @pytest.mark.parametrize(
-    ("recipe", "steps_per_epoch"), [("market1501", 202), ("cuhk03", 76), ("market1501", 50), ("cuhk03", 200)]
+    ("recipe", "steps_per_epoch"),
+    [("market1501", 202), ("cuhk03", 76), ("market1501", 50), ("market1501", 60), ("cuhk03", 200)],
 )
 def test_released_schedules_are_those_of_fast_reids_hooks(recipe, steps_per_epoch):
-    """Also where the warm-up ends with an epoch, and where it lasts longer than the cosine's delay."""
+    """Also where the warm-up ends with an epoch, and where it lasts longer than the cosine's delay (50, 60 steps)."""
     if recipe == "cuhk03":
         fields = {"decay_epochs": (40, 90)}
         epochs, theirs = 120, {"sched": "MultiStepLR", "milestones": (40, 90)}
@@ -110,6 +111,10 @@ def test_released_schedules_are_those_of_fast_reids_hooks(recipe, steps_per_epoc
     if (recipe, steps_per_epoch) == ("market1501", 202):
         assert drops[0] == 31 * 202
         np.testing.assert_allclose(wanted[-1], 1.66e-6, rtol=0.01)
+    if (recipe, steps_per_epoch) == ("market1501", 60):
+        # The warm-up ends amid epoch 33: the last epoch has the final rate.
+        np.testing.assert_allclose(ours[-60:], 7e-7, rtol=1e-4)
+        assert ours[-61] > 1e-6
 
 
 def test_cosine_without_a_hold_starts_at_once():
