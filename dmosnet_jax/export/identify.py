@@ -17,6 +17,7 @@ def describe(state_dict: StateDict) -> dict[str, Any]:
 
     Returns:
         `name`, `attention`, `neck`, `pool` and `variant`; None where they don't tell, as for a network of another kind.
+        `pool` is never None: "gem" where there is a GeM exponent, else "avg".
 
     Raises:
         DataError: the names follow no known layout.

@@ -59,7 +59,7 @@ def _replace_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """Where a PyTorch leaf goes: the tree and the possible names there, and how it is transposed by rank."""
+    """Where a PyTorch leaf goes: the tree, "params" or "stats", and the possible names there."""
 
     tree: str
     names: tuple[str, ...]
@@ -90,6 +90,7 @@ LAYOUTS: tuple[Layout, ...] = (
         prefixes=(
             ("head.feat_bn.", "bottleneck."),
             ("global_pooling.", "pool."),
+            # Else the last entry would write `backbone.` before it.
             ("classifier.", "classifier."),
             ("backbone.", ""),
         ),

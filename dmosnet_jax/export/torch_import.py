@@ -178,7 +178,7 @@ def plan(
         lists = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items())
         raise DataError(
             f"checkpoint (layout {layout.name}) does not fit model {model.name}: {counts}; {lists}; "
-            "check model.name, model.neck and model.num_classes"
+            "check model.name, model.attention, model.neck, model.pool and model.variant"
         )
     left_out = tuple(path for path in absent if _part_of(path) in missing_ok)
     return Conversion(_nested(leaves, "params"), _nested(leaves, "stats"), layout.name, left_out, tuple(unused))
