@@ -133,7 +133,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         parts = _split(state)
-        items = {name: ocp.args.StandardSave(parts[name]) for name in ("model", "train")}
+        items = {name: ocp.args.StandardSave(parts[name]) for name in _ARRAYS}
         args = ocp.args.Composite(meta=ocp.args.JsonSave(dict(meta)), **items)
         values = {"mAP": float(metrics["mAP"])} if metrics is not None else None
         self.wait()
@@ -267,7 +267,8 @@ def find(path: str | pathlib.Path) -> tuple[pathlib.Path, int]:
     """The folder of checkpoints and the step that a path means.
 
     Args:
-        path: a run's workdir, its `checkpoints` folder, one `checkpoints/<step>`, or `checkpoints/best` (highest mAP).
+        path: a run's workdir, its `checkpoints` folder, one `checkpoints/<step>`, or `checkpoints/best` (highest mAP,
+            or the latest where none was scored).
 
     Raises:
         DataError: there is no checkpoint.
@@ -329,7 +330,7 @@ def load_model(path: str | pathlib.Path) -> SavedModel:
     """
     folder, step = find(path)
     where = folder / str(step)
-    _check_files(where, [_META, "model"])
+    _check_files(where, ["model"])
     with contextlib.closing(_manager(folder)) as manager, _reading(where):
         meta = _restore_meta(manager, step, folder)
         target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _shapes(manager, step, "model"))
