@@ -34,13 +34,14 @@ def check_memory(images: int, dim: int, settings: Any) -> None:
     Raises:
         UserError: there is less.
     """
-    parts = host_memory.estimate_memory(images, dim, k1=settings.k1)
+    k1 = min(settings.k1, images)
+    parts = host_memory.estimate_memory(images, dim, k1=k1)
     total = parts.pop("total")
     largest = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sorted(parts.items(), key=lambda p: -p[1])[:3])
     print_once(
         f"clustering {images:,} images of {dim} values takes up to {total / 2**30:.2f} GiB of host memory ({largest})"
     )
-    agree(lambda: host_memory.check_memory(images, dim, k1=min(settings.k1, images)))
+    agree(lambda: host_memory.check_memory(images, dim, k1=k1))
 
 
 def run_clustering(

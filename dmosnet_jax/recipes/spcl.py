@@ -58,14 +58,17 @@ class HostValues:
     """What a checkpoint keeps beside the arrays.
 
     Attributes:
-        memory: `spcl.memory` of the run.
         capacity: classes that the memory's tables were made for, None for as many as images.
         indep_threshold: independence threshold of the first epoch, which all later ones keep; None before it.
     """
 
-    memory: str = "image"
     capacity: int | None = None
     indep_threshold: float | None = None
+
+    @classmethod
+    def saved(cls, kept: Mapping[str, Any]) -> "HostValues":
+        """Those of a checkpoint; what only earlier versions kept is left out."""
+        return cls(**{field.name: kept[field.name] for field in dataclasses.fields(cls) if field.name in kept})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Epochs:
         images, dim = len(experiment.images.pids), experiment.model.feature_dim
         pseudo_labels.check_memory(images, dim, settings)
         # Tables of the checkpoint's size; the next epoch makes new ones of the configured size.
-        values = HostValues(settings.memory, settings.max_classes) if kept is None else HostValues(**kept)
+        values = HostValues(settings.max_classes) if kept is None else HostValues.saved(kept)
         memory = self.memory.shapes(
             images,
             dim,
@@ -159,7 +162,7 @@ class Epochs:
             raise ConfigError(f"{error}: --config.spcl.max_classes={settings.max_classes} is too low") from error
         pids, camids = experiment.images.pids, experiment.images.camids
         notes |= pseudo_labels.report(found, labels, pids, camids, epoch=epoch, eps=eps, since=since)
-        kept = HostValues(settings.memory, settings.max_classes, found.indep_threshold)
+        kept = HostValues(settings.max_classes, found.indep_threshold)
         return run.replace(state=run.state.replace(memory=memory), **dataclasses.asdict(kept)), labels, notes
 
 

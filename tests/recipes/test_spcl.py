@@ -272,11 +272,25 @@ def test_another_kind_of_memory_does_not_continue_a_run(settings, tmp_path):
         spcl.run(settings(spcl__memory="cluster"), tmp_path)
 
 
+def test_checkpoints_of_earlier_versions_kept_the_kind_of_memory_too():
+    values = spcl.HostValues.saved({"memory": "image", "capacity": 48, "indep_threshold": 0.7})
+    assert values == spcl.HostValues(capacity=48, indep_threshold=0.7)
+
+
 def test_too_little_memory_is_told_before_anything_is_extracted(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(host_memory, "machine_memory", lambda: 1000)
     monkeypatch.setattr(feature_pass, "extract", lambda *_, **__: pytest.fail("extracted"))
     with pytest.raises(UserError, match=r"48 images of 16 values need about .* GiB of memory"):
         spcl.run(settings(), tmp_path)
+
+
+def test_memory_is_told_for_the_neighbours_that_there_are(settings, capsys):
+    images, told = 1000, []
+    for k1 in (images, 1_000_000):
+        pseudo_labels.check_memory(images, 16, settings(spcl__k1=k1).spcl)
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
+    assert "clustering 1,000 images of 16 values takes up to 0." in told[0]
 
 
 def test_what_is_logged_are_the_labels_that_are_trained_on(capsys):
