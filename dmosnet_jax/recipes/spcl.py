@@ -47,7 +47,7 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     memory, own = _MEMORIES[settings.memory]
     epochs = Epochs(experiment, memory, own)
     step = spcl_step(experiment.model, experiment.optimiser, experiment.config, memory=memory)
-    step = with_refresh(step, memory, settings.refresh_every_steps, experiment.schedule.steps_per_epoch)
+    step = with_refresh(step, memory, settings.refresh_every_steps, experiment.lengths.steps_per_epoch)
     results = train(experiment, step, epochs.begin, prepare=epochs.prepare)
     feature_pass.clear(workdir)
     return results
@@ -121,7 +121,7 @@ class Epochs:
             instances=config.sampler.instances,
             seed=config.seed,
             epoch=epoch,
-            steps=experiment.schedule.steps_per_epoch,
+            steps=experiment.lengths.steps_per_epoch,
         )
         return run, experiment.stream(plan, epoch=epoch, start=offset, labels=labels), notes
 
@@ -150,7 +150,7 @@ class Epochs:
         else:
             features, extracted = stored, None
             feature_pass.clear(experiment.workdir)
-        eps = pseudo_labels.radius(settings, epoch, experiment.schedule.epochs)
+        eps = pseudo_labels.radius(settings, epoch, experiment.lengths.epochs)
         threshold = run.meta["loop"]["indep_threshold"]
         found = pseudo_labels.run_clustering(
             features, settings, eps=eps, threshold=threshold, mesh=experiment.mesh, workdir=experiment.workdir

@@ -35,7 +35,7 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     experiment = open_experiment(config, workdir, images, num_classes=int(labels.max()) + 1)
 
     def begin_epoch(run, epoch, offset):
-        batches = plan(epoch, experiment.schedule.steps_per_epoch)
+        batches = plan(epoch, experiment.lengths.steps_per_epoch)
         return run, experiment.stream(batches, epoch=epoch, start=offset, labels=labels), {}
 
     step = supervised_step(experiment.model, experiment.optimiser, experiment.config)

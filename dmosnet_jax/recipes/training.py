@@ -33,7 +33,7 @@ from dmosnet_jax.recipes.network import HEAD, build_model, fill_input, settings_
 from dmosnet_jax.train import loop, optim
 from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train.checkpoints import Checkpoints, latest_meta
-from dmosnet_jax.train.loop import Schedule
+from dmosnet_jax.train.loop import Lengths
 from dmosnet_jax.train.metrics import write_json
 from dmosnet_jax.train.state import RunState, TrainState
 from dmosnet_jax.train.steps import Step, compile_step
@@ -50,7 +50,7 @@ class Experiment:
         mesh: the devices.
         weights: what the network starts from, or a description of the resumed run; None: a fresh network.
         model: the network.
-        schedule: lengths and intervals.
+        lengths: lengths and intervals of the run.
         optimiser: with its learning rate.
         extractor: features of images, compiled once.
         cache: decoded training images, where they fit.
@@ -62,7 +62,7 @@ class Experiment:
     mesh: Mesh
     weights: Weights | None
     model: Model
-    schedule: Schedule
+    lengths: Lengths
     optimiser: optax.GradientTransformation
     extractor: Extractor
     cache: ImageCache | None
@@ -73,12 +73,12 @@ class Experiment:
             "model": settings_of(self.model),
             "config": as_json(self.config),
             "loop": loop_values,
-            "lengths": self.lengths(),
+            "lengths": self.fixed_lengths(),
         }
 
-    def lengths(self) -> dict[str, int]:
+    def fixed_lengths(self) -> dict[str, int]:
         """What must not change when a run is resumed, or its epochs would shift."""
-        found = {"steps_per_epoch": self.schedule.steps_per_epoch, "images": len(self.images.pids)}
+        found = {"steps_per_epoch": self.lengths.steps_per_epoch, "images": len(self.images.pids)}
         rows = subset_checksum(self.images)
         return found if rows is None else {**found, "subset": rows}
 
@@ -125,8 +125,8 @@ def open_experiment(config: Any, workdir: pathlib.Path, images: Rows, *, num_cla
     mesh = make_mesh()
     check_batch(config.batch_size, mesh)
     model = build_model(config, weights, num_classes=num_classes, may_differ=HEAD if meta is None else MODEL_OPTIONS)
-    schedule = _schedule(config, images)
-    rate = optim.learning_rate(config.optim, steps_per_epoch=schedule.steps_per_epoch, total_steps=schedule.total_steps)
+    lengths = _lengths(config, images)
+    rate = optim.learning_rate(config.optim, steps_per_epoch=lengths.steps_per_epoch, total_steps=lengths.total_steps)
     return Experiment(
         config,
         workdir,
@@ -134,21 +134,21 @@ def open_experiment(config: Any, workdir: pathlib.Path, images: Rows, *, num_cla
         mesh,
         weights,
         model,
-        schedule,
+        lengths,
         optim.make_optimiser(config.optim, rate),
         scoring.make_extractor(config, model, mesh),
         scoring.image_cache(config, images),
     )
 
 
-def _schedule(config: Any, images: Rows) -> Schedule:
+def _lengths(config: Any, images: Rows) -> Lengths:
     steps = config.train.steps_per_epoch or len(images.pids) // config.batch_size
     if steps < 1:
         raise ConfigError(
             f"batch_size={config.batch_size} is larger than the {len(images.pids)} training images of {images.name}: "
             "lower batch_size"
         )
-    return Schedule(
+    return Lengths(
         steps_per_epoch=steps,
         epochs=config.train.epochs,
         log_every=config.train.log_every_steps,
@@ -194,7 +194,7 @@ def train(experiment: Experiment, step: Step, begin_epoch: BeginEpoch, *, prepar
             write_json(workdir / "config.json", as_json(config))
         recipe = loop.Recipe(compile_step(step, run.state, mesh), begin_epoch, evaluate, experiment.images.filenames)
         run = loop.train(
-            run, recipe, experiment.schedule, store, mesh=mesh, workdir=workdir, batch_size=config.batch_size
+            run, recipe, experiment.lengths, store, mesh=mesh, workdir=workdir, batch_size=config.batch_size
         )
         store.wait()
         print_once(f"trained {int(run.state.step)} steps; checkpoints in {workdir / 'checkpoints'}")
@@ -202,21 +202,21 @@ def train(experiment: Experiment, step: Step, begin_epoch: BeginEpoch, *, prepar
             return {}
         if not latest:
             # An earlier process finished the last epoch.
-            evaluate(run, experiment.schedule.epochs)
+            evaluate(run, experiment.lengths.epochs)
         extra = {"step": int(run.state.step), "with_val": bool(config.get("with_val"))}
         return scoring.publish(latest, workdir, config, model=experiment.model.name, extra=extra)
 
 
 def _start_or_resume(experiment: Experiment, store: Checkpoints, prepare: Prepare) -> RunState:
     """The run in its newest checkpoint, or a fresh one."""
-    model, optimiser, schedule = experiment.model, experiment.optimiser, experiment.schedule
+    model, optimiser, lengths = experiment.model, experiment.optimiser, experiment.lengths
     step = store.latest()
     if step is not None:
         meta = store.meta(step)
         _check_same_run(experiment, meta, step)
         state, kept = prepare(train_state.shapes(*model.shapes(), optimiser), meta["loop"])
         state = store.restore(state, step, experiment.mesh)
-        print_once(f"goes on from step {step} of {schedule.total_steps} in {experiment.workdir}")
+        print_once(f"goes on from step {step} of {lengths.total_steps} in {experiment.workdir}")
         return RunState(state, experiment.meta(**kept))
     key = jax.random.key(experiment.config.seed)
     if experiment.weights is None:
@@ -227,7 +227,7 @@ def _start_or_resume(experiment: Experiment, store: Checkpoints, prepare: Prepar
     state = train_state.create(params, stats, optimiser, seed=experiment.config.seed, mesh=experiment.mesh)
     print_once(
         f"{model.name}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters, {len(experiment.images.pids):,} "
-        f"images, {schedule.epochs} epochs of {schedule.steps_per_epoch} steps of {experiment.config.batch_size}, "
+        f"images, {lengths.epochs} epochs of {lengths.steps_per_epoch} steps of {experiment.config.batch_size}, "
         f"devices: {experiment.mesh.size} {experiment.mesh.devices.flat[0].device_kind}"
     )
     if not datasets_with_queries(experiment.config):
@@ -248,7 +248,7 @@ def _check_same_run(experiment: Experiment, meta: Mapping[str, Any], step: int) 
         fields.setdefault("with_val", False)
         fields["dataset"] = joined(dataset_names(fields["dataset"])) if fields.get("dataset") else None
     found = changes(before, config)
-    lengths, were = experiment.lengths(), meta.get("lengths", {})
+    lengths, were = experiment.fixed_lengths(), meta.get("lengths", {})
     changed += found[REFUSED]
     changed += [f"{k}={lengths[k]} (was {were[k]})" for k in lengths if k in were and were[k] != lengths[k]]
     if changed:

@@ -41,8 +41,8 @@ class NonFiniteLossError(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Lengths and intervals, in steps unless the name says epochs."""
+class Lengths:
+    """Lengths and intervals of a run, in steps unless the name says epochs."""
 
     steps_per_epoch: int
     epochs: int
@@ -77,7 +77,7 @@ class Recipe:
 def train(
     run: RunState,
     recipe: Recipe,
-    schedule: Schedule,
+    lengths: Lengths,
     store: Checkpoints,
     *,
     mesh: Mesh,
@@ -89,7 +89,7 @@ def train(
     Args:
         run: a fresh run, or one from a checkpoint.
         recipe: what an epoch and a step are.
-        schedule: how long, and what happens how often.
+        lengths: how long, and what happens how often.
         store: where checkpoints go.
         mesh: the devices.
         workdir: where metrics go.
@@ -100,7 +100,7 @@ def train(
         NonFiniteLossError: see there.
     """
     number = int(run.state.step)
-    total = schedule.total_steps
+    total = lengths.total_steps
     with contextlib.ExitStack() as at_the_end:
         at_the_end.callback(store.wait)
         writer = MetricsWriter(workdir, first_step=number)
@@ -108,7 +108,7 @@ def train(
         bar = at_the_end.enter_context(progress_bar(total * batch_size, label="train", initial=number * batch_size))
         stop = at_the_end.enter_context(_StopFlag())
         while number < total:
-            epoch, offset = divmod(number, schedule.steps_per_epoch)
+            epoch, offset = divmod(number, lengths.steps_per_epoch)
             run, stream, notes = recipe.begin_epoch(run, epoch, offset)
             if notes:
                 # They belong to the first step to come: a run resumed at this boundary writes them again.
@@ -121,18 +121,18 @@ def train(
                     run, number = run.replace(state=state), number + 1
                     window.add(number, metrics, batch["index"])
                     bar.update(batch_size)
-                    if number % schedule.log_every == 0:
+                    if number % lengths.log_every == 0:
                         means, steps_per_second = window.flush()
                         rate = {"images_per_second": steps_per_second * batch_size}
                         writer.write(number, {"epoch": epoch, **means, **rate})
                         bar.set_postfix(epoch=epoch + 1, loss=f"{means['loss']:.3f}")
-                    if number % schedule.steps_per_epoch == 0:
+                    if number % lengths.steps_per_epoch == 0:
                         # Saved below, after its evaluation.
                         continue
                     # Agreeing with other processes waits for the step to finish, as logging does.
-                    may_stop = jax.process_count() == 1 or number % schedule.log_every == 0
+                    may_stop = jax.process_count() == 1 or number % lengths.log_every == 0
                     stopping = may_stop and stop.agree()
-                    if stopping or number % schedule.checkpoint_every == 0:
+                    if stopping or number % lengths.checkpoint_every == 0:
                         window.flush()
                         store.save(run.state, run.meta)
                     if stopping:
@@ -143,7 +143,7 @@ def train(
             # resumed run would start with the next epoch.
             done = epoch + 1
             scores = None
-            if number == total or done % schedule.eval_every_epochs == 0:
+            if number == total or done % lengths.eval_every_epochs == 0:
                 scores = recipe.evaluate(run, done)
                 if scores is not None:
                     writer.write(number, {"epoch": epoch, **scores})

@@ -82,12 +82,12 @@ def run(workdir, recipe, *, epochs=3, log_every=1, checkpoint_every=3, eval_ever
             on_step(int(state.step) + 1)
         return compiled(state, batch)
 
-    schedule = loops.Schedule(recipe.steps_per_epoch, epochs, log_every, checkpoint_every, eval_every)
+    lengths = loops.Lengths(recipe.steps_per_epoch, epochs, log_every, checkpoint_every, eval_every)
     bound = loops.Recipe(step, recipe.begin_epoch, recipe.evaluate, recipe.files)
     begun = train_state.RunState(state, {"loop": {}})
     first = int(state.step)
     try:
-        run = loops.train(begun, bound, schedule, store, mesh=mesh, workdir=workdir, batch_size=ROWS)
+        run = loops.train(begun, bound, lengths, store, mesh=mesh, workdir=workdir, batch_size=ROWS)
     finally:
         store.close()
     if first < int(run.state.step):
