@@ -83,7 +83,7 @@ CONFIG = f"--config={ROOT}/configs"
             [f"{CONFIG}/spcl_market1501.py", "--config.spcl.eps_gap=0.7"],
             ["spcl.eps=0.6 with spcl.eps_gap=0.7", "must lie between 0 and 1"],
         ),
-        ([f"{CONFIG}/evaluate.py"], ["checkpoint is not set: give --config.checkpoint=PATH"]),
+        ([f"{CONFIG}/evaluate.py"], ["checkpoint is not set: give --config.checkpoint=PATH (a run's workdir, an"]),
         ([f"{CONFIG}/extract.py"], ["images is not set: give --config.images=PATH"]),
     ],
 )

@@ -20,10 +20,11 @@ from dmosnet_jax.evaluation.forgetting import ForgettingScorer, Proxy
 from dmosnet_jax.recipes.chunks import SCORES, Chunks
 from dmosnet_jax.recipes.datasets import read_names
 from dmosnet_jax.recipes.network import open_network, require_paths
+from dmosnet_jax.recipes.scoring import RESULTS
 from dmosnet_jax.recipes.training import locked
 from dmosnet_jax.train.metrics import progress_bar, write_json
 
-NAMES, SHEET, RESULTS = "names.txt", "contact_sheet.png", "results.json"
+NAMES, SHEET = "names.txt", "contact_sheet.png"
 _FIELDS = ("checkpoint_pretrained", "checkpoint_finetuned")
 
 
@@ -34,7 +35,7 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         ConfigError: a checkpoint is not given, or the two do not go together.
         DataError: data or a checkpoint missing or damaged, or the workdir is of another run.
     """
-    require_paths(config, *_FIELDS, hint=" (a run's workdir or a PyTorch file)")
+    require_paths(config, *_FIELDS)
     [name] = dataset_names(config.dataset)
     split = load_split(config.data_dir, name, config.split)
     proxies, about = _open_proxies(config)

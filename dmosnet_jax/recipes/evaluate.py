@@ -16,7 +16,7 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         ConfigError: no checkpoint given.
         DataError: data or checkpoint missing, damaged, or of another model.
     """
-    require_paths(config, "checkpoint", hint=" (a run's workdir or a PyTorch file)")
+    require_paths(config, "checkpoint")
     names = dataset_names(config.dataset)
     network = open_network(config, config.checkpoint)
     scorer = scoring.Scorer(network.config, network.model, make_mesh(), names)

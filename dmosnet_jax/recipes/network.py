@@ -31,10 +31,11 @@ class Network:
     stats: dict[str, Any]
 
 
-def require_paths(config: Any, *fields: str, hint: str = "") -> None:
+def require_paths(config: Any, *fields: str) -> None:
     """Raises ConfigError where a field that must name a path is empty."""
     for field in fields:
         if not config[field]:
+            hint = " (a run's workdir, an exported folder or a PyTorch file)" if field.startswith("checkpoint") else ""
             raise ConfigError(f"{field} is not set: give --config.{field}=PATH{hint}")
 
 

@@ -11,13 +11,14 @@ from jax.sharding import Mesh
 
 from dmosnet_jax.core.config import joined
 from dmosnet_jax.data.loading import ImageCache
+from dmosnet_jax.data.records import GALLERY, QUERY
 from dmosnet_jax.data.splits import Rows, Split, load_split
 from dmosnet_jax.evaluation import ranking, report
 from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.evaluation.report_charts import charts_from_metrics
 from dmosnet_jax.evaluation.rerank import rerank
 from dmosnet_jax.models import Model
-from dmosnet_jax.train.metrics import read_rows, write_json
+from dmosnet_jax.train.metrics import METRICS_FILE, read_rows, write_json
 
 RESULTS, REPORT = "results.json", "report.html"
 METRICS = ("mAP", "rank1", "rank5", "rank10", "mINP")
@@ -68,7 +69,7 @@ class Scorer:
         """
         self._extract = extractor or make_extractor(config, model, mesh)
         self._splits = {
-            name: [load_split(config.data_dir, name, split) for split in ("query", "gallery")] for name in names
+            name: [load_split(config.data_dir, name, split) for split in (QUERY, GALLERY)] for name in names
         }
         self._caches = {
             name: [image_cache(config, split) if keep_images else None for split in splits]
@@ -200,7 +201,7 @@ def _write(scores: Scores, results: dict[str, Any], folder: pathlib.Path, config
             title=f"{results['model']} on {results['dataset']}",
             results=results,
             cmc=scores.ranking.cmc,
-            curves=charts_from_metrics(read_rows(run / "metrics.jsonl")),
+            curves=charts_from_metrics(read_rows(run / METRICS_FILE)),
             rank_lists=_rank_lists(scores, config.eval.rank_lists),
             config=config.to_dict(),
         )

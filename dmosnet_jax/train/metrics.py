@@ -16,7 +16,7 @@ from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.train.events import EventFile
 
-FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ class MetricsWriter:
         self._file = self._events = None
         if jax.process_index() != 0:
             return
-        path = pathlib.Path(workdir) / FILE
+        path = pathlib.Path(workdir) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         files.remove_unfinished(path.parent)
         if path.exists():
