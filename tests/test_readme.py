@@ -15,7 +15,7 @@ def named():
     """Pairs of a file and a name in it, or None; a bare file is in the folder of the one before it on its line."""
     for line in ROUTES.splitlines():
         folder = ""
-        for path, name in re.findall(r"([\w/]+\.py)(?:: (\w+))?", line):
+        for path, name in re.findall(r"([\w/]+\.py)(?:: (\w+(?:\.\w+)?))?", line):
             if "/" in path:
                 folder = path.rpartition("/")[0] + "/"
             yield (path if "/" in path else folder + path), name or None
@@ -35,6 +35,8 @@ def test_module_and_name_exist(path, name):
     for node in ast.parse(found[0].read_text(encoding="utf-8")).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
+            if isinstance(node, ast.ClassDef):
+                names |= {f"{node.name}.{method.name}" for method in node.body if isinstance(method, ast.FunctionDef)}
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names |= {target.id for target in targets if isinstance(target, ast.Name)}

@@ -100,7 +100,8 @@ def _rank_matches(distance, query0, query_ids, query_cams, gallery_ids, gallery_
         before = np.zeros(count + 1, np.int64)
         for g in range(gallery):
             value = distance[r, g]
-            # Most of the gallery is further than the last match and done with here.
+            # Most of the gallery is further than the last match and done with here. So are images of the query's
+            # identity: matches, counted below, and junk, from its own camera, which takes no place in the ranking.
             if value > sorted_near[count - 1] or gallery_ids[g] == query_ids[query]:
                 continue
             low, high = 0, count
