@@ -26,6 +26,7 @@ def head_count(channels: int) -> int:
     return min(divisors, key=lambda heads: (abs(channels / heads - HEAD_DIM), heads))
 
 
+@jax.checkpoint
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Scaled dot-product attention.
 
@@ -35,7 +36,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         v: `[..., K, heads, dim]`.
 
     Returns:
-        `[..., Q, heads, dim]` in the dtype of `v`; the softmax runs in at least float32.
+        `[..., Q, heads, dim]` in the dtype of `v`; the softmax runs in at least float32. For the gradient it is
+        computed anew: kept, its weights would be the largest arrays of a training step.
     """
     scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     scores = jnp.einsum("...qhd,...khd->...hqk", q * scale, k, preferred_element_type=wide_type(q))

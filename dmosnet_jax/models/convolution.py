@@ -1,21 +1,25 @@
-"""1x1 and depthwise 3x3 convolutions in the forms that XLA runs fast, with their own gradients.
+"""1x1, depthwise 3x3 and first convolutions in the forms that XLA runs fast, with their own gradients.
 
 XLA's grouped convolution runs one tiny convolution per channel on CPU. A sum of nine shifted products is a single fused
 loop instead, and its gradient to the input is the same loop with the kernel turned round. What remains are gradients to
-weights, sums over every position of the batch: on CPU, XLA's layout assignment and fusion make those many times slower
-than they need be once the arrays leave the cache, so there they run as a scan over parts of the batch
-(`python -m dmosnet_jax.benchmarks.convolution` compares the forms).
+weights, sums over every position of the batch. On one CPU they are kernels of `models/cpu_kernels.py`; what these don't
+take (bfloat16) goes over the batch in a scan (`python -m dmosnet_jax.benchmarks.convolution` compares the forms).
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dmosnet_jax.core import simd
+from dmosnet_jax.models import cpu_kernels
 from dmosnet_jax.models.precision import wide_type, widened
 
 # Above this many elements the scan beats one fused reduction on CPU.
 _SCAN_FROM_ELEMENTS = 1 << 19
-_POINTWISE_PARTS = 8
+# Where the kernels pay: from this much of an input, up to so many weights, whose sums must stay in the cache.
+_KERNEL_FROM_ELEMENTS, _KERNEL_TO_WEIGHTS = 1 << 16, 384 * 384
+# The batch is summed in parts, whatever the number of threads.
+_PARTS = 8
 DEPTHWISE_SCOPE = "depthwise3x3"
 
 
@@ -23,6 +27,16 @@ def _scan_pays(x: jax.Array) -> bool:
     # With several devices the batch axis is sharded, and a scan over it would gather the whole batch.
     one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
     return one_cpu and x.size >= _SCAN_FROM_ELEMENTS
+
+
+def _pays(x: jax.Array) -> bool:
+    whole = x.shape[0] % _PARTS == 0 and x.size >= _KERNEL_FROM_ELEMENTS
+    return whole and x.dtype == jnp.float32 and simd.available()
+
+
+def _by_kernel(x: jax.Array, gradient: jax.Array) -> bool:
+    inputs, outputs = x.shape[-1], gradient.shape[-1]
+    return inputs % 8 == 0 and outputs % 16 == 0 and inputs * outputs <= _KERNEL_TO_WEIGHTS and _pays(x)
 
 
 @jax.custom_vjp
@@ -51,11 +65,12 @@ def _product_over_positions(x: jax.Array, gradient: jax.Array) -> jax.Array:
 
 def _pointwise_backward(saved, gradient):
     x, kernel = saved
-    dx = lax.dot_general(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())))
-    if _scan_pays(x) and x.shape[0] % _POINTWISE_PARTS == 0:
-        parts = [a.reshape(_POINTWISE_PARTS, -1, a.shape[-1]) for a in (x, gradient)]
-        start = jnp.zeros(kernel.shape, wide_type(x))
-        total, _ = lax.scan(lambda total, part: (total + _product_over_positions(*part), None), start, tuple(parts))
+    # Turned round by itself: XLA's products of small matrices are twice as fast in this order on CPU.
+    turned = lax.optimization_barrier(kernel.T)
+    dx = lax.dot_general(gradient, turned, (((x.ndim - 1,), (0,)), ((), ())))
+    if _by_kernel(x, gradient):
+        parts = [a.reshape(_PARTS, -1, a.shape[-1]) for a in (x, gradient)]
+        total = jnp.sum(cpu_kernels.call("products", [(_PARTS, *kernel.shape)], *parts)[0], axis=0)
     else:
         total = _product_over_positions(x, gradient)
     return dx, total.astype(kernel.dtype)
@@ -118,3 +133,40 @@ def _depthwise_backward(saved, gradient):
 
 
 depthwise3x3.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+def _convolve7x7(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, (2, 2), [(3, 3), (3, 3)], dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@jax.custom_vjp
+def stem7x7(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolution 7x7 with stride 2 and zero padding 3.
+
+    Args:
+        x: images `[B, H, W, 3]`, any float dtype.
+        kernel: `[7, 7, 3, O]` (HWIO), dtype of `x`.
+
+    Returns:
+        `[B, H/2, W/2, O]`, dtype of `x`.
+    """
+    return _convolve7x7(x, kernel)
+
+
+def _stem_forward(x, kernel):
+    return stem7x7(x, kernel), (x, kernel)
+
+
+def _stem_backward(saved, gradient):
+    x, kernel = saved
+    dx, dkernel = jax.vjp(_convolve7x7, x, kernel)[1](gradient)
+    _, height, width, channels = x.shape
+    if channels == 3 and kernel.shape[-1] % 16 == 0 and height % 2 == 0 and width % 16 == 0 and _pays(x):
+        parts = [a.reshape(_PARTS, -1, *a.shape[1:]) for a in (x, gradient)]
+        shape = (_PARTS, cpu_kernels.STEM_TAPS, kernel.shape[-1])
+        total = jnp.sum(cpu_kernels.call("stem", [shape], *parts)[0], axis=0)
+        dkernel = total[: kernel.size // kernel.shape[-1]].reshape(kernel.shape)
+    return dx, dkernel
+
+
+stem7x7.defvjp(_stem_forward, _stem_backward)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from dmosnet_jax.models.convolution import depthwise3x3, pointwise
+from dmosnet_jax.models.convolution import depthwise3x3, pointwise, stem7x7
 from dmosnet_jax.models.draws import Draws
 
 
@@ -50,6 +50,8 @@ class Conv(nnx.Module):
         elif self.size == 1:
             seen = x if self.stride == 1 else x[:, :: self.stride, :: self.stride]
             y = pointwise(seen, kernel[0, 0])
+        elif self.size == 7 and self.stride == 2:
+            y = stem7x7(x, kernel)
         else:
             pad = (self.size - 1) // 2
             y = lax.conv_general_dilated(

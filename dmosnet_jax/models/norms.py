@@ -6,9 +6,10 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from dmosnet_jax.models.precision import widened
-
-NORM_EPSILON = 1e-5
+from dmosnet_jax.models import fused
+from dmosnet_jax.models.convolution import depthwise3x3
+from dmosnet_jax.models.fused import NORM_EPSILON
+from dmosnet_jax.models.precision import wide_type, widened
 
 
 @jax.custom_vjp
@@ -16,12 +17,13 @@ def normalise_groups(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[j
     """Normalises groups by their own statistics.
 
     Args:
-        x: `[groups, size, ..., C]`, float32 or float64.
-        scale: `[C]`, same dtype.
+        x: `[groups, size, ..., C]`, any float dtype; what the gradient needs is kept in it.
+        scale: `[C]`, float32, or float64 like x.
         bias: `[C]`, same dtype.
 
     Returns:
-        The normalised array, and the groups' means and biased variances `[groups, C]`, which carry no gradient.
+        The normalised array in the dtype of x, and the groups' means and biased variances `[groups, C]` in that of
+        `scale`, which carry no gradient.
     """
     return _normalise_forward(x, scale, bias)[0]
 
@@ -47,18 +49,21 @@ def _moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]
 
 
 def _normalise_forward(x, scale, bias):
-    mean, var = (m.reshape(x.shape[0], x.shape[-1]) for m in _moments(x, tuple(range(1, x.ndim - 1))))
+    wide = widened(x)
+    mean, var = (m.reshape(x.shape[0], x.shape[-1]) for m in _moments(wide, tuple(range(1, x.ndim - 1))))
     inverse = lax.rsqrt(var + NORM_EPSILON)
     factor = scale[None, :] * inverse
-    y = (x - _wide(mean, x)) * _wide(factor, x) + _wide(bias[None, :], x)
-    return (y, mean, var), (x, scale, mean, inverse)
+    y = (wide - _wide(mean, x)) * _wide(factor, x) + _wide(bias[None, :], x)
+    return (y.astype(x.dtype), mean, var), (x, scale, mean, inverse)
 
 
 def _normalise_backward(saved, gradients):
     x, scale, mean, inverse = saved
-    axes = tuple(range(1, x.ndim - 1))
-    # Fused into the sums below, whatever produces these two would be computed once for each sum.
-    x, gradient = lax.optimization_barrier((x, gradients[0]))
+    axes, gradient = tuple(range(1, x.ndim - 1)), gradients[0]
+    if jax.default_backend() == "cpu":
+        # Fused into the sums below, whatever produces these two would be computed once for each sum.
+        x, gradient = lax.optimization_barrier((x, gradient))
+    dtype, x, gradient = x.dtype, widened(x), widened(gradient)
     count = x.size // mean.size
     centred = x - _wide(mean, x)
     total = jnp.sum(gradient, axis=axes)
@@ -66,7 +71,7 @@ def _normalise_backward(saved, gradients):
     factor = scale[None, :] * inverse
     slope = factor * weighted * inverse / count
     dx = gradient * _wide(factor, x) - centred * _wide(slope, x) - _wide(factor * total / count, x)
-    return dx, jnp.sum(weighted, axis=0), jnp.sum(total, axis=0)
+    return dx.astype(dtype), jnp.sum(weighted, axis=0), jnp.sum(total, axis=0)
 
 
 normalise_groups.defvjp(_normalise_forward, _normalise_backward)
@@ -87,27 +92,79 @@ class BatchNorm(nnx.Module):
         self.var = nnx.BatchStat(np.ones((channels,), np.float32))
         self.group_size, self.momentum = group_size, momentum
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Normalises `[B, ..., C]`, dtype kept; with `train` it also moves the running statistics."""
-        shape, wide = x.shape, widened(x)
-        scale, bias = self.scale[...].astype(wide.dtype), self.bias[...].astype(wide.dtype)
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        train: bool,
+        relu: bool = False,
+        depthwise: jax.Array | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """`pooled` without the mean."""
+        return self.pooled(x, train=train, relu=relu, depthwise=depthwise, residual=residual)[0]
+
+    def pooled(
+        self,
+        x: jax.Array,
+        *,
+        train: bool,
+        relu: bool = False,
+        depthwise: jax.Array | None = None,
+        residual: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Normalises `[B, ..., C]`, dtype kept; with `train` it also moves the running statistics.
+
+        Args:
+            x: the input.
+            train: whether to normalise by the batch's own statistics.
+            relu: whether a ReLU comes last.
+            depthwise: kernel `[3, 3, 1, C]` of a depthwise convolution that comes first.
+            residual: `[B, ..., C]` to be added before the ReLU; not together with `depthwise`.
+
+        Returns:
+            The output, and its mean per image and channel, `[B, C]`.
+        """
+        if fused.runs_here(x):
+            return self._by_kernels(x, train, relu, depthwise, residual)
+        y = self._normalised(x if depthwise is None else depthwise3x3(x, depthwise), train)
+        y = y if residual is None else y + residual
+        y = jax.nn.relu(y) if relu else y
+        return y, jnp.mean(y, axis=tuple(range(1, y.ndim - 1)))
+
+    def _by_kernels(self, x, train, relu, depthwise, residual):
+        scale, bias = self.scale[...], self.bias[...]
         if not train:
-            # As PyTorch groups it, for parity in the last digits.
-            factor = scale * lax.rsqrt(self.var[...].astype(wide.dtype) + NORM_EPSILON)
-            offset = bias - self.mean[...].astype(wide.dtype) * factor
-            broadcast = (1,) * (x.ndim - 1) + shape[-1:]
-            return (wide * factor.reshape(broadcast) + offset.reshape(broadcast)).astype(x.dtype)
+            return fused.scale_and_shift(x, depthwise, *self._factors(x), residual, relu)
+        size = group_of(x.shape[0], self.group_size)
+        groups = x.shape[0] // size
+        y, pooled, mean, var = fused.normalise(x, depthwise, scale, bias, residual, groups, relu)
+        self._move(mean, var, x.size // mean.size)
+        return y, pooled
+
+    def _factors(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What the running statistics make of scale and bias; as PyTorch groups it, for parity in the last digits."""
+        scale, bias, mean, var = (v[...].astype(x.dtype) for v in (self.scale, self.bias, self.mean, self.var))
+        factor = scale * lax.rsqrt(var + NORM_EPSILON)
+        return factor, bias - mean * factor
+
+    def _normalised(self, x: jax.Array, train: bool) -> jax.Array:
+        shape, wide = x.shape, widened(x)
+        if not train:
+            factor, offset = (v.reshape((1,) * (x.ndim - 1) + shape[-1:]) for v in self._factors(wide))
+            return (wide * factor + offset).astype(x.dtype)
+        scale, bias = self.scale[...].astype(wide.dtype), self.bias[...].astype(wide.dtype)
         size = group_of(shape[0], self.group_size)
-        grouped = wide.reshape(shape[0] // size, size, *shape[1:])
+        grouped = x.reshape(shape[0] // size, size, *shape[1:])
         y, mean, var = normalise_groups(grouped, scale, bias)
         self._move(mean, var, grouped.size // mean.size)
-        return y.reshape(shape).astype(x.dtype)
+        return y.reshape(shape)
 
     def _move(self, mean: jax.Array, var: jax.Array, count: int) -> None:
         unbiased = jnp.mean(var, axis=0) * (count / max(count - 1, 1))
         for running, batch in ((self.mean, jnp.mean(mean, axis=0)), (self.var, unbiased)):
             fresh = lax.stop_gradient(batch).astype(jnp.float32)
-            running[...] = (1 - self.momentum) * running[...] + self.momentum * fresh
+            running.set_value((1 - self.momentum) * running[...] + self.momentum * fresh)
 
 
 def group_of(batch: int, group_size: int | None) -> int:
@@ -132,8 +189,5 @@ class InstanceNorm(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Normalises `[B, H, W, C]`, dtype kept; `train` is accepted so that norms are interchangeable."""
         del train
-        y = widened(x)
-        scale, bias = (p[...].astype(y.dtype)[None, None, None, :] for p in (self.scale, self.bias))
-        mean, var = _moments(y, (1, 2))
-        factor = scale * lax.rsqrt(var + NORM_EPSILON)
-        return ((y - mean) * factor + bias).astype(x.dtype)
+        scale, bias = (p[...].astype(wide_type(x)) for p in (self.scale, self.bias))
+        return normalise_groups(x, scale, bias)[0]

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from dmosnet_jax.models.attention import GRID, DoubleLayerAttention
@@ -75,9 +74,12 @@ class ConvUnit(nnx.Module):
         self.bn = InstanceNorm(outputs) if ibn else BatchNorm(outputs, group_size=group_size)
         self.linear = linear
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        y = self.bn(self.conv(x), train=train)
-        return y if self.linear else jax.nn.relu(y)
+    def __call__(self, x: jax.Array, *, train: bool, residual: jax.Array | None = None) -> jax.Array:
+        """With a `residual` the sum goes through a ReLU."""
+        y = self.conv(x)
+        if isinstance(self.bn, BatchNorm):
+            return self.bn(y, train=train, relu=not self.linear or residual is not None, residual=residual)
+        return jax.nn.relu(self.bn(y, train=train))
 
 
 class LightConv(nnx.Module):
@@ -88,8 +90,9 @@ class LightConv(nnx.Module):
         self.conv2 = Conv(channels, channels, 3, depthwise=True, rngs=rngs)
         self.bn = BatchNorm(channels, group_size=group_size)
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        return jax.nn.relu(self.bn(self.conv2(self.conv1(x)), train=train))
+    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        y = self.conv1(x)
+        return self.bn.pooled(y, train=train, relu=True, depthwise=self.conv2.kernel[...].astype(y.dtype))
 
 
 class AttentionStream(nnx.Module):
@@ -100,8 +103,8 @@ class AttentionStream(nnx.Module):
         self.attn2 = DoubleLayerAttention(channels, group_size=group_size, rngs=rngs)
         self.bn = BatchNorm(channels, group_size=group_size)
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        return jax.nn.relu(self.bn(self.attn2(self.conv1(x), train=train), train=train))
+    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        return self.bn.pooled(self.attn2(self.conv1(x), train=train), train=train, relu=True)
 
 
 class ChannelGate(nnx.Module):
@@ -112,9 +115,9 @@ class ChannelGate(nnx.Module):
         self.fc1 = Conv(channels, hidden, 1, bias=True, rngs=rngs)
         self.fc2 = Conv(hidden, channels, 1, bias=True, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        pooled = jnp.mean(x, axis=(1, 2), keepdims=True)
-        return x * jax.nn.sigmoid(self.fc2(jax.nn.relu(self.fc1(pooled))))
+    def __call__(self, x: jax.Array, pooled: jax.Array) -> jax.Array:
+        """Weighs the channels of `[B, H, W, C]` by their means `[B, C]`."""
+        return x * jax.nn.sigmoid(self.fc2(jax.nn.relu(self.fc1(pooled[:, None, None, :]))))
 
 
 class OSBlock(nnx.Module):
@@ -139,15 +142,16 @@ class OSBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         x1 = self.conv1(x, train=train)
-        total = self.gate(self.conv2a(x1, train=train))
+        total = self.gate(*self.conv2a(x1, train=train))
         for stream in (self.conv2b, self.conv2c, self.conv2d):
             y = x1
             for layer in stream:
-                y = layer(y, train=train)
-            total = total + self.gate(y)
+                y, pooled = layer(y, train=train)
+            total = total + self.gate(y, pooled)
         identity = self.downsample(x, train=train) if self.has_downsample else x
-        out = self.conv3(total, train=train) + identity
-        return jax.nn.relu(self.IN(out) if self.ibn else out)
+        if self.ibn:
+            return jax.nn.relu(self.IN(self.conv3(total, train=train) + identity))
+        return self.conv3(total, train=train, residual=identity)
 
 
 class OSNet(nnx.Module):

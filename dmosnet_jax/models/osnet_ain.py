@@ -53,10 +53,10 @@ class Stream(nnx.Module):
     def __init__(self, channels: int, depth: int, **options: Any):
         self.layers = nnx.List([LightConv(channels, **options) for _ in range(depth)])
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
         for layer in self.layers:
-            x = layer(x, train=train)
-        return x
+            x, pooled = layer(x, train=train)
+        return x, pooled
 
 
 class BareConv(nnx.Module):
@@ -90,12 +90,12 @@ class AINBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         x1 = self.conv1(x, train=train)
-        gated = [self.gate(stream(x1, train=train)) for stream in self.conv2]
-        branch = self.conv3(sum(gated[1:], gated[0]), train=train)
-        if self.instance_norm:
-            branch = self.IN(branch)
+        gated = [self.gate(*stream(x1, train=train)) for stream in self.conv2]
+        total = sum(gated[1:], gated[0])
         identity = self.downsample(x, train=train) if self.has_downsample else x
-        return jax.nn.relu(branch + identity)
+        if self.instance_norm:
+            return jax.nn.relu(self.IN(self.conv3(total, train=train)) + identity)
+        return self.conv3(total, train=train, residual=identity)
 
 
 class OSNetAIN(nnx.Module):

@@ -79,9 +79,10 @@ class HalfInstanceNorm(nnx.Module):
         self.IN = InstanceNorm(self.half)
         self.BN = BatchNorm(channels - self.half, group_size=group_size)
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, relu: bool = False) -> jax.Array:
         first, second = x[..., : self.half], x[..., self.half :]
-        return jnp.concatenate([self.IN(first), self.BN(second, train=train)], axis=-1)
+        y = jnp.concatenate([self.IN(first), self.BN(second, train=train)], axis=-1)
+        return jax.nn.relu(y) if relu else y
 
 
 class Bottleneck(nnx.Module):
@@ -104,13 +105,12 @@ class Bottleneck(nnx.Module):
         self.project = project
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        y = jax.nn.relu(self.bn1(self.conv1(x), train=train))
-        y = jax.nn.relu(self.bn2(self.conv2(y), train=train))
-        y = self.bn3(self.conv3(y), train=train)
+        y = self.bn1(self.conv1(x), train=train, relu=True)
+        y = self.bn2(self.conv2(y), train=train, relu=True)
         if self.project:
             conv, norm = self.downsample
             x = norm(conv(x), train=train)
-        return jax.nn.relu(y + x)
+        return self.bn3(self.conv3(y), train=train, relu=True, residual=x)
 
 
 class ResNet50(nnx.Module):
@@ -140,7 +140,7 @@ class ResNet50(nnx.Module):
         Returns:
             The map `[B, H/16, W/16, 2048]` (a half of that with last stride 2), and the maps after each stage by name.
         """
-        x = jax.nn.relu(self.bn1(self.conv1(x), train=train))
+        x = self.bn1(self.conv1(x), train=train, relu=True)
         stages = {"conv1": x}
         x = stages["maxpool"] = max_pool3x3(x, padded=self.padded_pool)
         for layer in ("layer1", "layer2", "layer3", "layer4"):

@@ -91,5 +91,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
+    # As in the tests, which have several devices: the programs of XLA alone.
+    os.environ["DMOSNET_CPU_KERNELS"] = "0"
     sys.path.insert(0, str(HERE.parent.parent))
     main()
