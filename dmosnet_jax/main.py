@@ -15,6 +15,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
+from dmosnet_jax.core import startup
 from dmosnet_jax.core.config import read, validate
 from dmosnet_jax.core.errors import ConfigError, UserError, refusal
 
@@ -114,6 +115,8 @@ def _run() -> None:
 def main() -> None:
     """Parses the command line and runs the config's recipe."""
     logging.set_verbosity(logging.ERROR)
+    startup.keep_memory()
+    startup.keep_programs()
     try:
         app.run(lambda _: _run(), flags_parser=_parse)
     except (UserError, OSError) as error:

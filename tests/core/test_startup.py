@@ -1,0 +1,51 @@
+"""What is set before JAX is loaded."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from dmosnet_jax.core import startup
+
+FAULTS = """
+import resource, sys
+from dmosnet_jax.core import startup
+assert startup.keep_memory() == (sys.argv[1] == "kept")
+import numpy as np
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(1 << 24, np.float32).sum()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print([faults() for _ in range(4)][-1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator of Linux' C library")
+@pytest.mark.parametrize(("wanted", "least", "most"), [("kept", 0, 100), ("returned", 10_000, 1 << 20)])
+def test_memory_that_was_freed_is_used_again(wanted, least, most):
+    environment = {**os.environ, startup.MALLOC: "1" if wanted == "kept" else "0"}
+    command = [sys.executable, "-c", FAULTS, wanted]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    # 64 MiB are 16,384 pages of 4 KiB, unless the system has larger ones.
+    assert least <= int(done.stdout) <= most or (wanted == "returned" and int(done.stdout) > 20)
+
+
+def test_programs_go_to_the_users_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(startup.PROGRAMS)
+    startup.keep_programs()
+    chosen = pathlib.Path(os.environ[startup.PROGRAMS])
+    assert chosen.parent == tmp_path / "dmosnet_jax" / "programs"
+    monkeypatch.delenv(startup.PROGRAMS)
+    startup.keep_programs()
+    assert os.environ[startup.PROGRAMS] == str(chosen)
+
+
+@pytest.mark.parametrize("given", ["elsewhere", ""])
+def test_a_users_own_choice_stays(monkeypatch, given):
+    monkeypatch.setenv(startup.PROGRAMS, given)
+    startup.keep_programs()
+    assert os.environ[startup.PROGRAMS] == given
