@@ -99,4 +99,5 @@ def test_public_things_are_documented(path):
     if "models" in path.parts:
         # A module of a network is described where it is defined.
         silent = [name for name in silent if "." not in name]
+    silent = [name for name in silent if not name.endswith(".forward")]
     assert silent == []
