@@ -15,7 +15,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from dmosnet_jax.core import startup
+from dmosnet_jax.core import files, startup
 from dmosnet_jax.core.config import read, validate
 from dmosnet_jax.core.errors import ConfigError, UserError, refusal
 
@@ -83,7 +83,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 def _workdir() -> pathlib.Path:
     config_file = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
-    return pathlib.Path(_WORKDIR.value or os.path.join("runs", pathlib.Path(config_file).stem))
+    if files.is_remote(_WORKDIR.value):
+        raise ConfigError(
+            f"--workdir={_WORKDIR.value}: a run's workdir is a local or mounted folder, not a URL: give a path "
+            "(--config.data_dir may be a URL)"
+        )
+    return pathlib.Path(files.tidy(_WORKDIR.value or os.path.join("runs", pathlib.Path(config_file).stem)))
 
 
 def _join_cluster() -> None:

@@ -216,7 +216,7 @@ class CommandLine:
     """Runs `python -m dmosnet_jax.main` in processes of their own, outside of the checkout."""
 
     def __init__(self, folder: pathlib.Path):
-        self._folder = folder
+        self.folder = folder
         self._server: subprocess.Popen | None = None
         self._jobs = 0
 
@@ -225,7 +225,7 @@ class CommandLine:
         what = ["-m", "dmosnet_jax.main"] if script is None else ["-c", script]
         return subprocess.Popen(
             [sys.executable, *what, *args],
-            cwd=self._folder,
+            cwd=self.folder,
             env=_environment(devices) | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -246,7 +246,7 @@ class CommandLine:
         if self._server is None:
             self._server = subprocess.Popen(
                 [sys.executable, "-c", _SERVER],
-                cwd=self._folder,
+                cwd=self.folder,
                 env=_environment(1),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -255,7 +255,7 @@ class CommandLine:
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._jobs += 1
-        out, err = (self._folder / f"{self._jobs}.{name}" for name in ("out", "err"))
+        out, err = (self.folder / f"{self._jobs}.{name}" for name in ("out", "err"))
         flags = _environment(devices)["XLA_FLAGS"]
         self._server.stdin.write(json.dumps([str(out), str(err), flags, script or _MODULE, *args]) + "\n")
         self._server.stdin.flush()

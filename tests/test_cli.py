@@ -147,6 +147,18 @@ def shards(folder, split):
     return sorted(p for p in folder.glob(f"tiny-{split}.tfrecord-*") if p.name[-1].isdigit())
 
 
+def test_a_workdir_at_a_url_is_refused(cli, tiny_flags):
+    refused(cli.forked(*tiny_flags("finetune"), "--workdir=gs://bucket/run"), 2, "gs://bucket/run", "not a URL")
+    assert not list(cli.folder.glob("gs:*"))
+
+
+def test_a_workdir_in_the_home_folder(cli, tiny_flags, checkpoint, tmp_path):
+    finished = cli(*tiny_flags("evaluate", checkpoint=checkpoint), "--workdir=~/run", HOME=str(tmp_path))
+    assert finished.status == 0, finished.err
+    assert (tmp_path / "run" / "results.json").is_file()
+    assert not list(cli.folder.glob("~*"))
+
+
 @pytest.mark.parametrize(("recipe", "split"), [("finetune", "train"), ("evaluate", "gallery")])
 def test_a_truncated_shard(cli, tiny_flags, checkpoint, data, tmp_path, recipe, split):
     folder, flag = data

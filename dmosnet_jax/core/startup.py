@@ -10,18 +10,21 @@ import sys
 MALLOC, PROGRAMS = "DMOSNET_MALLOC", "JAX_COMPILATION_CACHE_DIR"
 # <malloc.h>: M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX.
 _OPTIONS = {-1: -1, -4: 0, -8: 1}
+# NVIDIA, AMD, and TPUs by either driver.
+_ACCELERATORS = ("nvidiactl", "kfd", "accel*", "vfio/[0-9]*")
 
 
 def keep_memory() -> bool:
     """Freed memory is not returned to the system; with glibc alone, and not with `DMOSNET_MALLOC=0`.
 
     A training step on CPU takes gigabytes and frees them. By default the system takes them back and clears each page
-    anew in the next step, which costs a quarter of the processor's time.
+    anew in the next step, which costs a quarter of the processor's time. Where an accelerator computes, the host's
+    threads only decode, and one arena for all of them would hold them up: nothing is changed there.
 
     Returns:
         Whether it was done.
     """
-    if sys.platform != "linux" or os.environ.get(MALLOC, "1") == "0":
+    if sys.platform != "linux" or os.environ.get(MALLOC, "1") == "0" or _accelerator(pathlib.Path("/dev")):
         return False
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
@@ -39,6 +42,13 @@ def keep_programs() -> None:
         return
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path("~/.cache").expanduser()
     os.environ[PROGRAMS] = str(pathlib.Path(base, "dmosnet_jax", "programs", _processor()))
+
+
+def _accelerator(devices: pathlib.Path) -> bool:
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms:
+        return platforms != "cpu"
+    return any(path for pattern in _ACCELERATORS for path in devices.glob(pattern))
 
 
 def _processor() -> str:

@@ -33,6 +33,20 @@ def test_memory_that_was_freed_is_used_again(wanted, least, most):
     assert least <= int(done.stdout) <= most or (wanted == "returned" and int(done.stdout) > 20)
 
 
+@pytest.mark.parametrize("device", ["nvidiactl", "kfd", "accel0", "vfio/0"])
+def test_hosts_of_accelerators_are_left_alone(monkeypatch, tmp_path, device):
+    (tmp_path / "vfio").mkdir()
+    (tmp_path / "vfio" / "vfio").touch()
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert not startup._accelerator(tmp_path)
+    (tmp_path / device).touch()
+    assert startup._accelerator(tmp_path)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert not startup._accelerator(tmp_path)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    assert startup._accelerator(tmp_path)
+
+
 def test_programs_go_to_the_users_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(startup.PROGRAMS)
