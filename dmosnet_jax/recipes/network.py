@@ -4,7 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.parallel import print_once
 from dmosnet_jax.export.weights import MODEL_OPTIONS, Weights, open_weights
 from dmosnet_jax.models import Model, build
 
@@ -82,6 +85,10 @@ def build_model(
         chosen["name"] = config.get("default_model")
     if chosen["name"] is None:
         raise ConfigError("model.name is not set and the weights do not say it: give --config.model.name=NAME")
+    if config.model.dtype == "bfloat16" and jax.default_backend() == "cpu":
+        print_once(
+            "model.dtype='bfloat16' takes about twice as long as float32 on CPUs: give --config.model.dtype=float32"
+        )
     return build(
         **{part: value for part, value in chosen.items() if value is not None},
         num_classes=num_classes,

@@ -163,3 +163,9 @@ def test_settings_make_the_same_model_again(tmp_path):
     assert settings.pop("feature_dim") == model.feature_dim
     assert models.build(**settings) == model
     assert ConfigDict(settings).to_json()
+
+
+@pytest.mark.parametrize(("dtype", "lines"), [("float32", 0), ("bfloat16", 1)])
+def test_bfloat16_on_cpus_is_advised_against(capsys, dtype, lines):
+    assert network.build_model(config(name="osnet_x0_25", dtype=dtype)).dtype == dtype
+    assert capsys.readouterr().out.count("takes about twice as long as float32 on CPUs") == lines
