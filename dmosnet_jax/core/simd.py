@@ -38,6 +38,7 @@ _ZEROS = ir.Constant(_VECTOR, [0.0] * WIDTH)
 _EXTENSION, _ARGUMENTS, _RESULTS, _ATTRIBUTES = 8, 72, 112, 160
 _DATA, _RANK, _DIMENSIONS = 24, 32, 40
 _METADATA, _MAJOR, _MINOR = 24, 24, 28
+_IS_METADATA = 1  # XLA_FFI_Extension_Metadata, a kind of extension
 _API_MAJOR, _API_MINOR = 0, 1
 
 
@@ -291,7 +292,7 @@ def register(name: str, threads: int | None = None) -> str:
     @cfunc(types.int64(types.int64))
     def call(frame):
         extension = _word(frame + _EXTENSION)
-        if extension != 0:
+        if extension != 0 and _word(extension + 8) & 0xFFFFFFFF == _IS_METADATA:
             # XLA asks for the version of the interface when the target is registered.
             metadata = _word(extension + _METADATA)
             _set_int32(metadata + _MAJOR, _API_MAJOR)
