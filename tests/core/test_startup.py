@@ -37,7 +37,7 @@ def test_memory_that_was_freed_is_used_again(wanted, least, most):
 def test_hosts_of_accelerators_are_left_alone(monkeypatch, tmp_path, device):
     (tmp_path / "vfio").mkdir()
     (tmp_path / "vfio" / "vfio").touch()
-    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     assert not startup._accelerator(tmp_path)
     (tmp_path / device).touch()
     assert startup._accelerator(tmp_path)
@@ -49,6 +49,8 @@ def test_hosts_of_accelerators_are_left_alone(monkeypatch, tmp_path, device):
 
 def test_programs_go_to_the_users_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # Set first, where it is not set, so that it is taken back at the end.
+    monkeypatch.setenv(startup.PROGRAMS, "")
     monkeypatch.delenv(startup.PROGRAMS)
     startup.keep_programs()
     chosen = pathlib.Path(os.environ[startup.PROGRAMS])
