@@ -5,9 +5,9 @@
 Features are made up, with the structure of a network's (`benchmarks/structured.py`), unless --features gives an .npz or
 .npy file. `us/image` is the time without the neighbour search, `peak GiB` the most memory the process ever held,
 features included, `estimate GiB` what `estimate_memory` promised. `TFLOP/s` counts the operations that N x N
-similarities take, and `of matmul` is their share of what one large product reaches on the same device. Each size runs
-in a process of its own. Neighbours are searched for up to --search_limit images on a processor, and beyond it taken as
-known, which made-up features allow.
+similarities take (on a device the time includes compiling the search), and `of matmul` is their share of what one large
+product reaches there. Each size runs in a process of its own. Neighbours are searched for up to --search_limit images
+on a processor, and beyond it taken as known, which made-up features allow.
 """
 
 import argparse
@@ -76,10 +76,9 @@ def measure(images: int, options: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     if not given:
         del nearest
-        if device:  # the first call compiles
-            neighbours.search(table, options.k1, backend="device")
         start = time.perf_counter()
-        nearest = neighbours.search(table, options.k1, backend="device" if device else "host").indices
+        backend = "device" if device else "host"
+        nearest = neighbours.search(table, options.k1, backend=backend, candidates=options.candidates).indices
         seconds["neighbours"] = time.perf_counter() - start
     found = cluster(table, nearest=nearest, k1=options.k1, eps=options.eps, threads=options.threads or None)
     seconds |= {name: found.seconds[name] for name in _STAGES}
@@ -147,6 +146,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--eps", type=float, default=0.6)
     parser.add_argument("--features", default="", help="an .npy file, or an .npz file with `features`, to cluster")
     parser.add_argument("--neighbours", choices=_SEARCHES, default="auto", help="auto: device where it is no processor")
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        default=0,
+        help="on devices: find so many by bfloat16 products first; 0 for exact ones",
+    )
     parser.add_argument("--search_limit", type=int, default=100_000, help="largest N that a processor searches")
     parser.add_argument(
         "--dense_limit", type=int, default=13_000, help="largest N of the dense computation, 0 for none"

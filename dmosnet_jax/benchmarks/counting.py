@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from dmosnet_jax.models.convolution import DEPTHWISE_SCOPE
+from dmosnet_jax.models.convolution import DEPTHWISE_SCOPE, MERGED_SCOPE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,10 @@ def _of_equation(equation: Any) -> Operations:
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+        if MERGED_SCOPE in str(equation.source_info.name_stack):
+            # As the 1x1 and the depthwise 3x3 convolution that it stands for.
+            taps = 9
+            return Operations(weighted=output.size * (math.prod(kernel) // outputs // taps + taps))
         return Operations(weighted=output.size * math.prod(kernel) // outputs)
     if name == "mul" and DEPTHWISE_SCOPE in str(equation.source_info.name_stack):
         return Operations(weighted=output.size)

@@ -4,6 +4,9 @@ XLA's grouped convolution runs one tiny convolution per channel on CPU. A sum of
 loop instead, and its gradient to the input is the same loop with the kernel turned round. What remains are gradients to
 weights, sums over every position of the batch. On one CPU they are kernels of `models/cpu_kernels.py`; what these don't
 take (bfloat16) goes over the batch in a scan (`python -m dmosnet_jax.benchmarks.convolution` compares the forms).
+
+On GPUs and TPUs a 1x1 and a depthwise 3x3 convolution in a row run as one whole 3x3 convolution: nine times the
+products, but on matrix units, which have them to spare, and half of the memory traffic, which is what takes the time.
 """
 
 import jax
@@ -12,7 +15,7 @@ from jax import lax
 
 from dmosnet_jax.core import simd
 from dmosnet_jax.models import cpu_kernels
-from dmosnet_jax.models.precision import wide_type, widened
+from dmosnet_jax.models.precision import is_full_precision, wide_type, widened
 
 # Above this many elements the scan beats one fused reduction on CPU.
 _SCAN_FROM_ELEMENTS = 1 << 19
@@ -20,7 +23,8 @@ _SCAN_FROM_ELEMENTS = 1 << 19
 _KERNEL_FROM_ELEMENTS, _KERNEL_TO_WEIGHTS = 1 << 16, 384 * 384
 # The batch is summed in parts, whatever the number of threads.
 _PARTS = 8
-DEPTHWISE_SCOPE = "depthwise3x3"
+# Names by which operations are counted.
+DEPTHWISE_SCOPE, MERGED_SCOPE = "depthwise3x3", "merged3x3"
 
 
 def _scan_pays(x: jax.Array) -> bool:
@@ -86,6 +90,31 @@ def _windows(x: jax.Array) -> list[jax.Array]:
     return [padded[..., i : i + height, j : j + width, :] for i in range(3) for j in range(3)]
 
 
+def merges(x: jax.Array) -> bool:
+    """Whether 1x1 and depthwise 3x3 convolutions run as one: on matrix units, so not where products must be exact."""
+    exact = x.dtype == jnp.float64 or (x.dtype == jnp.float32 and is_full_precision())
+    return jax.default_backend() != "cpu" and not exact
+
+
+def merged_kernel(kernel: jax.Array, depthwise: jax.Array) -> jax.Array:
+    """The kernel `[3, 3, I, O]` of a 1x1 convolution `[1, 1, I, O]` and a depthwise 3x3 one `[3, 3, 1, O]` after it."""
+    return kernel * depthwise
+
+
+def convolve3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolution with zero padding 1.
+
+    Args:
+        x: `[B, H, W, I]`, any float dtype.
+        kernel: `[3, 3, I, O]`, dtype of `x`.
+
+    Returns:
+        `[B, H, W, O]`, dtype of `x`.
+    """
+    with jax.named_scope(MERGED_SCOPE):
+        return lax.conv_general_dilated(x, kernel, (1, 1), [(1, 1), (1, 1)], dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
 @jax.custom_vjp
 def depthwise3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Depthwise 3x3 convolution, stride 1, zero padding 1.
@@ -135,11 +164,30 @@ def _depthwise_backward(saved, gradient):
 depthwise3x3.defvjp(_depthwise_forward, _depthwise_backward)
 
 
+def _stem_of_quarters(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`stem7x7` as a 4x4 convolution with stride 1 over the image's 2x2 blocks.
+
+    Their 12 values are filled up to 16 channels: matrix units have no use for three.
+    """
+    batch, height, width, channels = x.shape
+    blocks = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+    taps = (
+        jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0))).reshape(4, 2, 4, 2, channels, -1).transpose(0, 2, 1, 3, 4, 5)
+    )
+    fill = ((0, 0),) * 3 + ((0, 16 - 4 * channels),)
+    return lax.conv_general_dilated(
+        jnp.pad(blocks.reshape(*blocks.shape[:3], -1), fill),
+        jnp.pad(taps.reshape(4, 4, 4 * channels, -1), (*fill[:2], fill[3], fill[0])),
+        (1, 1),
+        [(2, 1), (2, 1)],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
 def _convolve7x7(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.conv_general_dilated(x, kernel, (2, 2), [(3, 3), (3, 3)], dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-@jax.custom_vjp
 def stem7x7(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolution 7x7 with stride 2 and zero padding 3.
 
@@ -150,11 +198,17 @@ def stem7x7(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Returns:
         `[B, H/2, W/2, O]`, dtype of `x`.
     """
+    even = x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0
+    return _stem_of_quarters(x, kernel) if merges(x) and even and x.shape[-1] == 3 else _stem(x, kernel)
+
+
+@jax.custom_vjp
+def _stem(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return _convolve7x7(x, kernel)
 
 
 def _stem_forward(x, kernel):
-    return stem7x7(x, kernel), (x, kernel)
+    return _stem(x, kernel), (x, kernel)
 
 
 def _stem_backward(saved, gradient):
@@ -169,4 +223,4 @@ def _stem_backward(saved, gradient):
     return dx, dkernel
 
 
-stem7x7.defvjp(_stem_forward, _stem_backward)
+_stem.defvjp(_stem_forward, _stem_backward)

@@ -12,6 +12,7 @@ from jax import lax
 
 from dmosnet_jax.core import simd
 from dmosnet_jax.models import cpu_kernels
+from dmosnet_jax.models.activation import relu as rectify
 from dmosnet_jax.models.convolution import depthwise3x3
 from dmosnet_jax.models.cpu_kernels import call
 
@@ -139,7 +140,7 @@ def plain(x, kernel, factor, offset, residual, *, relu: bool) -> tuple[jax.Array
     y = depthwise3x3(x, kernel) if kernel is not None else x
     y = y * factor[None, None, None, :] + offset[None, None, None, :]
     y = y + residual if residual is not None else y
-    y = jax.nn.relu(y) if relu else y
+    y = rectify(y) if relu else y
     return y, jnp.mean(y, axis=(1, 2))
 
 

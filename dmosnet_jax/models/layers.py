@@ -44,26 +44,27 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[B, H, W, inputs]` to `[B, H', W', outputs]`, dtype kept."""
-        kernel = self.kernel[...].astype(x.dtype)
+        y = self.convolve(x, self.kernel[...])
+        return y + self.bias[...].astype(y.dtype)[None, None, None, :] if self.has_bias else y
+
+    def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """The convolution alone, with another kernel of the same shape."""
+        kernel = kernel.astype(x.dtype)
         if self.depthwise:
-            y = depthwise3x3(x, kernel)
-        elif self.size == 1:
+            return depthwise3x3(x, kernel)
+        if self.size == 1:
             seen = x if self.stride == 1 else x[:, :: self.stride, :: self.stride]
-            y = pointwise(seen, kernel[0, 0])
-        elif self.size == 7 and self.stride == 2:
-            y = stem7x7(x, kernel)
-        else:
-            pad = (self.size - 1) // 2
-            y = lax.conv_general_dilated(
-                x,
-                kernel,
-                (self.stride, self.stride),
-                [(pad, pad), (pad, pad)],
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            )
-        if self.has_bias:
-            y = y + self.bias[...].astype(y.dtype)[None, None, None, :]
-        return y
+            return pointwise(seen, kernel[0, 0])
+        if self.size == 7 and self.stride == 2:
+            return stem7x7(x, kernel)
+        pad = (self.size - 1) // 2
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.stride, self.stride),
+            [(pad, pad), (pad, pad)],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
 
 
 class Linear(nnx.Module):

@@ -1,5 +1,8 @@
 """Batch and instance normalisation, NHWC, in at least float32 whatever the compute dtype."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,30 +10,39 @@ from flax import nnx
 from jax import lax
 
 from dmosnet_jax.models import fused
+from dmosnet_jax.models.activation import relu as rectify
 from dmosnet_jax.models.convolution import depthwise3x3
 from dmosnet_jax.models.fused import NORM_EPSILON
 from dmosnet_jax.models.precision import wide_type, widened
 
 
-@jax.custom_vjp
-def normalise_groups(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalise_groups(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, relu: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalises groups by their own statistics.
 
     Args:
         x: `[groups, size, ..., C]`, any float dtype; what the gradient needs is kept in it.
         scale: `[C]`, float32, or float64 like x.
         bias: `[C]`, same dtype.
+        relu: whether a ReLU comes last; its gradient is then no map of its own.
 
     Returns:
         The normalised array in the dtype of x, and the groups' means and biased variances `[groups, C]` in that of
         `scale`, which carry no gradient.
     """
-    return _normalise_forward(x, scale, bias)[0]
+    return _normalise_forward(x, scale, bias, relu)[0]
 
 
 def _wide(per_group: jax.Array, like: jax.Array) -> jax.Array:
     """`[groups, C]` shaped to broadcast against `[groups, size, ..., C]`."""
     return per_group.reshape(per_group.shape[0], *(1,) * (like.ndim - 2), per_group.shape[1])
+
+
+def _last(per_channel: jax.Array, like: jax.Array) -> jax.Array:
+    """`[C]` shaped to broadcast against `[..., C]`."""
+    return per_channel.reshape((1,) * (like.ndim - 1) + per_channel.shape)
 
 
 def _moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
@@ -48,17 +60,18 @@ def _moments(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]
     return mean + lax.stop_gradient(pivot), var
 
 
-def _normalise_forward(x, scale, bias):
+def _normalise_forward(x, scale, bias, relu):
     wide = widened(x)
     mean, var = (m.reshape(x.shape[0], x.shape[-1]) for m in _moments(wide, tuple(range(1, x.ndim - 1))))
     inverse = lax.rsqrt(var + NORM_EPSILON)
     factor = scale[None, :] * inverse
     y = (wide - _wide(mean, x)) * _wide(factor, x) + _wide(bias[None, :], x)
-    return (y.astype(x.dtype), mean, var), (x, scale, mean, inverse)
+    y = jnp.maximum(y, 0) if relu else y
+    return (y.astype(x.dtype), mean, var), (x, scale, bias, mean, inverse)
 
 
-def _normalise_backward(saved, gradients):
-    x, scale, mean, inverse = saved
+def _normalise_backward(relu, saved, gradients):
+    x, scale, bias, mean, inverse = saved
     axes, gradient = tuple(range(1, x.ndim - 1)), gradients[0]
     if jax.default_backend() == "cpu":
         # Fused into the sums below, whatever produces these two would be computed once for each sum.
@@ -66,15 +79,22 @@ def _normalise_backward(saved, gradients):
     dtype, x, gradient = x.dtype, widened(x), widened(gradient)
     count = x.size // mean.size
     centred = x - _wide(mean, x)
+    factor = scale[None, :] * inverse
+    if relu:
+        gradient = jnp.where(centred * _wide(factor, x) + _wide(bias[None, :], x) > 0, gradient, 0)
     total = jnp.sum(gradient, axis=axes)
     weighted = jnp.sum(gradient * centred, axis=axes) * inverse
-    factor = scale[None, :] * inverse
     slope = factor * weighted * inverse / count
     dx = gradient * _wide(factor, x) - centred * _wide(slope, x) - _wide(factor * total / count, x)
     return dx.astype(dtype), jnp.sum(weighted, axis=0), jnp.sum(total, axis=0)
 
 
 normalise_groups.defvjp(_normalise_forward, _normalise_backward)
+
+
+def folds() -> bool:
+    """Whether kernels take the factors of the norms behind them; on CPUs norms keep PyTorch's order, for parity."""
+    return jax.default_backend() != "cpu"
 
 
 class BatchNorm(nnx.Module):
@@ -127,9 +147,41 @@ class BatchNorm(nnx.Module):
         """
         if fused.runs_here(x):
             return self._by_kernels(x, train, relu, depthwise, residual)
-        y = self._normalised(x if depthwise is None else depthwise3x3(x, depthwise), train)
+        x = x if depthwise is None else depthwise3x3(x, depthwise)
+        if train:
+            first = relu and residual is None
+            return self._finished(self._by_batch(x, first), relu and not first, residual)
+        factor, offset = (_last(v, x) for v in self._factors(widened(x)))
+        return self._finished((widened(x) * factor + offset).astype(x.dtype), relu, residual)
+
+    def after(
+        self,
+        convolve: Callable[[jax.Array], jax.Array],
+        kernel: jax.Array,
+        *,
+        train: bool,
+        relu: bool = False,
+        residual: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """`pooled` of a convolution without bias; where an accelerator infers, the kernel takes the norm's factor.
+
+        Args:
+            convolve: from the kernel to the map `[B, ..., C]`.
+            kernel: `[..., C]`.
+            train: as for `pooled`, and the rest.
+            relu: whether a ReLU comes last.
+            residual: `[B, ..., C]` to be added before the ReLU.
+        """
+        if train or not folds():
+            return self.pooled(convolve(kernel), train=train, relu=relu, residual=residual)
+        factor, offset = self._factors(kernel)
+        y = convolve(kernel * _last(factor, kernel))
+        return self._finished(y + _last(offset.astype(y.dtype), y), relu, residual)
+
+    @staticmethod
+    def _finished(y: jax.Array, relu: bool, residual: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         y = y if residual is None else y + residual
-        y = jax.nn.relu(y) if relu else y
+        y = rectify(y) if relu else y
         return y, jnp.mean(y, axis=tuple(range(1, y.ndim - 1)))
 
     def _by_kernels(self, x, train, relu, depthwise, residual):
@@ -143,20 +195,17 @@ class BatchNorm(nnx.Module):
         return y, pooled
 
     def _factors(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What the running statistics make of scale and bias; as PyTorch groups it, for parity in the last digits."""
+        """What the running statistics make of scale and bias, in x's dtype; grouped as in PyTorch, for parity."""
         scale, bias, mean, var = (v[...].astype(x.dtype) for v in (self.scale, self.bias, self.mean, self.var))
         factor = scale * lax.rsqrt(var + NORM_EPSILON)
         return factor, bias - mean * factor
 
-    def _normalised(self, x: jax.Array, train: bool) -> jax.Array:
-        shape, wide = x.shape, widened(x)
-        if not train:
-            factor, offset = (v.reshape((1,) * (x.ndim - 1) + shape[-1:]) for v in self._factors(wide))
-            return (wide * factor + offset).astype(x.dtype)
-        scale, bias = self.scale[...].astype(wide.dtype), self.bias[...].astype(wide.dtype)
+    def _by_batch(self, x: jax.Array, relu: bool) -> jax.Array:
+        shape, dtype = x.shape, wide_type(x)
+        scale, bias = self.scale[...].astype(dtype), self.bias[...].astype(dtype)
         size = group_of(shape[0], self.group_size)
         grouped = x.reshape(shape[0] // size, size, *shape[1:])
-        y, mean, var = normalise_groups(grouped, scale, bias)
+        y, mean, var = normalise_groups(grouped, scale, bias, relu)
         self._move(mean, var, grouped.size // mean.size)
         return y.reshape(shape)
 

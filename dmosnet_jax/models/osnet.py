@@ -5,13 +5,16 @@ et al., Sensors 2022, 22, 6293 (DM-OSNet). Attribute names are those of the refe
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
+from dmosnet_jax.models.activation import relu
 from dmosnet_jax.models.attention import GRID, DoubleLayerAttention
+from dmosnet_jax.models.convolution import convolve3x3, merged_kernel, merges
 from dmosnet_jax.models.draws import Draws
 from dmosnet_jax.models.layers import Conv, average_pool, max_pool3x3
 from dmosnet_jax.models.norms import BatchNorm, InstanceNorm
@@ -76,10 +79,11 @@ class ConvUnit(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool, residual: jax.Array | None = None) -> jax.Array:
         """With a `residual` the sum goes through a ReLU."""
-        y = self.conv(x)
         if isinstance(self.bn, BatchNorm):
-            return self.bn(y, train=train, relu=not self.linear or residual is not None, residual=residual)
-        return jax.nn.relu(self.bn(y, train=train))
+            last = not self.linear or residual is not None
+            convolve = functools.partial(self.conv.convolve, x)
+            return self.bn.after(convolve, self.conv.kernel[...], train=train, relu=last, residual=residual)[0]
+        return relu(self.bn(self.conv(x), train=train))
 
 
 class LightConv(nnx.Module):
@@ -91,8 +95,12 @@ class LightConv(nnx.Module):
         self.bn = BatchNorm(channels, group_size=group_size)
 
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
+        depthwise = self.conv2.kernel[...]
+        if merges(x):
+            kernel = merged_kernel(self.conv1.kernel[...], depthwise)
+            return self.bn.after(lambda kernel: convolve3x3(x, kernel.astype(x.dtype)), kernel, train=train, relu=True)
         y = self.conv1(x)
-        return self.bn.pooled(y, train=train, relu=True, depthwise=self.conv2.kernel[...].astype(y.dtype))
+        return self.bn.pooled(y, train=train, relu=True, depthwise=depthwise.astype(y.dtype))
 
 
 class AttentionStream(nnx.Module):
@@ -150,7 +158,7 @@ class OSBlock(nnx.Module):
             total = total + self.gate(y, pooled)
         identity = self.downsample(x, train=train) if self.has_downsample else x
         if self.ibn:
-            return jax.nn.relu(self.IN(self.conv3(total, train=train) + identity))
+            return relu(self.IN(self.conv3(total, train=train) + identity))
         return self.conv3(total, train=train, residual=identity)
 
 

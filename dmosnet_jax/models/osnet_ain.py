@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from dmosnet_jax.models.activation import relu
 from dmosnet_jax.models.draws import Draws
 from dmosnet_jax.models.layers import Conv, average_pool, max_pool3x3
 from dmosnet_jax.models.norms import InstanceNorm
@@ -94,7 +95,7 @@ class AINBlock(nnx.Module):
         total = sum(gated[1:], gated[0])
         identity = self.downsample(x, train=train) if self.has_downsample else x
         if self.instance_norm:
-            return jax.nn.relu(self.IN(self.conv3(total, train=train)) + identity)
+            return relu(self.IN(self.conv3(total, train=train)) + identity)
         return self.conv3(total, train=train, residual=identity)
 
 

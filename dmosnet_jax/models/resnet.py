@@ -6,13 +6,15 @@ to know where it comes from: see `VARIANTS`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dmosnet_jax.models.activation import relu as rectify
 from dmosnet_jax.models.draws import Draws
 from dmosnet_jax.models.layers import Conv, max_pool3x3
 from dmosnet_jax.models.norms import BatchNorm, InstanceNorm
@@ -82,7 +84,11 @@ class HalfInstanceNorm(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool, relu: bool = False) -> jax.Array:
         first, second = x[..., : self.half], x[..., self.half :]
         y = jnp.concatenate([self.IN(first), self.BN(second, train=train)], axis=-1)
-        return jax.nn.relu(y) if relu else y
+        return rectify(y) if relu else y
+
+    def after(self, convolve: Callable[[jax.Array], jax.Array], kernel: jax.Array, *, train: bool, relu: bool):
+        """As `BatchNorm.after`."""
+        return (self(convolve(kernel), train=train, relu=relu),)
 
 
 class Bottleneck(nnx.Module):
@@ -105,12 +111,17 @@ class Bottleneck(nnx.Module):
         self.project = project
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        y = self.bn1(self.conv1(x), train=train, relu=True)
-        y = self.bn2(self.conv2(y), train=train, relu=True)
+        y = _both(self.conv1, self.bn1, x, train=train, relu=True)
+        y = _both(self.conv2, self.bn2, y, train=train, relu=True)
         if self.project:
             conv, norm = self.downsample
-            x = norm(conv(x), train=train)
-        return self.bn3(self.conv3(y), train=train, relu=True, residual=x)
+            x = _both(conv, norm, x, train=train)
+        return _both(self.conv3, self.bn3, y, train=train, relu=True, residual=x)
+
+
+def _both(conv: Any, norm: Any, x: jax.Array, **options: Any) -> jax.Array:
+    """A convolution and the norm behind it."""
+    return norm.after(functools.partial(conv.convolve, x), conv.kernel[...], **options)[0]
 
 
 class ResNet50(nnx.Module):
@@ -140,7 +151,7 @@ class ResNet50(nnx.Module):
         Returns:
             The map `[B, H/16, W/16, 2048]` (a half of that with last stride 2), and the maps after each stage by name.
         """
-        x = self.bn1(self.conv1(x), train=train, relu=True)
+        x = _both(self.conv1, self.bn1, x, train=train, relu=True)
         stages = {"conv1": x}
         x = stages["maxpool"] = max_pool3x3(x, padded=self.padded_pool)
         for layer in ("layer1", "layer2", "layer3", "layer4"):
