@@ -132,6 +132,29 @@ def test_spcl_is_the_references(name):
     assert config.model.bn_group_size == {"spcl_market1501": 0, "spcl_luperson": 16}[name]
 
 
+def test_cluster_contrast_is_its_authors():
+    """Of `examples/cluster_contrast_train_usl.py` and `run_code.sh`, at Market-1501."""
+    module = load(ROOT / "configs" / "spcl_market1501.py")
+    config = module.get_config("recipe=cluster_contrast")
+    spcl = config.spcl
+    assert (spcl.memory, spcl.momentum, spcl.temperature) == ("cluster", 0.1, 0.05)
+    assert (spcl.eps, spcl.eps_end, spcl.k1, spcl.k2, spcl.min_samples) == (0.6, None, 30, 6, 4)
+    assert (config.model.name, config.model.pool, config.model.neck) == ("resnet50", "gem", "bnneck")
+    # Four GPUs.
+    assert (config.batch_size, config.model.bn_group_size) == (256, 64)
+    assert (config.sampler.instances, config.sampler.cameras) == (16, True)
+    assert (config.train.epochs, config.train.steps_per_epoch, config.train.eval_every_epochs) == (50, 200, 10)
+    assert (config.optim.learning_rate, config.optim.weight_decay) == (3.5e-4, 5e-4)
+    assert (config.augment.erasing, config.data.interpolation) == ("spcl", "bicubic")
+    rate = optim.learning_rate(config.optim, steps_per_epoch=200, total_steps=10_000)
+    found = [rate(step) for step in (0, 3999, 4000, 9999)]
+    np.testing.assert_allclose(found, [3.5e-4, 3.5e-4, 3.5e-5, 3.5e-6], rtol=1e-5)
+    other = module.get_config("osnet_x0_25,epochs=3,recipe=cluster_contrast")
+    assert (other.model.name, other.train.epochs, other.model.pool) == ("osnet_x0_25", 3, "gem")
+    with pytest.raises(ConfigError, match=r"recipe='best' is not known: use spcl or cluster_contrast"):
+        module.get_config("recipe=best")
+
+
 GOLDEN = ROOT / "tests" / "golden" / "configs"
 
 

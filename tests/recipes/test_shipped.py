@@ -116,14 +116,18 @@ def test_groups_of_one_identity_learn_nothing(cli, eight, tmp_path):
     assert np.mean(accuracies(tmp_path / "run")[-2:]) < 0.2
 
 
-SPCL = {"spcl_market1501": "osnet_x0_25", "spcl_luperson": "dmosnet_x0_25"}
+SPCL = {
+    "Market-1501": ("spcl_market1501.py:model=osnet_x0_25", {}),
+    "LUPerson": ("spcl_luperson.py:model=dmosnet_x0_25", {}),
+    "Cluster Contrast": ("spcl_market1501.py:model=osnet_x0_25,recipe=cluster_contrast", {"batch_size": 32}),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", SPCL)
-def test_pre_training_as_shipped_runs_and_finds_eight_people(cli, eight, tmp_path, file):
-    fields = TRAINING | {"dataset": "eight", "data_dir": eight, "train.epochs": 3, "train.steps_per_epoch": 12}
-    command = f"{file}.py:model={SPCL[file]}"
+@pytest.mark.parametrize("name", SPCL)
+def test_pre_training_as_shipped_runs_and_finds_eight_people(cli, eight, tmp_path, name):
+    command, sizes = SPCL[name]
+    fields = TRAINING | {"dataset": "eight", "data_dir": eight, "train.epochs": 3, "train.steps_per_epoch": 12} | sizes
     finished = cli.forked(*flags(command, **fields), f"--workdir={tmp_path / 'run'}")
     assert finished.status == 0, finished.err
     assert_as_shipped(tmp_path / "run", command)
