@@ -189,9 +189,13 @@ def tiny_writer():
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> pathlib.Path:
-    """A data_dir with the data set `tiny`: 8 identities x 2 cameras x 3 images in each of train, query and gallery."""
+    """A data_dir with the data set `tiny`: 8 identities x 2 cameras x 3 images in each of train, query and gallery.
+
+    And `elsewhere`, six identities under three cameras to train on.
+    """
     data_dir = tmp_path_factory.mktemp("data")
     write_tiny(data_dir)
+    write_tiny(data_dir, "elsewhere", splits=("train",), ids=6, cameras=3)
     return data_dir
 
 
@@ -279,7 +283,7 @@ runpy.run_module("dmosnet_jax.main", run_name="__main__", alter_sys=True)
 # The libraries take seconds to import; nothing of them has threads or devices before the fork.
 _SERVER = """
 import gc, importlib, json, os, sys
-for recipe in ("spcl", "supervised", "evaluate", "extract", "export", "cfs"):
+for recipe in ("spcl", "spcl_uda", "supervised", "evaluate", "extract", "export", "cfs"):
     importlib.import_module("dmosnet_jax.recipes." + recipe)
 gc.freeze()
 gc.set_threshold(100_000)
@@ -332,7 +336,7 @@ def tiny_flags(tiny_data):
             "eval.report": False,
             "data.threads": 1,
         }
-        if recipe in ("finetune", "spcl_market1501"):
+        if recipe in ("finetune", "spcl_market1501", "spcl_uda"):
             config |= {
                 "batch_size": 16,
                 "model.bn_group_size": 8,
@@ -342,8 +346,10 @@ def tiny_flags(tiny_data):
                 "train.checkpoint_every_steps": 4,
                 "train.eval_every_epochs": 1,
             }
-        if recipe == "spcl_market1501":
+        if recipe in ("spcl_market1501", "spcl_uda"):
             config |= {"spcl.k1": 8, "spcl.k2": 3}
+        if recipe == "spcl_uda":
+            config |= {"source": "elsewhere", "batch_size": 32}
         return [f"--config={ROOT}/configs/{recipe}.py", *(f"--config.{k}={v}" for k, v in (config | fields).items())]
 
     return flags

@@ -132,6 +132,67 @@ def test_spcl_is_the_references(name):
     assert config.model.bn_group_size == {"spcl_market1501": 0, "spcl_luperson": 16}[name]
 
 
+def test_cluster_contrast_is_its_authors():
+    """Of `examples/cluster_contrast_train_usl.py` and `run_code.sh`, at Market-1501."""
+    module = load(ROOT / "configs" / "spcl_market1501.py")
+    config = module.get_config("recipe=cluster_contrast")
+    spcl = config.spcl
+    assert (spcl.memory, spcl.momentum, spcl.temperature) == ("cluster", 0.1, 0.05)
+    assert (spcl.eps, spcl.eps_end, spcl.k1, spcl.k2, spcl.min_samples) == (0.6, None, 30, 6, 4)
+    assert (config.model.name, config.model.pool, config.model.neck) == ("resnet50", "gem", "bnneck")
+    # Four GPUs.
+    assert (config.batch_size, config.model.bn_group_size) == (256, 64)
+    assert (config.sampler.instances, config.sampler.cameras) == (16, True)
+    assert (config.train.epochs, config.train.steps_per_epoch, config.train.eval_every_epochs) == (50, 200, 10)
+    assert (config.optim.learning_rate, config.optim.weight_decay) == (3.5e-4, 5e-4)
+    assert (config.augment.erasing, config.data.interpolation) == ("spcl", "bicubic")
+    rate = optim.learning_rate(config.optim, steps_per_epoch=200, total_steps=10_000)
+    found = [rate(step) for step in (0, 3999, 4000, 9999)]
+    np.testing.assert_allclose(found, [3.5e-4, 3.5e-4, 3.5e-5, 3.5e-6], rtol=1e-5)
+    other = module.get_config("osnet_x0_25,epochs=3,recipe=cluster_contrast")
+    assert (other.model.name, other.train.epochs, other.model.pool) == ("osnet_x0_25", 3, "gem")
+    with pytest.raises(ConfigError, match=r"recipe='best' is not known: use spcl or cluster_contrast"):
+        module.get_config("recipe=best")
+
+
+def test_adaptation_is_spcls():
+    """Of `examples/spcl_train_uda.py`: 64 images of each domain on four GPUs."""
+    module = load(ROOT / "configs" / "spcl_uda.py")
+    config = module.get_config("dukemtmc+msmt17+market1501")
+    assert (config.recipe, config.source, config.dataset) == ("spcl_uda", "dukemtmc+msmt17", "market1501")
+    assert (config.batch_size, config.model.bn_group_size, config.sampler.instances) == (128, 16, 4)
+    assert (config.spcl.memory, config.spcl.momentum, config.spcl.temperature, config.spcl.eps) == (
+        "image",
+        0.2,
+        0.05,
+        0.6,
+    )
+    assert (config.model.name, config.model.neck, config.augment.erasing) == ("resnet50", "bnneck", "spcl")
+    assert (config.train.epochs, config.train.steps_per_epoch, config.optim.decay_epochs) == (50, 400, (20, 40))
+    assert module.get_config("msmt17+market1501,with_val=True").with_val
+    with pytest.raises(ConfigError, match=r"domains='market1501' must be source\+target"):
+        module.get_config("market1501")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("source", "market1501", r"market1501 cannot be source and target"),
+        ("source", "", r"source='' is not a name"),
+        ("batch_size", 63, r"batch_size=63 is shared by source and target: use 64"),
+        ("batch_size", 36, r"half of the batch_size=18 is not a multiple of sampler\.instances=4"),
+        ("batch_size", 8, r"half of the batch_size=4 with sampler\.instances=4"),
+        ("spcl.memory", "cluster", r"spcl\.memory='cluster': .* use image"),
+        ("data.subset", ("cfs", "x.npz", 0.5), r"data\.subset=.* selects from one data set"),
+    ],
+)
+def test_settings_that_two_domains_cannot_have(field, value, message):
+    config = load(ROOT / "configs" / "spcl_uda.py").get_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ConfigError, match=message):
+        settings.validate(config)
+
+
 GOLDEN = ROOT / "tests" / "golden" / "configs"
 
 

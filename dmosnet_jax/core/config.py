@@ -12,7 +12,7 @@ from dmosnet_jax.core.trees import named_leaves
 JOIN = "+"
 CRITERIA = ("cfs",)
 _EXAMPLE = '("cfs", "runs/cfs/scores.npz", 0.5)'
-RECIPES = ("quickstart", "spcl", "supervised", "evaluate", "extract", "export", "cfs")
+RECIPES = ("quickstart", "spcl", "spcl_uda", "supervised", "evaluate", "extract", "export", "cfs")
 _CHOICES = {
     "optim.name": ("adam", "sgd"),
     "optim.schedule": ("step", "cosine", "constant"),
@@ -92,6 +92,7 @@ def validate(config: Any) -> None:
         if value not in (None, *known) and (field, value) != ("data.interpolation", ""):
             raise ConfigError(f"{field}={value!r} is not known: use one of {', '.join(known)}")
     _check_selection(config, recipe)
+    _check_domains(config, recipe)
     _check_image_size(config)
     _check_sampler(config)
     _check_groups(config, recipe)
@@ -104,10 +105,45 @@ def _check_selection(config: Any, recipe: str) -> None:
     check_subset(subset)
     if len(names) > 1 and recipe in ("quickstart", "cfs"):
         raise ConfigError(f"dataset={dataset!r}: the {recipe} recipe takes one data set: run it for each")
+    if subset is not None and recipe == "spcl_uda":
+        raise ConfigError(
+            f"data.subset={tuple(subset)!r} selects from one data set, of source and target: leave it out"
+        )
     if subset is not None and recipe not in ("spcl", "supervised"):
         raise ConfigError(f"data.subset={tuple(subset)!r} selects training images, which the {recipe} recipe has not")
     if subset is not None and len(names) > 1:
         raise ConfigError(f"data.subset={tuple(subset)!r} selects from one data set: give one instead of {dataset!r}")
+
+
+def _check_domains(config: Any, recipe: str) -> None:
+    """Of a labelled source beside the target."""
+    if recipe != "spcl_uda":
+        return
+    source, target = (dataset_names(read(config, field), field) for field in ("source", "dataset"))
+    both = sorted(set(source) & set(target))
+    if both:
+        raise ConfigError(
+            f"source={joined(source)!r} with dataset={joined(target)!r}: {both[0]} cannot be source and target: give "
+            "the labelled data sets as source, the unlabelled ones as dataset"
+        )
+    batch, memory = read(config, "batch_size"), read(config, "spcl.memory")
+    if batch % 2:
+        raise ConfigError(f"batch_size={batch} is shared by source and target: use {batch + 1}")
+    if memory != "image":
+        raise ConfigError(
+            f"spcl.memory={memory!r}: a source's classes have rows in the memory of images only: use image"
+        )
+
+
+def _per_domain(config: Any) -> int | None:
+    """Images of a batch that meet in a sampler and in batch norms: half of it with a labelled source."""
+    batch = read(config, "batch_size")
+    return batch // 2 if batch and read(config, "recipe") == "spcl_uda" else batch
+
+
+def _share(config: Any) -> str:
+    """What messages call that number."""
+    return "half of the batch_size" if read(config, "recipe") == "spcl_uda" else "batch_size"
 
 
 def _check_image_size(config: Any) -> None:
@@ -120,20 +156,20 @@ def _check_image_size(config: Any) -> None:
 
 
 def _check_sampler(config: Any) -> None:
-    batch, instances = read(config, "batch_size"), read(config, "sampler.instances")
+    batch, instances = _per_domain(config), read(config, "sampler.instances")
     if batch and instances and batch % instances:
         raise ConfigError(
-            f"batch_size={batch} is not a multiple of sampler.instances={instances}: "
+            f"{_share(config)}={batch} is not a multiple of sampler.instances={instances}: "
             f"use {batch // instances * instances or instances} or change sampler.instances"
         )
 
 
 def _check_groups(config: Any, recipe: str) -> None:
-    batch, group = read(config, "batch_size"), read(config, "model.bn_group_size")
+    batch, group = _per_domain(config), read(config, "model.bn_group_size")
     instances = read(config, "sampler.instances")
     together = min(group or batch, batch) if batch else 0
-    if recipe in ("spcl", "supervised") and instances and 1 < together <= instances:
-        size = f"model.bn_group_size={group}" if group and group < batch else f"batch_size={batch}"
+    if recipe in ("spcl", "spcl_uda", "supervised") and instances and 1 < together <= instances:
+        size = f"model.bn_group_size={group}" if group and group < batch else f"{_share(config)}={batch}"
         raise ConfigError(
             f"{size} with sampler.instances={instances}: images that share batch statistics would all be of one "
             "identity, whose features these statistics make equal, so nothing could be learnt: "
@@ -145,8 +181,8 @@ def _check_groups(config: Any, recipe: str) -> None:
         )
     if batch and group and group < batch and batch % group:
         raise ConfigError(
-            f"batch_size={batch} is not a multiple of model.bn_group_size={group}: use a divisor of {batch}, or 0 for "
-            "statistics over the whole batch"
+            f"{_share(config)}={batch} is not a multiple of model.bn_group_size={group}: use a divisor of {batch}, or "
+            "0 for statistics over the whole batch"
         )
 
 
@@ -161,11 +197,12 @@ def _check_radii(config: Any) -> None:
             )
 
 
-def dataset_names(value: Any) -> tuple[str, ...]:
-    """Names of the data sets that the config's `dataset` means.
+def dataset_names(value: Any, field: str = "dataset") -> tuple[str, ...]:
+    """Names of the data sets that a field of the config means.
 
     Args:
         value: a name, several joined by `+`, or a sequence of names, also written as text (`("a", "b")`).
+        field: for messages.
 
     Raises:
         ConfigError: no name, the same one twice, or something else.
@@ -174,10 +211,10 @@ def dataset_names(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         names = _literal(value) if value.strip().startswith(("(", "[")) else value.split(JOIN)
     if not isinstance(names, Sequence) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ConfigError(f"dataset={value!r} is not a name: give one, or several as market1501{JOIN}msmt17")
+        raise ConfigError(f"{field}={value!r} is not a name: give one, or several as market1501{JOIN}msmt17")
     found = tuple(name.strip() for name in names)
     if not found or len(set(found)) < len(found):
-        raise ConfigError(f"dataset={value!r} must name each data set once, e.g. market1501{JOIN}msmt17")
+        raise ConfigError(f"{field}={value!r} must name each data set once, e.g. market1501{JOIN}msmt17")
     return found
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int32, Integer
 from dmosnet_jax.core.errors import ConfigError
 
 # The random streams of the samplers are unrelated even for equal (seed, epoch).
-_IDENTITY, _CLASS = 1, 2
+_IDENTITY, CLASS, SOURCE = 1, 2, 3
 
 
 def identity_epoch(
@@ -70,6 +70,7 @@ def class_epoch(
     seed: int,
     epoch: int,
     steps: int,
+    stream: int = CLASS,
 ) -> Int32[np.ndarray, "steps batch"]:
     """Class-balanced batches: the semantics of SpCL's RandomMultipleGallerySampler (`spcl/utils/data/sampler.py`).
 
@@ -87,6 +88,7 @@ def class_epoch(
       seed: of the run.
       epoch: number of the epoch.
       steps: number of batches.
+      stream: of random numbers: `SOURCE` for the labelled source beside a target.
 
     Raises:
       ConfigError: batch_size is not a multiple of instances, or no label is >= 0.
@@ -94,7 +96,7 @@ def class_epoch(
     if camids is not None and camids.shape != labels.shape:
         raise ValueError(f"{len(labels)} labels and {len(camids)} camids must be as many")
     _classes_per_batch(batch_size, instances)
-    rng = _generator(seed, epoch, _CLASS)
+    rng = _generator(seed, epoch, stream)
     order, starts, counts = _group(labels, camids)
     if not len(counts):
         raise ConfigError("no image has a class (all labels are negative): there is nothing to train on")
@@ -108,6 +110,13 @@ def class_epoch(
         parts.append(images)
         needed -= len(images)
     return np.concatenate([np.empty(0, np.int32), *parts]).reshape(steps, batch_size)
+
+
+def alternating(
+    first: Int32[np.ndarray, "steps half"], second: Int32[np.ndarray, "steps half"]
+) -> Int32[np.ndarray, "steps batch"]:
+    """Batches whose images are turn about from one plan and from another."""
+    return np.stack([first, second], axis=2).reshape(len(first), -1)
 
 
 def evaluation_order(

@@ -1,6 +1,6 @@
 """Cluster-level memory: one centroid per cluster (Cluster Contrast, Dai et al. 2021, arXiv 2103.11568).
 
-The loss is the softmax over the centroids, with SpCL's 1e-6. Images outside of clusters have no class and are left out.
+The loss is the cross-entropy over the centroids. Images outside of clusters have no class and are left out.
 Centroids start an epoch as the mean of their images' features, which are extracted anew, and follow the batches.
 """
 
@@ -104,7 +104,7 @@ def init(features: Float[np.ndarray | jax.Array, "n d"], labels: Int[np.ndarray,
 def loss(
     memory: Memory, inputs: Float[Array | np.ndarray, "b d"], indices: Int[Array | np.ndarray, " b"]
 ) -> Float32[Array, ""]:
-    """Contrastive loss over all centroids; see `contrast`.
+    """Cross-entropy over all centroids (the authors' `clustercontrast/models/cm.py`); see `contrast`.
 
     Args:
         memory: state before the step; a constant to differentiation.
@@ -113,7 +113,7 @@ def loss(
     """
     tables.check_batch(inputs, indices, memory.centroids.shape[1])
     scale = jnp.where(memory.present, 1.0 / memory.temperature, 0.0)
-    return contrast(inputs.astype(jnp.float32), memory.centroids, scale, memory.labels[indices], memory.mesh)
+    return contrast(inputs.astype(jnp.float32), memory.centroids, scale, memory.labels[indices], memory.mesh, 0.0)
 
 
 def update(

@@ -1,6 +1,7 @@
 """The images that a config names: one data set, a part of one, or the union of several."""
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 from dmosnet_jax.core.config import dataset_names
@@ -23,15 +24,9 @@ def training_images(config: Any) -> Rows:
         DataError: a data set or the subset's file is missing, damaged, or of another data set.
     """
     names = dataset_names(config.dataset)
-    parts = [_training_split(config, name) for name in names]
-    if config.get("with_val") and all(isinstance(part, Split) and part.split == TRAIN for part in parts):
-        raise DataError(f"with_val=True, but {' and '.join(names)} has no images for validation: leave it False")
+    parts = _training_splits(config, names)
     if len(parts) > 1:
-        union = JointSplit(tuple(parts))
-        print_once(
-            f"{union.name}: " + " + ".join(f"{len(part):,}" for part in parts) + f" = {len(union):,} training images"
-        )
-        return union
+        return _union(parts)
     if config.data.subset is None:
         return parts[0]
     whole = parts[0]
@@ -41,6 +36,39 @@ def training_images(config: Any) -> Rows:
     chosen, about = subset.choose(whole, path, share, names=lambda: read_names(whole))
     print_once(about)
     return chosen
+
+
+def domain_images(config: Any) -> tuple[JointSplit, int]:
+    """The training images of a labelled source, `source`, and after them those of a target, `dataset`.
+
+    Returns:
+        The images, and how many of them are the source's.
+
+    Raises:
+        ConfigError: the data sets' names are wrong.
+        DataError: a data set is missing or damaged, or images of the source have no identity.
+    """
+    sources, targets = dataset_names(config.source), dataset_names(config.dataset)
+    parts = _training_splits(config, (*sources, *targets))
+    for part in parts[: len(sources)]:
+        if part.pids.min() < 0:
+            raise DataError(f"{part.name}: training images without an identity; they cannot be a labelled source")
+    return _union(parts), sum(len(part) for part in parts[: len(sources)])
+
+
+def _training_splits(config: Any, names: Sequence[str]) -> list[Rows]:
+    parts = [_training_split(config, name) for name in names]
+    if config.get("with_val") and all(isinstance(part, Split) and part.split == TRAIN for part in parts):
+        raise DataError(f"with_val=True, but {' and '.join(names)} has no images for validation: leave it False")
+    return parts
+
+
+def _union(parts: Sequence[Rows]) -> JointSplit:
+    union = JointSplit(tuple(parts))
+    print_once(
+        f"{union.name}: " + " + ".join(f"{len(part):,}" for part in parts) + f" = {len(union):,} training images"
+    )
+    return union
 
 
 def _training_split(config: Any, name: str) -> Rows:

@@ -17,8 +17,10 @@ import numpy as np
 from jax import lax
 
 from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.pipeline import Batches
 from dmosnet_jax.data.samplers import class_epoch
+from dmosnet_jax.data.splits import Rows
 from dmosnet_jax.memory import cluster, hybrid
 from dmosnet_jax.recipes import feature_pass, pseudo_labels
 from dmosnet_jax.recipes.datasets import training_images
@@ -85,15 +87,25 @@ class Epochs:
     memory: ModuleType
     memory_settings: Mapping[str, Any]
 
+    @property
+    def clustered(self) -> Rows:
+        """The images that are clustered; their rows are the memory's last ones."""
+        return self.experiment.images
+
+    @property
+    def fixed(self) -> int:
+        """Classes that are known and stay; each has one row of the memory, before those of images."""
+        return 0
+
     def prepare(self, state: TrainState, kept: Mapping[str, Any] | None) -> tuple[TrainState, Mapping[str, Any]]:
         """Adds the memory as shapes: a checkpoint is restored into them, or the first epoch fills them."""
         experiment, settings = self.experiment, self.experiment.config.spcl
-        images, dim = len(experiment.images.pids), experiment.model.feature_dim
+        images, dim = len(self.clustered), experiment.model.feature_dim
         pseudo_labels.check_memory(images, dim, settings)
         # Tables of the checkpoint's size; the next epoch makes new ones of the configured size.
-        values = HostValues(settings.max_classes) if kept is None else HostValues.saved(kept)
+        values = HostValues(self._capacity) if kept is None else HostValues.saved(kept)
         memory = self.memory.shapes(
-            images,
+            self.fixed + images,
             dim,
             momentum=settings.momentum,
             temperature=settings.temperature,
@@ -105,39 +117,48 @@ class Epochs:
 
     def begin(self, run: RunState, epoch: int, offset: int) -> tuple[RunState, Batches, Mapping[str, float]]:
         """Clusters the memory and plans the epoch; resumed within one, takes the pseudo-labels from the memory."""
-        experiment, config = self.experiment, self.experiment.config
+        experiment = self.experiment
         notes: dict[str, float] = {}
         if offset:
             memory = run.state.memory
             assert memory is not None
-            labels = np.asarray(memory.labels)[: memory.num_rows]
+            labels = np.asarray(memory.labels)[self.fixed : memory.num_rows] - self.fixed
             feature_pass.clear(experiment.workdir)
         else:
             run, labels, notes = self._cluster(run, epoch)
-        plan = class_epoch(
-            labels,
-            self._cameras(),
-            batch_size=config.batch_size,
-            instances=config.sampler.instances,
-            seed=config.seed,
-            epoch=epoch,
-            steps=experiment.lengths.steps_per_epoch,
-        )
-        return run, experiment.stream(plan, epoch=epoch, start=offset, labels=labels), notes
+        plan, names = self.plan(labels, epoch)
+        return run, experiment.stream(plan, epoch=epoch, start=offset, labels=names), notes
 
-    def _cameras(self) -> np.ndarray | None:
-        """Cameras for the sampler, which prefers positives from another one; None where it ignores them."""
-        camids = self.experiment.images.camids
-        return camids if self.experiment.config.sampler.cameras and len(np.unique(camids)) > 1 else None
+    def plan(self, labels: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The images of each batch, int32 [steps, B], and what the batches give as the `pid` of each image."""
+        return self.classes(labels, self.clustered.camids, epoch, batch_size=self.experiment.config.batch_size), labels
 
-    def _extract(self, state: TrainState) -> np.ndarray:
+    def classes(self, labels: np.ndarray, camids: np.ndarray, epoch: int, **options: int) -> np.ndarray:
+        """`class_epoch` by the run's settings."""
+        config = self.experiment.config
+        # Where there is but one camera, or the run ignores them, no positive is better than another.
+        cameras = camids if config.sampler.cameras and len(np.unique(camids)) > 1 else None
+        lengths = {"instances": config.sampler.instances, "steps": self.experiment.lengths.steps_per_epoch}
+        return class_epoch(labels, cameras, seed=config.seed, epoch=epoch, **lengths, **options)
+
+    def rows(self, run: RunState, epoch: int) -> np.ndarray:
+        """The memory's rows from the network as it is now."""
+        del epoch
+        return self.extract(run.state, self.experiment.images, self.experiment.cache)
+
+    def extract(self, state: TrainState, images: Rows, cache: ImageCache | None) -> np.ndarray:
+        """Unit features of images, float32 [N, D]."""
         experiment, config = self.experiment, self.experiment.config
         inputs = tuple(config.pixel_mean), tuple(config.pixel_std), config.data.interpolation
         about = repr((settings_of(experiment.model), *inputs))
-        images, workdir = experiment.images, experiment.workdir
         return feature_pass.extract(
-            experiment.extractor, state.params, state.stats, images, workdir, cache=experiment.cache, about=about
+            experiment.extractor, state.params, state.stats, images, experiment.workdir, cache=cache, about=about
         )
+
+    @property
+    def _capacity(self) -> int | None:
+        most = self.experiment.config.spcl.max_classes
+        return None if most is None else self.fixed + most
 
     def _cluster(self, run: RunState, epoch: int) -> tuple[RunState, np.ndarray, dict[str, float]]:
         """New pseudo-labels: the run with its memory set to them, the labels, and what to log."""
@@ -146,23 +167,24 @@ class Epochs:
         notes = self.memory.diagnostics(memory) if epoch else {}
         stored = self.memory.stored_features(memory) if epoch and not settings.reextract else None
         if stored is None:
-            features = extracted = self._extract(run.state)
+            rows = fresh = self.rows(run, epoch)
         else:
-            features, extracted = stored, None
+            rows, fresh = stored, None
             feature_pass.clear(experiment.workdir)
         eps = pseudo_labels.radius(settings, epoch, experiment.lengths.epochs)
         threshold = run.meta["loop"]["indep_threshold"]
         found = pseudo_labels.run_clustering(
-            features, settings, eps=eps, threshold=threshold, mesh=experiment.mesh, workdir=experiment.workdir
+            rows[self.fixed :], settings, eps=eps, threshold=threshold, mesh=experiment.mesh, workdir=experiment.workdir
         )
-        labels, capacity = self.memory.class_labels(found), settings.max_classes or len(features)
+        labels, capacity = self.memory.class_labels(found), self._capacity or len(rows)
+        every = np.concatenate([np.arange(self.fixed, dtype=labels.dtype), labels + self.fixed])
         try:
-            memory = self.memory.set_labels(memory, labels, features=extracted, capacity=capacity)
+            memory = self.memory.set_labels(memory, every, features=fresh, capacity=capacity)
         except ConfigError as error:
             raise ConfigError(f"{error}: --config.spcl.max_classes={settings.max_classes} is too low") from error
-        pids, camids = experiment.images.pids, experiment.images.camids
+        pids, camids = self.clustered.pids, self.clustered.camids
         notes |= pseudo_labels.report(found, labels, pids, camids, epoch=epoch, eps=eps, since=since)
-        kept = HostValues(settings.max_classes, found.indep_threshold)
+        kept = HostValues(self._capacity, found.indep_threshold)
         return run.replace(state=run.state.replace(memory=memory), **dataclasses.asdict(kept)), labels, notes
 
 

@@ -246,7 +246,8 @@ def _check_same_run(experiment: Experiment, meta: Mapping[str, Any], step: int) 
     for fields in (config, before):
         # A tuple of names is the same as names joined by +.
         fields.setdefault("with_val", False)
-        fields["dataset"] = joined(dataset_names(fields["dataset"])) if fields.get("dataset") else None
+        for name in ("dataset", "source"):
+            fields[name] = joined(dataset_names(fields[name])) if fields.get(name) else None
     found = changes(before, config)
     lengths, were = experiment.fixed_lengths(), meta.get("lengths", {})
     changed += found[REFUSED]

@@ -1,9 +1,9 @@
 """Checkpoints: one unit of train state, memory, pseudo-labels and loop state. Training's only way to Orbax.
 
 A checkpoint is a folder `checkpoints/<step>` with the items `model` (parameters and statistics), `train` (step,
-optimiser, key, memory), `meta` (JSON: model, config, loop state) and, where the state was evaluated, `metrics`. Orbax
-writes to a temporary folder and renames it when done; an old one is renamed before it is deleted. So a folder that is
-named by its step is complete, whenever the process was killed.
+optimiser, key, memory, a source domain's norms), `meta` (JSON: model, config, loop state) and, where the state was
+evaluated, `metrics`. Orbax writes to a temporary folder and renames it when done; an old one is renamed before it is
+deleted. So a folder that is named by its step is complete, whenever the process was killed.
 """
 
 import contextlib
@@ -41,6 +41,8 @@ def _split(state: TrainState) -> dict[str, Any]:
     train = {"step": state.step, "key": state.key, "opt": {str(i): leaf for i, leaf in enumerate(leaves)}}
     if state.memory is not None:
         train["memory"] = flax.serialization.to_state_dict(state.memory)
+    if state.source is not None:
+        train["source"] = state.source
     return {"model": {"params": state.params, "stats": state.stats}, "train": train}
 
 
@@ -48,7 +50,9 @@ def _join(like: TrainState, model: Mapping[str, Any], train: Mapping[str, Any]) 
     leaves, structure = jax.tree.flatten(like.opt_state)
     opt_state = jax.tree.unflatten(structure, [train["opt"][str(i)] for i in range(len(leaves))])
     memory = None if like.memory is None else like.memory.replace(**train["memory"])
-    return TrainState(train["step"], model["params"], model["stats"], opt_state, train["key"], memory)
+    return TrainState(
+        train["step"], model["params"], model["stats"], opt_state, train["key"], memory, train.get("source")
+    )
 
 
 def _score(metrics: Mapping[str, float]) -> float:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from dmosnet_jax.core.parallel import replicated
 from dmosnet_jax.memory import cluster, hybrid, tables
+from dmosnet_jax.models.domains import norms_of
 
 Tree = dict[str, Any]
 
@@ -27,6 +28,8 @@ class TrainState(flax.struct.PyTreeNode):
         opt_state: optimiser state.
         key: uint32 key data of the run; a step folds its number in, so it never changes.
         memory: of images or of clusters, None in supervised training.
+        source: where a labelled source is trained on too, its own batch norms: their parameters, "params", and all
+            statistics, "stats"; those in `params` and `stats` are the target's. None elsewhere.
     """
 
     step: jax.Array
@@ -35,6 +38,7 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
     key: jax.Array
     memory: hybrid.Memory | cluster.Memory | None = None
+    source: Tree | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +74,30 @@ def shapes(params: Tree, stats: Tree, optimiser: optax.GradientTransformation) -
 def _build(params: Tree, stats: Tree, *, optimiser: optax.GradientTransformation, seed: int) -> TrainState:
     key = jax.random.key_data(jax.random.key(seed))
     return TrainState(jnp.zeros((), jnp.int32), params, stats, optimiser.init(params), key)
+
+
+def with_source(state: TrainState, optimiser: optax.GradientTransformation) -> TrainState:
+    """The state with batch norms for a source domain, which start as the target's do.
+
+    Args:
+        state: a state at step 0, arrays or shapes.
+        optimiser: its state is made anew, for `trained` parameters.
+    """
+
+    def build(state: TrainState) -> TrainState:
+        # Copies: a step donates its state, and no buffer can be given away twice.
+        norms = jax.tree.map(jnp.copy, {"params": norms_of(state.params, state.stats), "stats": state.stats})
+        state = state.replace(source=norms)
+        return state.replace(opt_state=optimiser.init(trained(state)))
+
+    if isinstance(jax.tree.leaves(state.params)[0], jax.ShapeDtypeStruct):
+        return jax.eval_shape(build, state)
+    return jax.jit(build)(state)
+
+
+def trained(state: TrainState) -> Tree:
+    """All that the optimiser changes: the parameters, and where there is a source its norms' too."""
+    return state.params if state.source is None else {"params": state.params, "source": state.source["params"]}
 
 
 def shardings(state: TrainState, mesh: Mesh) -> TrainState:

@@ -15,7 +15,8 @@ from dmosnet_jax.data import augment as augmentation
 from dmosnet_jax.losses import identity, triplet
 from dmosnet_jax.memory import hybrid
 from dmosnet_jax.models import Model
-from dmosnet_jax.train.state import TrainState, shardings, step_key
+from dmosnet_jax.models.domains import with_norms
+from dmosnet_jax.train.state import TrainState, shardings, step_key, trained
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -94,6 +95,56 @@ def spcl_step(
         return state, {"loss": loss, "gradient_norm": _length(gradient)}
 
     return step
+
+
+def spcl_uda_step(model: Model, optimiser: optax.GradientTransformation, config: Any) -> Step:
+    """SpCL's step with a labelled source (Ge et al. 2020; `SpCLTrainer_UDA` in `spcl/trainers.py`).
+
+    Images of source and target alternate in the batch, so that each device has as many of both; each domain is
+    normalised by batch statistics, scale and bias of its own. The batch's `pid` holds rows of the hybrid memory: of a
+    source image its class, of a target image its own. The losses of the two are added, both against the memory from
+    before the step (SpCL's backward pass has moved one domain's rows when it comes to the other's gradient).
+    Metrics: `loss`, `loss_source`, `loss_target`, `gradient_norm`.
+    """
+
+    def losses(weights, state, batch):
+        images = _augmented(state, batch, config)
+        source = with_norms(weights["params"], weights["source"]), state.source["stats"]
+        target = weights["params"], state.stats
+        features, rows, stats, parts = [], [], [], []
+        for domain, (params, before) in enumerate((source, target)):
+            outputs, moved = model.apply(params, before, _every_second(images, domain), train=True)
+            features.append(unit_rows(outputs["feature"]))
+            rows.append(_every_second(batch["pid"], domain))
+            stats.append(moved)
+            parts.append(hybrid.loss(state.memory, features[-1], rows[-1]))
+        return parts[0] + parts[1], (stats, jnp.concatenate(features), jnp.concatenate(rows), parts)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        weights = trained(state)
+        (loss, aux), gradient = jax.value_and_grad(losses, has_aux=True)(weights, state, batch)
+        (source_stats, stats), features, rows, parts = aux
+        assert isinstance(state.memory, hybrid.Memory)
+        memory = hybrid.update(state.memory, features, rows, loss=loss)
+        updates, opt_state = optimiser.update(gradient, state.opt_state, weights)
+        weights = optax.apply_updates(weights, updates)
+        state = state.replace(
+            step=state.step + 1,
+            params=weights["params"],
+            stats=stats,
+            opt_state=opt_state,
+            memory=memory,
+            source={"params": weights["source"], "stats": source_stats},
+        )
+        metrics = {"loss": loss, "loss_source": parts[0], "loss_target": parts[1]}
+        return state, metrics | {"gradient_norm": _length(gradient)}
+
+    return step
+
+
+def _every_second(rows: jax.Array, first: int) -> jax.Array:
+    """Rows `first`, `first + 2`, ..., each on the device where it is."""
+    return rows.reshape(rows.shape[0] // 2, 2, *rows.shape[1:])[:, first]
 
 
 def compile_step(step: Step, state: TrainState, mesh: Mesh) -> Step:

@@ -23,6 +23,8 @@ CASES = {
     "quickstart": "quickstart",
     "spcl_luperson": "spcl_luperson:cfs=scores.npz",
     "spcl_market1501": "spcl_market1501",
+    "spcl_market1501_cluster_contrast": "spcl_market1501:recipe=cluster_contrast",
+    "spcl_uda": "spcl_uda",
 }
 
 

@@ -29,9 +29,8 @@ def direct(features, labels, inputs, indices, hardest):
     centres = {c: v / np.linalg.norm(v) for c, v in centres.items()}
     table = np.stack([centres[c] for c in clusters])
     logits = inputs.astype(np.float64) @ table.T / TEMPERATURE
-    shares = np.exp(logits) / (np.exp(logits).sum(axis=1, keepdims=True) + 1e-6)
-    own = shares[np.arange(len(inputs)), np.searchsorted(clusters, labels[indices])]
-    loss = -np.log(own + 1e-6).mean()
+    own = logits[np.arange(len(inputs)), np.searchsorted(clusters, labels[indices])]
+    loss = (np.log(np.exp(logits).sum(axis=1)) - own).mean()
     start = {c: v.copy() for c, v in centres.items()}
     if hardest:
         turns = []
@@ -70,6 +69,32 @@ def test_equals_the_direct_computation(rng, hardest, devices):
     for c, centre in expected.items():
         np.testing.assert_allclose(after.centroids[c], centre, atol=1e-6)
     assert not np.asarray(after.centroids)[~np.asarray(after.present)].any()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("temperature", [0.05, 0.004])
+def test_the_least_likely_cluster_pulls_as_any_other(rng, devices, temperature):
+    """Cross-entropy, whose gradient does not vanish where the probability does: SpCL's 1e-6 would take it away."""
+    features, labels, _, _ = problem(rng)
+    features = unit(rng.normal(size=features.shape))
+    mesh = parallel.make_mesh(jax.devices()[:devices])
+    memory = cluster.init(features, labels, momentum=MOMENTUM, temperature=temperature, mesh=mesh)
+    clusters = np.unique(labels[labels >= 0])
+    table = np.asarray(memory.centroids)[clusters].astype(np.float64)
+    # Next to one centroid, or away from all of them; and of the cluster that is furthest.
+    inputs = np.concatenate([table[:5], -unit(table.sum(axis=0, keepdims=True)).repeat(3, axis=0)]).astype(np.float32)
+    furthest = clusters[np.argmin(inputs @ table.T, axis=1)]
+    indices = np.array([np.flatnonzero(labels == c)[0] for c in furthest], np.int32)
+    logits = inputs.astype(np.float64) @ table.T / temperature
+    logits -= logits.max(axis=1, keepdims=True)
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    target = clusters[None, :] == furthest[:, None]
+    assert shares[target].min() < 1e-6
+    expected = (np.log(np.exp(logits).sum(axis=1)) - logits[target]).mean()
+    pull = (shares - target) @ table / temperature / len(inputs)
+    loss, gradient = jax.value_and_grad(lambda x: cluster.loss(memory, x, indices))(jnp.asarray(inputs))
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    np.testing.assert_allclose(gradient, pull, rtol=1e-3, atol=1e-3 * np.abs(pull).max())
 
 
 def test_a_new_epoch_has_new_centroids_in_the_same_places(rng):

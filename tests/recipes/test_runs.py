@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.recipes import small
 
-RECIPES = ("finetune", "spcl_market1501")
+RECIPES = ("finetune", "spcl_market1501", "spcl_uda")
 STEPS = 20
 
 # Runs the command line, and sends the process a signal: argv[1] is "step:N:NUMBER" (when step N has been logged) or
@@ -184,7 +184,8 @@ def test_killed_and_stopped_run_ends_as_an_uninterrupted_one(uninterrupted, cli,
     assert leftovers(place) == []
     expected, found = arrays(workdir, STEPS), arrays(place, STEPS)
     assert expected.keys() == found.keys()
-    assert any("memory" in name for name in found) == (recipe == "spcl_market1501")
+    assert any("memory" in name for name in found) == (recipe != "finetune")
+    assert any("source" in name for name in found) == (recipe == "spcl_uda")
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name, strict=True)
     for name in ("results.json", f"checkpoints/{STEPS}/meta/metadata"):

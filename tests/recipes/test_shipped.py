@@ -1,10 +1,12 @@
 """The experiments as users start them: each config file with nothing changed but sizes, and each recipe learns."""
 
 import importlib
+import io
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.conftest import ROOT
 
@@ -45,6 +47,26 @@ def eight(tmp_path_factory, tiny_writer):
     """Eight people under three cameras, 24 images of each."""
     folder = tmp_path_factory.mktemp("eight")
     tiny_writer(folder, "eight", splits=("train",), cameras=3, images=8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_domains(tmp_path_factory, tiny_writer):
+    """`there`, to train on with labels, and `here`, other people; each camera casts its colour on all pictures."""
+    casts = np.array([[12, -4, -8], [-8, 12, -4], [-4, -8, 12]])
+
+    def picture(rng, pid, camid):
+        colours = np.random.default_rng(pid).integers(60, 196, (3, 1, 1, 3)) + casts[camid - 1]
+        bands = np.broadcast_to(colours, (3, 16, 24, 3)).reshape(48, 24, 3) + rng.normal(0, 24, (48, 24, 3))
+        out = io.BytesIO()
+        Image.fromarray(bands.clip(0, 255).astype(np.uint8)).save(out, "jpeg", quality=90)
+        return out.getvalue()
+
+    folder, sizes = tmp_path_factory.mktemp("domains"), {"cameras": 3, "images": 8}
+    tiny_writer(
+        folder, "there", splits=("train",), picture=lambda rng, *who: picture(rng, who[0] + 1000, who[1]), **sizes
+    )
+    tiny_writer(folder, "here", picture=lambda rng, *who: picture(rng, who[0] + 6000, who[1]), **sizes)
     return folder
 
 
@@ -116,14 +138,18 @@ def test_groups_of_one_identity_learn_nothing(cli, eight, tmp_path):
     assert np.mean(accuracies(tmp_path / "run")[-2:]) < 0.2
 
 
-SPCL = {"spcl_market1501": "osnet_x0_25", "spcl_luperson": "dmosnet_x0_25"}
+SPCL = {
+    "Market-1501": ("spcl_market1501.py:model=osnet_x0_25", {}),
+    "LUPerson": ("spcl_luperson.py:model=dmosnet_x0_25", {}),
+    "Cluster Contrast": ("spcl_market1501.py:model=osnet_x0_25,recipe=cluster_contrast", {"batch_size": 32}),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", SPCL)
-def test_pre_training_as_shipped_runs_and_finds_eight_people(cli, eight, tmp_path, file):
-    fields = TRAINING | {"dataset": "eight", "data_dir": eight, "train.epochs": 3, "train.steps_per_epoch": 12}
-    command = f"{file}.py:model={SPCL[file]}"
+@pytest.mark.parametrize("name", SPCL)
+def test_pre_training_as_shipped_runs_and_finds_eight_people(cli, eight, tmp_path, name):
+    command, sizes = SPCL[name]
+    fields = TRAINING | {"dataset": "eight", "data_dir": eight, "train.epochs": 3, "train.steps_per_epoch": 12} | sizes
     finished = cli.forked(*flags(command, **fields), f"--workdir={tmp_path / 'run'}")
     assert finished.status == 0, finished.err
     assert_as_shipped(tmp_path / "run", command)
@@ -134,3 +160,26 @@ def test_pre_training_as_shipped_runs_and_finds_eight_people(cli, eight, tmp_pat
     assert clustered[0]["pseudo_nmi"] > 0.6
     assert 0 <= clustered[0]["clusters_over_cameras"] <= 1
     assert all(np.isfinite(row["loss"]) for row in rows if "loss" in row)
+
+
+@pytest.mark.slow
+def test_adaptation_as_shipped_learns_the_target(cli, two_domains, tmp_path):
+    file = "spcl_uda.py:there+here,model=osnet_x0_25"
+    fields = TRAINING | {"data_dir": two_domains, "batch_size": 32}
+    scores = {}
+    # After one step the network is nearly as it was drawn.
+    for steps in (1, 30):
+        workdir = tmp_path / str(steps)
+        finished = cli.forked(*flags(file, **fields, **{"train.steps_per_epoch": steps}), f"--workdir={workdir}")
+        assert finished.status == 0, finished.err
+        assert_as_shipped(workdir, file)
+        results = json.loads((workdir / "results.json").read_text())
+        assert (results["dataset"], results["num_query"]) == ("here", 192)
+        scores[steps] = results["mAP"]
+    assert scores[30] > scores[1] + 0.1
+    # Its checkpoint is an ordinary network, the target's.
+    command = [f"--config={ROOT}/configs/evaluate.py:here,checkpoint={workdir}", f"--config.data_dir={two_domains}"]
+    finished = cli.forked(*command, "--config.eval.batch_size=48", f"--workdir={tmp_path / 'scores'}")
+    assert finished.status == 0, finished.err
+    again = json.loads((tmp_path / "scores" / "results.json").read_text())
+    assert again["mAP"] == scores[30]

@@ -164,19 +164,153 @@ def test_spcl_step_contrasts_with_the_memory_from_before_it_moves(rng):
     assert not np.allclose(after.memory.features, state.memory.features)
 
 
-@pytest.mark.parametrize("recipe", ["supervised", "spcl"])
+FIXED = 10
+
+
+class Normed:
+    """A network of two matrices, each with a batch norm and tanh behind it."""
+
+    def apply(self, params, stats, images, *, train):
+        assert train
+        x, moved = images.reshape(images.shape[0], -1), {}
+        for name in ("first", "second"):
+            x = jnp.matmul(x, params[name]["kernel"], precision="highest")
+            mean, var = x.mean(axis=0), x.var(axis=0)
+            norm = params[name]["norm"]
+            x = jnp.tanh((x - mean[None]) * jax.lax.rsqrt(var + 1e-5)[None] * norm["scale"][None] + norm["bias"][None])
+            old = stats[name]["norm"]
+            moved[name] = {"norm": {"mean": 0.9 * old["mean"] + 0.1 * mean, "var": 0.9 * old["var"] + 0.1 * var}}
+        return {"feature": x}, moved
+
+
+def normed_weights(rng):
+    params, stats = {}, {}
+    for name, shape in (("first", (8 * 4 * 3, 12)), ("second", (12, 5))):
+        scale, bias = rng.uniform(0.5, 1.5, shape[1:]), rng.normal(0, 0.3, shape[1:])
+        params[name] = {"kernel": 0.1 * rng.standard_normal(shape), "norm": {"scale": scale, "bias": bias}}
+        stats[name] = {"norm": {"mean": np.zeros(shape[1:]), "var": np.ones(shape[1:])}}
+    return jax.tree.map(np.float32, (params, stats))
+
+
+def uda_state(rng, optimiser, mesh):
+    """Norms of the source are not the target's, as after some steps; classes of the source come first."""
+    state = train_state.create(*normed_weights(rng), optimiser, seed=3, mesh=mesh)
+    state = train_state.with_source(state, optimiser)
+    other = jax.tree.map(lambda leaf: leaf * 1.1 + 0.05, state.source)
+    features = unit_rows(jnp.asarray(rng.standard_normal((40, 5), np.float32)))
+    labels = np.concatenate([np.arange(FIXED), FIXED + rng.integers(0, 9, 40 - FIXED)])
+    memory = hybrid.init(np.asarray(features), labels, momentum=0.2, temperature=0.05, mesh=mesh)
+    return state.replace(source=other, memory=memory)
+
+
+def uda_batch(rng, count=32):
+    """Rows of the memory, turn about of the source's classes and of the target's images; some more than once."""
+    batch = make_batch(rng, count)
+    rows = [rng.integers(0, FIXED, count // 2), FIXED + rng.integers(0, 40 - FIXED, count // 2)]
+    return batch | {"pid": np.stack(rows, axis=1).ravel().astype(np.int32)}
+
+
+def norm_of(weights, domain, layer, x):
+    """A layer with the norm of one domain; the running statistics that it would have."""
+    own = weights["norms"][domain][layer]
+    x = jnp.matmul(x, weights["kernels"][layer], precision="highest")
+    mean, var = x.mean(axis=0), x.var(axis=0)
+    x = (x - mean[None]) / jnp.sqrt(var + 1e-5)[None]
+    return jnp.tanh(x * own["scale"][None] + own["bias"][None]), mean, var
+
+
+def test_spcl_uda_step_equals_the_direct_computation(rng):
+    """Loss, gradient and memory of SpCL with a source: norms by domain, the softmax over all rows, rows one by one."""
+    mesh = make_mesh(jax.devices()[:1])
+    optimiser = optax.sgd(0.25)
+    state, batch = uda_state(rng, optimiser, mesh), uda_batch(rng)
+    images, rows = augmented(state, batch), batch["pid"]
+    memory = np.asarray(state.memory.features)[:40].astype(np.float32)
+    labels = np.asarray(state.memory.labels)[:40]
+    layers = ("first", "second")
+    weights = {
+        "kernels": {layer: state.params[layer]["kernel"] for layer in layers},
+        "norms": [{layer: tree[layer]["norm"] for layer in layers} for tree in (state.source["params"], state.params)],
+    }
+
+    def loss_of(weights):
+        parts, features, moments = [], [], []
+        for domain in (0, 1):
+            x = images[domain::2].reshape(16, -1)
+            for layer in layers:
+                x, mean, var = norm_of(weights, domain, layer, x)
+                moments.append((mean, var))
+            x = x / jnp.linalg.norm(x, axis=1, keepdims=True)
+            similarity = jnp.matmul(x, jnp.asarray(memory).T, precision="highest") / 0.05
+            member = jnp.asarray(np.arange(FIXED + 9)[:, None] == labels[None, :], jnp.float32)
+            count = member.sum(axis=1)
+            logits = jnp.matmul(similarity, member.T, precision="highest") / jnp.maximum(count, 1.0)[None]
+            shares = jnp.where((count > 0)[None], jnp.exp(logits), 0.0)
+            shares = shares / (shares.sum(axis=1, keepdims=True) + 1e-6)
+            own = shares[np.arange(16), labels[rows[domain::2]]]
+            parts.append(-jnp.log(own + 1e-6).mean())
+            features.append(x)
+        return parts[0] + parts[1], (parts, features, moments)
+
+    (loss, (parts, features, moments)), gradient = jax.value_and_grad(loss_of, has_aux=True)(weights)
+    after, metrics = run(steps.spcl_uda_step(Normed(), optimiser, ConfigDict(CONFIG)), state, batch, mesh)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose([metrics["loss_source"], metrics["loss_target"]], parts, rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradient_norm"], optax.global_norm(gradient), rtol=1e-4)
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    for layer in layers:
+        moved = weights["kernels"][layer] - 0.25 * gradient["kernels"][layer]
+        np.testing.assert_allclose(after.params[layer]["kernel"], moved, **close)
+        for domain, tree in enumerate((after.source["params"], after.params)):
+            for name, value in weights["norms"][domain][layer].items():
+                moved = value - 0.25 * gradient["norms"][domain][layer][name]
+                assert np.abs(moved - value).max() > 1e-4
+                np.testing.assert_allclose(tree[layer]["norm"][name], moved, **close)
+    for number, (mean, var) in enumerate(moments):
+        layer, before, then = layers[number % 2], *((state, after) if number > 1 else (state.source, after.source))
+        old, new = ((tree.stats if number > 1 else tree["stats"])[layer]["norm"] for tree in (before, then))
+        np.testing.assert_allclose(new["mean"], 0.9 * old["mean"] + 0.1 * mean, **close)
+        np.testing.assert_allclose(new["var"], 0.9 * old["var"] + 0.1 * var, **close)
+    for domain in (0, 1):
+        for row, x in zip(rows[domain::2], np.asarray(features[domain]), strict=True):
+            memory[row] = 0.2 * memory[row] + 0.8 * x
+            memory[row] /= np.linalg.norm(memory[row])
+    np.testing.assert_allclose(np.asarray(after.memory.features)[:40], memory, atol=1e-5)
+    np.testing.assert_array_equal(after.memory.labels, state.memory.labels)
+    for label in np.unique(labels):
+        np.testing.assert_allclose(after.memory.class_sums[label], memory[labels == label].sum(axis=0), atol=1e-4)
+
+
+def test_a_sources_norms_start_as_the_targets_and_have_an_optimiser(rng):
+    optimiser = optax.adam(0.1)
+    params, stats = normed_weights(rng)
+    state = train_state.with_source(train_state.create(params, stats, optimiser, seed=3, mesh=make_mesh()), optimiser)
+    for layer in ("first", "second"):
+        jax.tree.map(np.testing.assert_array_equal, state.source["params"][layer], {"norm": params[layer]["norm"]})
+    jax.tree.map(np.testing.assert_array_equal, state.source["stats"], stats)
+    shapes = train_state.with_source(train_state.shapes(params, stats, optimiser), optimiser)
+    assert jax.tree.structure(shapes) == jax.tree.structure(state)
+    # Two moments and a counter.
+    assert len(jax.tree.leaves(state.opt_state)) == 1 + 2 * (6 + 4)
+
+
+@pytest.mark.parametrize("recipe", ["supervised", "spcl", "spcl_uda"])
 def test_device_counts_agree(rng, recipe):
     """Each step from the same state: no rounding grows from one to the next."""
     optimiser = optax.sgd(0.05)
-    make_step = steps.spcl_step if recipe == "spcl" else steps.supervised_step
+    make_step = getattr(steps, f"{recipe}_step")
     meshes = [make_mesh(jax.devices()[:count]) for count in (1, 2, 8)]
-    state = train_state.create(*linear_weights(rng), optimiser, seed=3, mesh=meshes[0])
+    if recipe == "spcl_uda":
+        state = uda_state(rng, optimiser, meshes[0])
+    else:
+        state = train_state.create(*linear_weights(rng), optimiser, seed=3, mesh=meshes[0])
     if recipe == "spcl":
         state = with_memory(state, np.random.default_rng(1), meshes[0])
-    step = make_step(Linear(), optimiser, ConfigDict(CONFIG))
+    step = make_step(Normed() if recipe == "spcl_uda" else Linear(), optimiser, ConfigDict(CONFIG))
     compiled = [steps.compile_step(step, on(state, mesh), mesh) for mesh in meshes]
+    draw = uda_batch if recipe == "spcl_uda" else make_batch
     for seed in range(5):
-        batch, start = make_batch(np.random.default_rng(seed)), jax.tree.map(np.array, state)
+        batch, start = draw(np.random.default_rng(seed)), jax.tree.map(np.array, state)
         outcomes = []
         for run_step, mesh in zip(compiled, meshes, strict=True):
             places = train_state.shardings(on(state, mesh), mesh)
