@@ -125,7 +125,8 @@ def train(
                         means, steps_per_second = window.flush()
                         rate = {"images_per_second": steps_per_second * batch_size}
                         writer.write(number, {"epoch": epoch, **means, **rate})
-                        bar.set_postfix(epoch=epoch + 1, loss=f"{means['loss']:.3f}")
+                        # Shown when the bar is next drawn: with a rate of its own time, and in a log file not so often.
+                        bar.set_postfix(epoch=epoch + 1, loss=f"{means['loss']:.3f}", refresh=False)
                     if number % lengths.steps_per_epoch == 0:
                         # Saved below, after its evaluation.
                         continue

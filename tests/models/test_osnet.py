@@ -159,11 +159,12 @@ def test_block_gradients_are_those_of_plain_layers(rng, monkeypatch, attention):
             x, kernel, (1, 1), [(pad, pad)] * 2, dimension_numbers=dimensions, feature_group_count=groups
         )
 
-    def plain_norm(x, scale, bias):
+    def plain_norm(x, scale, bias, relu=False):
         axes = tuple(range(1, x.ndim - 1))
         mean, var = jnp.mean(x, axes, keepdims=True), jnp.var(x, axes, keepdims=True)
         wide = (1,) * (x.ndim - 1) + (-1,)
         y = (x - mean) / jnp.sqrt(var + norms.NORM_EPSILON) * scale.reshape(wide) + bias.reshape(wide)
+        y = jnp.where(y > 0, y, 0) if relu else y
         return y, mean.reshape(x.shape[0], -1), var.reshape(x.shape[0], -1)
 
     monkeypatch.setattr(layers, "pointwise", lambda x, kernel: plain_conv(x, kernel[None, None]))
