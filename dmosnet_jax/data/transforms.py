@@ -1,9 +1,10 @@
 """From encoded bytes to an RGB array of the network's size, on the host.
 
-All steps are Pillow's, so that imported weights score what they scored: torchreid, fast-reid, SpCL and OpenUnReID all
-decode with Pillow and convert to RGB. They differ in the filter that resizes: torchreid's is torchvision's default,
-bilinear; that of the others is bicubic. An image is turned as its EXIF orientation says, as fast-reid's reader does
-(`fastreid/data/data_utils.py`); crops of the data sets have none, photos of phones do.
+All steps are Pillow's or equal them bit for bit (`data/resampling.py`), so that imported weights score what they
+scored: torchreid, fast-reid, SpCL and OpenUnReID all decode with Pillow, convert to RGB and resize. They differ in the
+filter that resizes: torchreid's is torchvision's default, bilinear; that of the others is bicubic. An image is turned
+as its EXIF orientation says, as fast-reid's reader does (`fastreid/data/data_utils.py`); crops of the data sets have
+none, photos of phones do.
 """
 
 import io
@@ -15,13 +16,14 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.data import resampling
 
 # Nothing else is tried on untrusted bytes.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 # A header may claim any size; person crops are thousands of pixels.
 MAX_PIXELS = 2**26
 # Filters by the name that a config has.
-FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+FILTERS = tuple(resampling.FILTERS)
 DEFAULT_FILTER = "bicubic"
 
 # Of each EXIF orientation but the upright one (1): https://www.cipa.jp/std/documents/download_e.html?DC-008, 4.6.5.
@@ -57,7 +59,7 @@ def resize(
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must be uint8 [h, w, 3], got {image.dtype}{list(image.shape)}")
-    return np.asarray(_resize(Image.fromarray(image), size, interpolation))
+    return resampling.resize(image, size, interpolation)
 
 
 def load(
@@ -72,7 +74,7 @@ def load(
       DataError: as `decode`.
     """
     image = _decode(data)
-    return np.asarray(_resize(image if change is None else change(image), size, interpolation))
+    return resampling.resize(np.asarray(image if change is None else change(image)), size, interpolation)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -107,8 +109,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     # Pillow warns when it drops a palette's transparency; dropping it is what is wanted.
     image.info.pop("transparency", None)
     return image.convert("RGB")
-
-
-def _resize(image: Image.Image, size: tuple[int, int], interpolation: str) -> Image.Image:
-    height, width = size
-    return image.resize((width, height), FILTERS[interpolation])
