@@ -12,7 +12,7 @@ from dmosnet_jax.core.trees import named_leaves
 JOIN = "+"
 CRITERIA = ("cfs",)
 _EXAMPLE = '("cfs", "runs/cfs/scores.npz", 0.5)'
-RECIPES = ("quickstart", "spcl", "spcl_uda", "supervised", "evaluate", "extract", "export", "cfs")
+RECIPES = ("quickstart", "spcl", "spcl_uda", "supervised", "evaluate", "extract", "activation_maps", "export", "cfs")
 _CHOICES = {
     "optim.name": ("adam", "sgd"),
     "optim.schedule": ("step", "cosine", "constant"),

@@ -27,7 +27,7 @@ class BatchProgram:
 
     def __init__(
         self,
-        program: Callable[[Any, jax.Array], jax.Array],
+        program: Callable[[Any, jax.Array], Any],
         mesh: Mesh,
         *,
         image_size: tuple[int, int],
@@ -39,7 +39,7 @@ class BatchProgram:
         """Prepares the program.
 
         Args:
-            program: from weights, the same on every device, and uint8 [B, H, W, 3] to [B, ...].
+            program: from weights, the same on every device, and uint8 [B, H, W, 3] to an array or tree of [B, ...].
             mesh: the devices, over which batches are split by rows.
             image_size: (H, W) in pixels.
             interpolation: filter that resizes, a key of `transforms.FILTERS`.
@@ -57,7 +57,7 @@ class BatchProgram:
             "threads": threads,
         }
 
-    def __call__(self, weights: Any, split: Rows, *, cache: ImageCache | None = None) -> Iterator[np.ndarray]:
+    def __call__(self, weights: Any, split: Rows, *, cache: ImageCache | None = None) -> Iterator[Any]:
         """The program's values for every image in order, computed while the next images are decoded.
 
         Args:
@@ -66,20 +66,20 @@ class BatchProgram:
             cache: decoded images of this split.
 
         Yields:
-            [b, ...] with b = B but for the last batch, the same on every process.
+            [b, ...] with b = B but for the last batch, or a tree of them, the same on every process.
 
         Raises:
             DataError: a record or image can't be read.
         """
         weights = jax.device_put(weights, replicated(self._mesh))
         left = len(split)
-        waiting: collections.deque[jax.Array] = collections.deque()
+        waiting: collections.deque[Any] = collections.deque()
 
-        def oldest() -> np.ndarray:
+        def oldest() -> Any:
             nonlocal left
-            values = to_host(waiting.popleft())[:left]
-            left -= len(values)
-            return values
+            count = min(left, self._options["batch_size"])
+            left -= count
+            return jax.tree.map(lambda values: values[:count], to_host(waiting.popleft()))
 
         batches = evaluation_batches(
             split,

@@ -4,6 +4,11 @@ Source: Zhou et al., Sensors 2022, 22, 6293, section 3.2, in the form the author
 text leaves out); it is the hierarchical attention of Liu et al., "Transformer in Convolutional Neural Networks".
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,6 +20,54 @@ from dmosnet_jax.models.precision import wide_type
 
 HEAD_DIM = 32
 GRID = 8
+
+
+class Watched(NamedTuple):
+    """What a second attention layer compared.
+
+    Attributes:
+        q: `[B, H * W, heads, dim]`, of every position.
+        k: `[B, H / grid * W / grid, heads, dim]`, of the pooled map.
+        size: (H, W).
+        grid: size of a window.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    size: tuple[int, int]
+    grid: int
+
+
+_WATCHED: contextvars.ContextVar[list[Watched] | None] = contextvars.ContextVar("watched", default=None)
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[list[Watched]]:
+    """Collects the second layer of every DL-MHSA that is traced inside, in the network's order."""
+    token = _WATCHED.set([])
+    watched = _WATCHED.get()
+    assert watched is not None
+    try:
+        yield watched
+    finally:
+        _WATCHED.reset(token)
+
+
+def weights_at(watched: Watched, place: tuple[float, float]) -> jax.Array:
+    """What one position takes from each window of the pooled map.
+
+    Args:
+        watched: a layer.
+        place: of the position, as shares of height and width in [0, 1).
+
+    Returns:
+        float32 `[B, heads, H / grid, W / grid]` with sum 1 over the windows.
+    """
+    (height, width), grid = watched.size, watched.grid
+    position = int(place[0] * height) * width + int(place[1] * width)
+    q, k = (x.astype(jnp.float32) for x in (watched.q[:, position], watched.k))
+    weights = jax.nn.softmax(jnp.einsum("bhd,bmhd->bhm", q, k) * q.shape[-1] ** -0.5, axis=-1)
+    return weights.reshape(*weights.shape[:2], height // grid, width // grid)
 
 
 def head_count(channels: int) -> int:
@@ -86,5 +139,8 @@ class DoubleLayerAttention(nnx.Module):
         (q,) = self._split(self.q(local).reshape(batch, height * width, channels), 1)
         pooled = self.kv(self.ds_norm(average_pool(local, self.grid), train=train))
         k, v = self._split(pooled.reshape(batch, -1, 2 * channels), 2)
+        watched = _WATCHED.get()
+        if watched is not None:
+            watched.append(Watched(q, k, (height, width), self.grid))
         spread = attend(q, k, v).reshape(x.shape)
         return self.proj(spread + local)

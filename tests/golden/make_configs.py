@@ -16,6 +16,7 @@ CASES = {
     "cfs_luperson": "cfs_luperson",
     "evaluate": "evaluate",
     "export": "export",
+    "activation_maps": "activation_maps",
     "extract": "extract",
     "finetune": "finetune",
     "finetune_released": "finetune:market1501,recipe=released",
