@@ -88,6 +88,9 @@ def base(recipe: str, model_name: str | None = None) -> ConfigDict:
             "threads": 4,
             "workers": 0,
             "cache_mib": 4096,
+            # Where the training images are: read and decoded on the host for each batch, or all of them in the memory
+            # of every device (decoded once; without AutoAugment).
+            "placement": "host",
             # The filter that resizes: bilinear (torchreid) or bicubic (fast-reid, SpCL); None: as the weights say, and
             # bicubic where there are none.
             "interpolation": config_dict.placeholder(str),

@@ -21,6 +21,7 @@ _CHOICES = {
     "loss.triplet": ("hinge", "soft", "none"),
     "loss.triplet_on": ("embedding", "feature"),
     "data.interpolation": ("bilinear", "bicubic"),
+    "data.placement": ("host", "device"),
     "augment.erasing": ("fastreid", "spcl"),
 }
 _NUMBERS: dict[str, Callable[[Any], bool]] = {
@@ -91,6 +92,11 @@ def validate(config: Any) -> None:
         # No filter means the one that the weights were trained with.
         if value not in (None, *known) and (field, value) != ("data.interpolation", ""):
             raise ConfigError(f"{field}={value!r} is not known: use one of {', '.join(known)}")
+    if read(config, "data.placement") == "device" and read(config, "augment.autoaugment"):
+        raise ConfigError(
+            "data.placement='device' keeps decoded images, which AutoAugment changes before they are resized: use "
+            "data.placement=host or augment.autoaugment=0"
+        )
     _check_selection(config, recipe)
     _check_domains(config, recipe)
     _check_image_size(config)
@@ -260,6 +266,7 @@ ON_RESUME = (
     ("data.threads", FREE),
     ("data.workers", FREE),
     ("data.cache_mib", FREE),
+    ("data.placement", FREE),
     ("eval.*", FREE),
     ("train.log_every_steps", FREE),
     ("train.checkpoint_every_steps", FREE),

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from dmosnet_jax.core.config import REFUSED, TOLD, changes, dataset_names, joined
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.parallel import check_batch, make_mesh, print_once
+from dmosnet_jax.data import placement
 from dmosnet_jax.data.autoaugment import AutoAugment
 from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.pipeline import Batches, train_batches
@@ -34,7 +35,7 @@ from dmosnet_jax.train import loop, optim
 from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train.checkpoints import Checkpoints, latest_meta
 from dmosnet_jax.train.loop import Lengths
-from dmosnet_jax.train.metrics import write_json
+from dmosnet_jax.train.metrics import progress_bar, write_json
 from dmosnet_jax.train.state import RunState, TrainState
 from dmosnet_jax.train.steps import Step, compile_step
 
@@ -83,7 +84,16 @@ class Experiment:
         return found if rows is None else {**found, "subset": rows}
 
     def stream(self, plan: np.ndarray, *, epoch: int, start: int, labels: np.ndarray | None) -> Batches:
-        """Training batches of an epoch's plan from step `start` on."""
+        """Training batches of an epoch's plan from step `start` on; without images where the devices have them."""
+        if self.config.data.placement == "device":
+            return placement.plan_batches(
+                self.images,
+                plan,
+                start=start,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                labels=labels,
+            )
         share = self.config.augment.autoaugment
         return train_batches(
             self.images,
@@ -99,6 +109,18 @@ class Experiment:
             cache=self.cache,
             policy=AutoAugment(share, self.config.seed, epoch) if share else None,
         )
+
+    def place(self, step: Step) -> Step:
+        """A compiled step that finds the batch's images on the devices, where the config wants them there."""
+        if self.config.data.placement != "device":
+            return step
+        cache = self.cache or ImageCache(len(self.images), self.model.image_size)
+        data = self.config.data
+        with progress_bar(len(self.images), label="images") as bar:
+            for count in placement.fill(cache, self.images, interpolation=data.interpolation, threads=data.threads):
+                bar.update(count)
+        images = placement.DeviceImages(cache, self.mesh)
+        return lambda state, batch: step(state, {**batch, "image": images(batch["index"])})
 
 
 def open_experiment(config: Any, workdir: pathlib.Path, images: Rows, *, num_classes: int) -> Experiment:
@@ -124,6 +146,8 @@ def open_experiment(config: Any, workdir: pathlib.Path, images: Rows, *, num_cla
     config = fill_input(config, weights)
     mesh = make_mesh()
     check_batch(config.batch_size, mesh)
+    if config.data.placement == "device":
+        placement.check_room(images, tuple(config.image_size), mesh)
     model = build_model(config, weights, num_classes=num_classes, may_differ=HEAD if meta is None else MODEL_OPTIONS)
     lengths = _lengths(config, images)
     rate = optim.learning_rate(config.optim, steps_per_epoch=lengths.steps_per_epoch, total_steps=lengths.total_steps)
@@ -192,7 +216,8 @@ def train(experiment: Experiment, step: Step, begin_epoch: BeginEpoch, *, prepar
         run = _start_or_resume(experiment, store, prepare or (lambda state, kept: (state, {})))
         if jax.process_index() == 0:
             write_json(workdir / "config.json", as_json(config))
-        recipe = loop.Recipe(compile_step(step, run.state, mesh), begin_epoch, evaluate, experiment.images.filenames)
+        step = experiment.place(compile_step(step, run.state, mesh))
+        recipe = loop.Recipe(step, begin_epoch, evaluate, experiment.images.filenames)
         run = loop.train(
             run, recipe, experiment.lengths, store, mesh=mesh, workdir=workdir, batch_size=config.batch_size
         )
