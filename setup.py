@@ -46,6 +46,10 @@ TEST = [
     "ruff>=0.9",
     "mypy>=1.14",
     "scikit-learn>=1.6",
+    # Exported files as their users read them.
+    "onnx>=1.17",
+    "onnxruntime>=1.20",
+    "opencv-python-headless>=4.10",
 ]
 
 setuptools.setup(

@@ -4,9 +4,12 @@
         --config.output=model.safetensors
     python -m dmosnet_jax.main --config=configs/export.py --config.checkpoint=runs/finetune \
         --config.output=dmosnet_market1501
+    python -m dmosnet_jax.main --config=configs/export.py --config.checkpoint=runs/finetune \
+        --config.output=person.onnx --config.onnx.input=unit --config.onnx.normalise=True
 
 `output` with the suffix .safetensors, .pth or .pt is a state dict under the names of `layout` (torchreid, fastreid or
-openunreid; by default fast-reid's for a network with a BNNeck, torchreid's for others). Any other name is a new folder:
+openunreid; by default fast-reid's for a network with a BNNeck, torchreid's for others). With the suffix .onnx it is an
+ONNX graph for trackers and servers, and beside it `<output>.metadata.json` for BoxMOT. Any other name is a new folder:
 `model.safetensors`, and `config.json` with the network's name, input size, pixel statistics, feature size, source and
 licence; `evaluate`, `extract` and `dmosnet_jax.load` open it. `checkpoint` may be any weights that they open.
 """
@@ -31,5 +34,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # None: as the weights say.
     config.image_size = config_dict.placeholder(tuple)
     config.data = ConfigDict({"interpolation": config_dict.placeholder(str)})
+    config.onnx = ConfigDict(
+        {
+            # What is fed: imagenet (normalised by ImageNet's mean and standard deviation: BoxMOT, torchreid), unit
+            # (RGB in [0, 1]: Ultralytics, DeepStream) or byte (RGB in 0 to 255).
+            "input": "imagenet",
+            # Whether features come out with unit length.
+            "normalise": False,
+        }
+    )
     config.model = common.model()
     return config

@@ -52,7 +52,7 @@ CHECKED_PACKAGES = [
 jaxtyping.install_import_hook(CHECKED_PACKAGES, f"{check_arrays.__module__}.{check_arrays.__name__}")
 
 # The test extra brings these: where continuous integration lacks one, a test that needs it must not just be skipped.
-_EXTRAS = ("tensorflow", "tensorflow_datasets", "sklearn")
+_EXTRAS = ("tensorflow", "tensorflow_datasets", "sklearn", "onnx", "onnxruntime", "cv2", "starlette", "playwright")
 
 
 def pytest_collection_modifyitems(items):

@@ -22,6 +22,7 @@ _CHOICES = {
     "loss.triplet_on": ("embedding", "feature"),
     "data.interpolation": ("bilinear", "bicubic"),
     "augment.erasing": ("fastreid", "spcl"),
+    "onnx.input": ("imagenet", "unit", "byte"),
 }
 _NUMBERS: dict[str, Callable[[Any], bool]] = {
     "must be greater than 0": lambda value: value > 0,

@@ -1,4 +1,4 @@
-"""Weights of any kind to weights of any kind: a run's checkpoint, a PyTorch file or a folder of ours, in and out."""
+"""Weights of any kind, in and out: a run's checkpoint, a PyTorch file or a folder of ours; and out only, ONNX."""
 
 import os
 import pathlib
@@ -6,7 +6,7 @@ from typing import Any
 
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.parallel import print_once
-from dmosnet_jax.export import folder, torch_export
+from dmosnet_jax.export import folder, onnx_file, torch_export
 from dmosnet_jax.export.weights import open_weights
 from dmosnet_jax.models import Model
 from dmosnet_jax.recipes.network import options_of, require_paths
@@ -30,6 +30,8 @@ def run(config: Any, workdir: pathlib.Path) -> None:
         licence=config.licence,
         image_size=config.image_size,
         interpolation=config.data.interpolation or None,
+        onnx_input=config.onnx.input,
+        normalise=config.onnx.normalise,
         **options_of(config),
     )
     print_once(f"{model.name}: {config.checkpoint} written to {config.output}")
@@ -44,19 +46,23 @@ def convert(
     origin: str = "",
     licence: str = "",
     interpolation: str | None = None,
+    onnx_input: str = "imagenet",
+    normalise: bool = False,
     **options: Any,
 ) -> Model:
     """Exports weights.
 
     Args:
         source: see `open_weights`.
-        target: a file with the suffix `.safetensors`, `.pth` or `.pt`, or a folder that doesn't exist yet.
+        target: a file with the suffix `.safetensors`, `.pth`, `.pt` or `.onnx`, or a folder that doesn't exist yet.
         layout: of a file, see `torch_export.to_state_dict`; None takes fast-reid's names for a BNNeck and torchreid's
             for others, where these code bases have the network.
         keep_classifier: keep the training identities' classifier.
         origin: for a folder's card: where the weights come from; default the source's path.
         licence: for a folder's card.
         interpolation: for a folder's card: filter that resizes the images; None: as the weights say.
+        onnx_input: for ONNX: what is fed, a key of `onnx_file.INPUTS`.
+        normalise: for ONNX: whether features come out with unit length.
         **options: options of `models.build` that the weights don't tell; None means: as they say.
 
     Returns:
@@ -69,7 +75,10 @@ def convert(
     weights = open_weights(source)
     model = weights.model(**options, num_classes=weights.num_classes if keep_classifier else 0)
     params, stats = weights.arrays(model)
-    if pathlib.Path(target).suffix in torch_export.SUFFIXES:
+    interpolation, origin = interpolation or weights.interpolation, origin or str(source)
+    suffix = pathlib.Path(target).suffix
+    if suffix in torch_export.SUFFIXES:
+        _check_name(target, model)
         layout = layout or _usual_layout(model)
         arrays = torch_export.to_state_dict(params, stats, model, layout=layout, batches=weights.batches)
         torch_export.save(target, arrays)
@@ -77,16 +86,25 @@ def convert(
     if layout is not None:
         suffixes = ", ".join(torch_export.SUFFIXES)
         raise ConfigError(f"{target}: layout={layout!r} is for a file: give it one of the suffixes {suffixes}")
-    card = folder.Card(
-        model,
-        mean=weights.mean,
-        std=weights.std,
-        interpolation=interpolation or weights.interpolation,
-        source=origin or str(source),
-        licence=licence,
-    )
+    inputs: dict[str, Any] = {"mean": weights.mean, "std": weights.std}
+    if suffix == onnx_file.SUFFIX:
+        facts = {"interpolation": interpolation, "source": origin, "licence": licence}
+        onnx_file.save(target, model, params, stats, input=onnx_input, normalise=normalise, properties=facts, **inputs)
+        return model
+    card = folder.Card(model, interpolation=interpolation, source=origin, licence=licence, **inputs)
     folder.save(target, params, stats, card)
     return model
+
+
+def _check_name(target: str | os.PathLike[str], model: Model) -> None:
+    """Raises ConfigError where BoxMOT, which takes a `.pt` file's network from its name, would build another one."""
+    path = pathlib.Path(target)
+    plain = f"osnet_{model.name.rpartition('osnet_')[2]}"
+    if path.suffix == ".pt" and any(model.attention) and "osnet" in path.name.lower():
+        raise ConfigError(
+            f"{target}: BoxMOT takes a .pt file's network from its name, and would build {plain} for {model.name}: "
+            "leave osnet out of the name, or export it as .onnx, which has its network inside"
+        )
 
 
 def _usual_layout(model: Model) -> str:
