@@ -65,7 +65,7 @@ setuptools.setup(
     ],
     # Elsewhere than in a checkout, `--config=configs/<file>.py` is found inside the package.
     package_dir={"dmosnet_jax.configs": "configs"},
-    package_data={"dmosnet_jax": ["py.typed", "evaluation/report.html"]},
+    package_data={"dmosnet_jax": ["py.typed", "evaluation/report.html", "export/model_card.md"]},
     entry_points={
         "console_scripts": [
             "dmosnet = dmosnet_jax.main:main",

@@ -80,7 +80,7 @@ def validate(config: Any) -> None:
         config,
         "must lie between 0 and 1",
         *("augment.flip", "augment.erase", "augment.autoaugment", "spcl.min_clustered"),
-        *("optim.warmup_factor", "optim.decay_factor", "optim.final_factor"),
+        *("optim.warmup_factor", "optim.decay_factor", "optim.final_factor", "false_accept_rate"),
     )
     _check_numbers(
         config, "must be at least 0 and less than 1", "spcl.momentum", "optim.momentum", "loss.label_smoothing"
