@@ -12,7 +12,7 @@ from dmosnet_jax.core.trees import named_leaves
 JOIN = "+"
 CRITERIA = ("cfs",)
 _EXAMPLE = '("cfs", "runs/cfs/scores.npz", 0.5)'
-RECIPES = ("quickstart", "spcl", "supervised", "evaluate", "extract", "export", "cfs")
+RECIPES = ("quickstart", "spcl", "supervised", "evaluate", "extract", "index", "search", "export", "cfs")
 _CHOICES = {
     "optim.name": ("adam", "sgd"),
     "optim.schedule": ("step", "cosine", "constant"),
@@ -22,6 +22,7 @@ _CHOICES = {
     "loss.triplet_on": ("embedding", "feature"),
     "data.interpolation": ("bilinear", "bicubic"),
     "augment.erasing": ("fastreid", "spcl"),
+    "dtype": ("float16", "float32"),
     "onnx.input": ("imagenet", "unit", "byte"),
 }
 _NUMBERS: dict[str, Callable[[Any], bool]] = {
@@ -68,7 +69,7 @@ def validate(config: Any) -> None:
         *("train.epochs", "train.steps_per_epoch", "train.keep", "train.log_every_steps"),
         *("train.checkpoint_every_steps", "train.eval_every_epochs"),
         *("spcl.temperature", "spcl.eps", "spcl.k1", "spcl.k2", "spcl.min_samples", "spcl.max_classes"),
-        *("loss.circle_scale", "loss.circle_margin", "cfs.chunk_images", "cfs.sheet_columns"),
+        *("loss.circle_scale", "loss.circle_margin", "cfs.chunk_images", "cfs.sheet_columns", "top_k"),
     )
     _check_numbers(
         config,

@@ -59,12 +59,12 @@ class RankItem:
     Attributes:
         image: an encoded image file's bytes, or uint8 `[H, W, 3]` RGB.
         caption: e.g. "id 12, camera 3".
-        match: whether it shows the query's person.
+        match: whether it shows the query's person; None where that is not known.
     """
 
     image: bytes | np.ndarray
     caption: str
-    match: bool
+    match: bool | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +129,7 @@ def write_report(
         counts=[f"{int(results[key]):,} {label}" for key, label in _COUNTS if key in results],
         charts=[(chart.title, _described_svg(chart, f"chart{index}")) for index, chart in enumerate(charts)],
         rank_lists=rank_lists,
+        known=any(item.match is not None for entry in rank_lists for item in entry.items),
         tables=[
             ("Thresholds", list(_threshold_rows(results.get("thresholds")))),
             ("Further results", list(_flat(others))),

@@ -17,6 +17,8 @@ CASES = {
     "evaluate": "evaluate",
     "export": "export",
     "extract": "extract",
+    "index": "index",
+    "search": "search",
     "finetune": "finetune",
     "finetune_released": "finetune:market1501,recipe=released",
     "finetune_released_cuhk03": "finetune:cuhk03_detected,recipe=released",
