@@ -8,6 +8,7 @@ searched (with the pages of the files that are mapped), and whether the results 
 product in float32 of the same stored features.
 """
 
+import functools
 import pathlib
 import sys
 import tempfile
@@ -51,9 +52,8 @@ def measure(path: str, repeats: int) -> dict[str, float]:
     row = {"s to open": opened}
     for count in (1, _QUERIES):
         asked = _queries(count)
-        gallery.search(asked, _TOP)
-        timed = command.median_seconds(lambda asked=asked: gallery.search(asked, _TOP), repeats if count > 1 else 9)
-        row[f"s for {count}"] = timed[0]
+        search = functools.partial(gallery.search, asked, _TOP)
+        row[f"s for {count}"] = command.median_seconds(search, repeats if count > 1 else 9)[0]
     row["peak GiB"] = (command.peak_memory() or 0) / command.GIB
     return row
 

@@ -34,6 +34,7 @@ __all__ = [
     "charts_from_metrics",
     "library_versions",
     "similarity_chart",
+    "thumbnail",
     "write_report",
 ]
 
@@ -136,7 +137,7 @@ def write_report(
             ("Configuration", list(_flat(config or {}))),
             ("Versions", list(versions.items())),
         ],
-        thumbnail=_thumbnail,
+        thumbnail=thumbnail,
     )
     target = pathlib.Path(path)
     with atomic_write(target) as part:
@@ -183,8 +184,12 @@ def _described_svg(chart: Chart, salt: str) -> Markup:
     return Markup(draw_svg(chart, salt).replace("<svg ", label, 1))
 
 
-def _thumbnail(image: bytes | np.ndarray, name: str) -> str:
-    """A small JPEG in base64; originals may be megabytes, and of formats that browsers do not show."""
+def thumbnail(image: bytes | np.ndarray, name: str) -> str:
+    """A small JPEG in base64; originals may be megabytes, and of formats that browsers do not show.
+
+    Raises:
+        DataError: it can't be decoded.
+    """
     try:
         # As the network saw it.
         picture = Image.fromarray(transforms.decode(image) if isinstance(image, bytes) else image).convert("RGB")
