@@ -31,7 +31,7 @@ def gallery(tmp_path, rng):
 
 @pytest.mark.parametrize("backend", ["host", "device"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize(("queries", "block", "k"), [(1, 16, 5), (9, 7, 57), (3, 1000, 100), (5, 1, 1)])
+@pytest.mark.parametrize(("queries", "block", "k"), [(1, 16, 5), (19, 7, 57), (3, 1000, 100), (25, 1, 1)])
 def test_equals_a_full_product(rng, backend, dtype, queries, block, k):
     parts = [unit_rows_np(rng.standard_normal((n, WIDTH)).astype(np.float32)).astype(dtype) for n in (50, 1, 6)]
     asked = unit_rows_np(rng.standard_normal((queries, WIDTH)).astype(np.float32))
@@ -40,6 +40,21 @@ def test_equals_a_full_product(rng, backend, dtype, queries, block, k):
     np.testing.assert_array_equal(found.indices, indices)
     np.testing.assert_allclose(found.scores, scores, atol=1e-6)
     assert (found.indices.dtype, found.scores.dtype) == (np.int64, np.float32)
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+def test_other_arrays_are_searched_too(rng, queries):
+    part = np.asfortranarray(unit_rows_np(rng.standard_normal((30, WIDTH))))
+    asked = unit_rows_np(rng.standard_normal((queries, WIDTH)))
+    for stored in (part, np.asfortranarray(part.astype(np.float16)), part[::2]):
+        found = search.search(asked, [stored], 4)
+        np.testing.assert_array_equal(found.indices, by_full_product(asked, [stored], 4)[0])
+
+
+def test_every_half_is_widened():
+    halves = np.arange(2**16, dtype=np.uint32).astype(np.uint16).view(np.float16)
+    finite = halves[np.isfinite(halves)][None, :]
+    np.testing.assert_array_equal(search._widened(finite).view(np.uint32), finite.astype(np.float32).view(np.uint32))
 
 
 @pytest.mark.parametrize("backend", ["host", "device"])
