@@ -189,9 +189,9 @@ def test_only_the_last_value_is_an_output():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", models.names())
 def test_every_network(name, tmp_path):
-    """In full size, at the batches of a single person, of a frame and of a server, in the three input forms."""
-    network = drawn(name, image_size=(256, 128))
-    images = np.random.default_rng(0).integers(0, 256, (64, 256, 128, 3), dtype=np.uint8)
+    """At batches of one person, of a frame and of a server, in the three input forms; the benchmark has full size."""
+    network = drawn(name, image_size=(128, 64))
+    images = np.random.default_rng(0).integers(0, 256, (64, 128, 64, 3), dtype=np.uint8)
     forward = jax.jit(lambda p, s, x: network[0].apply(p, s, augment.normalise(x), train=False)[0]["feature"])
     weights = jax.device_put(network[1:], jax.devices()[0])
     wanted = {count: unit_rows_np(np.asarray(forward(*weights, images[:count]))) for count in (1, 3, 64)}
