@@ -1,9 +1,10 @@
 """From which similarity on two images are of one person: error rates of that decision over all pairs.
 
-A pair is a query and a gallery image; those of one identity and one camera are junk, as in a ranking. What is accepted
-is a cosine similarity at or above a threshold. The false-accept rate is the share of pairs of different people that are
-accepted, the true-accept rate that of pairs of the same person; at the equal error rate as many of the ones are
-accepted as of the others refused. Only similarities that occur are thresholds, so the figures are exact.
+A pair is a query and a gallery image; those of one identity and one camera are junk, as in a ranking, and a query whose
+identity is not known (negative) is in no pair. What is accepted is a cosine similarity at or above a threshold. The
+false-accept rate is the share of pairs of different people that are accepted, the true-accept rate that of pairs of the
+same person; at the equal error rate as many of the ones are accepted as of the others refused. Only similarities that
+occur are thresholds, so the figures are exact.
 
 There may be a thousand million pairs. Those of the same person are few and kept; the others are counted in fine bins
 in a first pass over the distances, and of the bins in which a threshold lies the similarities are fetched in a second.
@@ -64,18 +65,23 @@ def _similarity(distance):
 
 
 @jit()
+def _partners(query_id, g_ids):
+    return g_ids.shape[0] if query_id >= 0 else 0
+
+
+@jit()
 def _count(distance, query0, q_ids, q_cams, g_ids, g_cams, start, stop):
     """Similarities of the same person in some rows, and the number of others in each fine bin."""
     counts, found = np.zeros(_FINE, np.int64), 0
     for r in range(start, stop):
-        for g in range(g_ids.shape[0]):
+        for g in range(_partners(q_ids[query0 + r], g_ids)):
             if g_ids[g] != q_ids[query0 + r]:
                 counts[_bin(_similarity(distance[r, g]))] += 1
             elif g_cams[g] != q_cams[query0 + r]:
                 found += 1
     same, found = np.empty(found, np.float32), 0
     for r in range(start, stop):
-        for g in range(g_ids.shape[0]):
+        for g in range(_partners(q_ids[query0 + r], g_ids)):
             if g_ids[g] == q_ids[query0 + r] and g_cams[g] != q_cams[query0 + r]:
                 same[found] = _similarity(distance[r, g])
                 found += 1
@@ -87,12 +93,12 @@ def _fetch(distance, query0, q_ids, g_ids, wanted, start, stop):
     """Similarities of different people that lie in one of the wanted bins."""
     found = 0
     for r in range(start, stop):
-        for g in range(g_ids.shape[0]):
+        for g in range(_partners(q_ids[query0 + r], g_ids)):
             if g_ids[g] != q_ids[query0 + r] and wanted[_bin(_similarity(distance[r, g]))]:
                 found += 1
     values, found = np.empty(found, np.float32), 0
     for r in range(start, stop):
-        for g in range(g_ids.shape[0]):
+        for g in range(_partners(q_ids[query0 + r], g_ids)):
             similarity = _similarity(distance[r, g])
             if g_ids[g] != q_ids[query0 + r] and wanted[_bin(similarity)]:
                 values[found] = similarity

@@ -106,6 +106,17 @@ def test_junk_is_in_no_pair():
     assert (found.same.sum(), found.different.sum()) == (1, 1)
 
 
+def test_a_query_that_nobody_knows_is_in_no_pair(rng):
+    distance, labels = problem(rng)
+    wanted = thresholds.evaluate(None, None, *labels, distance=distance)
+    empty = np.zeros(0, int)
+    labels = [np.append(part, more) for part, more in zip(labels, ([-1], empty, [0], empty), strict=True)]
+    distance = np.concatenate([distance, np.zeros((1, distance.shape[1]), np.float32)])
+    found = thresholds.evaluate(None, None, *labels, distance=distance)
+    assert found.results() == wanted.results()
+    np.testing.assert_array_equal(found.different, wanted.different)
+
+
 def test_broken_distances(rng, no_array_checks):
     distance, labels = problem(rng)
     with pytest.raises(DataError, match="do not pair up"):
