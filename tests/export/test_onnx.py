@@ -29,9 +29,16 @@ FORMS = {
 
 
 def drawn(name, **options):
+    """A network with drawn weights; attention is not saturated, where last digits would decide which place it sees."""
     model = models.build(name, **{"image_size": SIZE} | options)
     rng = np.random.default_rng(3)
-    return model, *(draw_tree(tree, rng) for tree in model.shapes())
+    params, stats = (draw_tree(tree, rng) for tree in model.shapes())
+
+    def softened(path, leaf):
+        of_attention = len(path) > 2 and path[-2].key in ("qkv", "q", "kv") and path[-1].key == "kernel"
+        return leaf * np.float32(0.1) if of_attention else leaf
+
+    return model, jax.tree_util.tree_map_with_path(softened, params), stats
 
 
 def ours(model, params, stats, images, mean=augment.IMAGENET_MEAN, std=augment.IMAGENET_STD):
