@@ -37,6 +37,8 @@ CONVERT = [
 ]
 # Data behind URLs; for other storages than Google's, their fsspec package (s3fs, adlfs, ...).
 REMOTE = ["fsspec>=2024.6", "gcsfs>=2024.6"]
+# The page of `python -m dmosnet_jax.demo`.
+DEMO = ["starlette>=0.40", "uvicorn>=0.30", "python-multipart>=0.0.18"]
 TEST = [
     "beartype>=0.21",  # checks array shapes while tests run: tests/conftest.py
     "pytest>=8.3",
@@ -46,6 +48,14 @@ TEST = [
     "ruff>=0.9",
     "mypy>=1.14",
     "scikit-learn>=1.6",
+    # Exported files as their users read them.
+    "onnx>=1.17",
+    "onnxruntime>=1.20",
+    "opencv-python-headless>=4.10",
+    # The page, as a program and in a browser (the system's Chromium).
+    *DEMO,
+    "httpx>=0.27",
+    "playwright>=1.49",
 ]
 
 setuptools.setup(
@@ -61,7 +71,7 @@ setuptools.setup(
     ],
     # Elsewhere than in a checkout, `--config=configs/<file>.py` is found inside the package.
     package_dir={"dmosnet_jax.configs": "configs"},
-    package_data={"dmosnet_jax": ["py.typed", "evaluation/report.html"]},
+    package_data={"dmosnet_jax": ["py.typed", "evaluation/report.html", "export/model_card.md", "demo/page.html"]},
     entry_points={
         "console_scripts": [
             "dmosnet = dmosnet_jax.main:main",
@@ -76,6 +86,7 @@ setuptools.setup(
         # The `tfds` command itself, whose sub-commands tensorflow-datasets imports all at once.
         "tfds": [*CONVERT, "mlcroissant>=1.0"],
         "remote": REMOTE,
+        "demo": DEMO,
         "test": [*TEST, *CONVERT, "fsspec>=2024.6"],
         # Only to compare with the PyTorch implementations; of torchreid, single modules are loaded by file path.
         "peers": ["torch>=2.6", "torchreid>=0.2.5"],

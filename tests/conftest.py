@@ -52,7 +52,7 @@ CHECKED_PACKAGES = [
 jaxtyping.install_import_hook(CHECKED_PACKAGES, f"{check_arrays.__module__}.{check_arrays.__name__}")
 
 # The test extra brings these: where continuous integration lacks one, a test that needs it must not just be skipped.
-_EXTRAS = ("tensorflow", "tensorflow_datasets", "sklearn")
+_EXTRAS = ("tensorflow", "tensorflow_datasets", "sklearn", "onnx", "onnxruntime", "cv2", "starlette", "playwright")
 
 
 def pytest_collection_modifyitems(items):
@@ -283,7 +283,7 @@ runpy.run_module("dmosnet_jax.main", run_name="__main__", alter_sys=True)
 # The libraries take seconds to import; nothing of them has threads or devices before the fork.
 _SERVER = """
 import gc, importlib, json, os, sys
-for recipe in ("spcl", "spcl_uda", "supervised", "evaluate", "extract", "activation_maps", "export", "cfs"):
+for recipe in ("spcl", "spcl_uda", "supervised", "evaluate", "extract", "activation_maps", "index", "search", "export", "cfs"):
     importlib.import_module("dmosnet_jax.recipes." + recipe)
 gc.freeze()
 gc.set_threshold(100_000)

@@ -16,6 +16,7 @@ ROOMS = {
     "evaluation": 4,
     "export": 5,
     "recipes": 6,
+    "demo": 6,
 }
 MAIN, ANYTHING = 7, 8
 CONVERSION = {"tensorflow", "apache_beam"}

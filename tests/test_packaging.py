@@ -85,7 +85,7 @@ def test_every_module_is_inside_and_configs_is_no_package_of_its_own(installed):
     files = {path.relative_to(installed).as_posix() for path in installed.rglob("*.py")}
     sources = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in (ROOT / name).rglob("*.py")}
     assert files == {f"dmosnet_jax/{name}" if name.startswith("configs/") else name for name in sources}
-    for name in ("py.typed", "evaluation/report.html"):
+    for name in ("py.typed", "evaluation/report.html", "export/model_card.md", "demo/page.html"):
         assert (installed / "dmosnet_jax" / name).exists()
 
 

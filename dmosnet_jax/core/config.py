@@ -12,7 +12,10 @@ from dmosnet_jax.core.trees import named_leaves
 JOIN = "+"
 CRITERIA = ("cfs",)
 _EXAMPLE = '("cfs", "runs/cfs/scores.npz", 0.5)'
-RECIPES = ("quickstart", "spcl", "spcl_uda", "supervised", "evaluate", "extract", "activation_maps", "export", "cfs")
+RECIPES = (
+    *("quickstart", "spcl", "spcl_uda", "supervised", "evaluate", "extract", "activation_maps", "index", "search"),
+    *("export", "cfs"),
+)
 _CHOICES = {
     "optim.name": ("adam", "sgd"),
     "optim.schedule": ("step", "cosine", "constant"),
@@ -23,6 +26,8 @@ _CHOICES = {
     "data.interpolation": ("bilinear", "bicubic"),
     "data.placement": ("host", "device"),
     "augment.erasing": ("fastreid", "spcl"),
+    "dtype": ("float16", "float32"),
+    "onnx.input": ("imagenet", "unit", "byte"),
 }
 _NUMBERS: dict[str, Callable[[Any], bool]] = {
     "must be greater than 0": lambda value: value > 0,
@@ -68,7 +73,7 @@ def validate(config: Any) -> None:
         *("train.epochs", "train.steps_per_epoch", "train.keep", "train.log_every_steps"),
         *("train.checkpoint_every_steps", "train.eval_every_epochs"),
         *("spcl.temperature", "spcl.eps", "spcl.k1", "spcl.k2", "spcl.min_samples", "spcl.max_classes"),
-        *("loss.circle_scale", "loss.circle_margin", "cfs.chunk_images", "cfs.sheet_columns"),
+        *("loss.circle_scale", "loss.circle_margin", "cfs.chunk_images", "cfs.sheet_columns", "top_k"),
     )
     _check_numbers(
         config,
@@ -80,7 +85,7 @@ def validate(config: Any) -> None:
         config,
         "must lie between 0 and 1",
         *("augment.flip", "augment.erase", "augment.autoaugment", "spcl.min_clustered"),
-        *("optim.warmup_factor", "optim.decay_factor", "optim.final_factor"),
+        *("optim.warmup_factor", "optim.decay_factor", "optim.final_factor", "false_accept_rate"),
     )
     _check_numbers(
         config, "must be at least 0 and less than 1", "spcl.momentum", "optim.momentum", "loss.label_smoothing"

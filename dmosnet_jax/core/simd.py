@@ -8,11 +8,13 @@ reads the addresses and shapes of its arrays.
 """
 
 # Numba reads the number of arguments off an intrinsic's own signature.
+import contextlib
+import contextvars
 import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -328,10 +330,25 @@ def register(name: str, threads: int | None = None) -> str:
     return name
 
 
+_PORTABLE = contextvars.ContextVar("portable", default=False)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Programs that are traced inside call no kernels of this process, so that they can run elsewhere."""
+    token = _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE.reset(token)
+
+
 def available() -> bool:
     """Whether programs may call Numba kernels: one CPU device, an LP64 Unix, and `DMOSNET_CPU_KERNELS` is not 0.
 
     Over several devices XLA could not divide a call.
     """
+    if _PORTABLE.get():
+        return False
     supported = sys.maxsize > 2**32 and os.name == "posix" and os.environ.get(SWITCH, "1") != "0"
     return supported and jax.default_backend() == "cpu" and jax.device_count() == 1

@@ -122,7 +122,10 @@ def _rank_matches(distance, query0, query_ids, query_cams, gallery_ids, gallery_
         inp[query] = count / (ahead + count)
 
 
-def _labels(query_ids, gallery_ids, query_cams, gallery_cams) -> tuple[np.ndarray, ...]:
+def checked_labels(
+    query_ids: np.ndarray, gallery_ids: np.ndarray, query_cams: np.ndarray, gallery_cams: np.ndarray
+) -> tuple[np.ndarray, ...]:
+    """The labels as int64, in the same order; raises DataError where ids and cameras do not pair up."""
     arrays = tuple(np.ascontiguousarray(a, np.int64) for a in (query_ids, gallery_ids, query_cams, gallery_cams))
     q_ids, g_ids, q_cams, g_cams = arrays
     if q_ids.ndim != 1 or q_ids.shape != q_cams.shape or g_ids.ndim != 1 or g_ids.shape != g_cams.shape:
@@ -169,7 +172,7 @@ def evaluate(
         DataError: shapes that do not fit, features or distances that are not finite, or no query with a match.
         ConfigError: unknown metric.
     """
-    q_ids, g_ids, q_cams, g_cams = _labels(query_ids, gallery_ids, query_cams, gallery_cams)
+    q_ids, g_ids, q_cams, g_cams = checked_labels(query_ids, gallery_ids, query_cams, gallery_cams)
     queries, gallery = q_ids.shape[0], g_ids.shape[0]
     precision, penalty = np.full(queries, np.nan), np.full(queries, np.nan)
     first = np.zeros(queries, np.int64)
@@ -226,7 +229,7 @@ def ranking_lists(
         Lists of `top` images in the order of `queries`, rows of the query set; junk images are taken out, or flagged
         with `keep_junk`.
     """
-    q_ids, g_ids, q_cams, g_cams = _labels(query_ids, gallery_ids, query_cams, gallery_cams)
+    q_ids, g_ids, q_cams, g_cams = checked_labels(query_ids, gallery_ids, query_cams, gallery_cams)
     queries = np.asarray(queries, np.int64)
     shape = (queries.shape[0], top)
     indices, values = np.full(shape, -1, np.int64), np.full(shape, np.nan, np.float32)

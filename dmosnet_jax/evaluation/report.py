@@ -24,8 +24,19 @@ from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.data import transforms
 from dmosnet_jax.evaluation.report_charts import Chart, Line, charts_from_metrics, describe, draw_svg
+from dmosnet_jax.evaluation.thresholds import Thresholds
 
-__all__ = ["Chart", "Line", "RankItem", "RankList", "charts_from_metrics", "library_versions", "write_report"]
+__all__ = [
+    "Chart",
+    "Line",
+    "RankItem",
+    "RankList",
+    "charts_from_metrics",
+    "library_versions",
+    "similarity_chart",
+    "thumbnail",
+    "write_report",
+]
 
 _THUMBNAIL = (128, 192)
 _CMC_RANKS = 20
@@ -49,12 +60,12 @@ class RankItem:
     Attributes:
         image: an encoded image file's bytes, or uint8 `[H, W, 3]` RGB.
         caption: e.g. "id 12, camera 3".
-        match: whether it shows the query's person.
+        match: whether it shows the query's person; None where that is not known.
     """
 
     image: bytes | np.ndarray
     caption: str
-    match: bool
+    match: bool | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +120,7 @@ def write_report(
         DataError: an image cannot be decoded, or the file cannot be written.
     """
     charts = [*_cmc_chart(cmc), *curves]
-    known = {key for key, _ in (*_SCORES, *_COUNTS)} | {"cmc"}
+    known = {key for key, _ in (*_SCORES, *_COUNTS)} | {"cmc", "thresholds"}
     others = {key: value for key, value in results.items() if key not in known}
     versions = library_versions() if versions is None else versions
     page = _PAGES.get_template("report.html").render(
@@ -119,17 +130,40 @@ def write_report(
         counts=[f"{int(results[key]):,} {label}" for key, label in _COUNTS if key in results],
         charts=[(chart.title, _described_svg(chart, f"chart{index}")) for index, chart in enumerate(charts)],
         rank_lists=rank_lists,
+        known=any(item.match is not None for entry in rank_lists for item in entry.items),
         tables=[
+            ("Thresholds", list(_threshold_rows(results.get("thresholds")))),
             ("Further results", list(_flat(others))),
             ("Configuration", list(_flat(config or {}))),
             ("Versions", list(versions.items())),
         ],
-        thumbnail=_thumbnail,
+        thumbnail=thumbnail,
     )
     target = pathlib.Path(path)
     with atomic_write(target) as part:
         part.write_text(page, encoding="utf-8")
     return target
+
+
+def similarity_chart(thresholds: Thresholds) -> Chart:
+    """How similar pairs of the same person and of different people are."""
+    middles = (thresholds.edges[1:] + thresholds.edges[:-1]) / 2
+    # One empty bin on both sides, so that the steps come back to zero.
+    filled = np.flatnonzero(thresholds.same + thresholds.different)
+    shown = slice(max(filled[0] - 1, 0), filled[-1] + 2)
+    lines = [
+        Line(name, middles[shown].tolist(), (100 * counts / counts.sum())[shown].tolist())
+        for name, counts in (("same person", thresholds.same), ("different people", thresholds.different))
+    ]
+    return Chart("Similarity of pairs", "cosine similarity", "share of the pairs (%)", lines, steps=True)
+
+
+def _threshold_rows(thresholds: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+    if thresholds is not None:
+        yield "equal error rate", f"{100 * thresholds['eer']:.2f} % at {thresholds['eer_threshold']:.4f}"
+        for row in thresholds["tar_at_far"]:
+            name = f"true accepts at {100 * row['far']:g} % false accepts"
+            yield name, f"{100 * row['tar']:.2f} %, from {row['threshold']:.4f} on"
 
 
 def _percent(fraction: Any) -> str | None:
@@ -150,8 +184,12 @@ def _described_svg(chart: Chart, salt: str) -> Markup:
     return Markup(draw_svg(chart, salt).replace("<svg ", label, 1))
 
 
-def _thumbnail(image: bytes | np.ndarray, name: str) -> str:
-    """A small JPEG in base64; originals may be megabytes, and of formats that browsers do not show."""
+def thumbnail(image: bytes | np.ndarray, name: str) -> str:
+    """A small JPEG in base64; originals may be megabytes, and of formats that browsers do not show.
+
+    Raises:
+        DataError: it can't be decoded.
+    """
     try:
         # As the network saw it.
         picture = Image.fromarray(transforms.decode(image) if isinstance(image, bytes) else image).convert("RGB")

@@ -31,12 +31,13 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A titled line chart."""
+    """A titled line chart; `steps` draws histograms, whose x are the middles of bins and no whole numbers."""
 
     title: str
     x_label: str
     y_label: str
     lines: Sequence[Line]
+    steps: bool = False
 
 
 # Which metrics share a chart: title, y label, names (the last part of `stage/name`).
@@ -120,11 +121,12 @@ def draw_svg(chart: Chart, salt: str, width: float = 5.2, height: float = 2.9) -
         for index, line in enumerate(chart.lines):
             colour, dashes = _LINE_STYLES[index % len(_LINE_STYLES)]
             points = _points(line)
-            marker = "o" if len(points) <= 30 else None
+            marker = "o" if len(points) <= 30 and not chart.steps else None
             axes.plot(
                 [x for x, _ in points],
                 [y for _, y in points],
                 dashes,
+                drawstyle="steps-mid" if chart.steps else "default",
                 color=colour,
                 marker=marker,
                 markersize=3.5,
@@ -152,7 +154,7 @@ def _style(axes: Axes, chart: Chart) -> None:
     axes.tick_params(colors=_INK, labelsize=8)
     axes.grid(color=_INK, alpha=0.12, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=not chart.steps))
     # Dollar signs in labels are text here, not formulas.
     axes.set_xlabel(chart.x_label, color=_INK, fontsize=9, parse_math=False)
     axes.set_ylabel(chart.y_label, color=_INK, fontsize=9, parse_math=False)

@@ -5,8 +5,11 @@ import dmosnet_jax
 extractor = dmosnet_jax.load("osnet_x0_25_market1501.pth")
 features = extractor(["a.jpg", "b.jpg"], normalised=True)  # float32 [2, 512]
 print(features @ features.T)  # cosine similarities
+print(extractor.compare("a.jpg", "b.jpg").similarity)
 """
 
+import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -19,7 +22,7 @@ from PIL import Image
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.unit import unit_rows_np
 from dmosnet_jax.data import augment, transforms
-from dmosnet_jax.export.weights import open_weights
+from dmosnet_jax.export.weights import fingerprint, open_weights
 from dmosnet_jax.models import Model
 
 Picture = np.ndarray | Image.Image | str | os.PathLike[str]
@@ -34,6 +37,9 @@ class Extractor:
         std: per-channel standard deviation of the pixels.
         interpolation: filter that resizes the images, "bilinear" or "bicubic".
         feature_dim: size of a feature.
+        threshold: cosine similarity from which on two images are taken for one person; None where the weights have no
+            card that says it.
+        fingerprint: see `export.weights.fingerprint`.
     """
 
     def __init__(
@@ -46,6 +52,7 @@ class Extractor:
         std: Sequence[float],
         interpolation: str,
         batch_size: int,
+        threshold: float | None = None,
     ):
         """Puts the weights on the default device.
 
@@ -58,7 +65,7 @@ class Extractor:
             known = ", ".join(transforms.FILTERS)
             raise ConfigError(f"interpolation={interpolation!r} is not known: use one of {known}")
         self.model, self.mean, self.std, self.interpolation = model, tuple(mean), tuple(std), interpolation
-        self.feature_dim = model.feature_dim
+        self.feature_dim, self.threshold = model.feature_dim, threshold
         self._batch_size = batch_size
         self._weights = jax.device_put((params, stats))
 
@@ -67,6 +74,25 @@ class Extractor:
             return model.apply(params, stats, pixels, train=False)[0]["feature"]
 
         self._forward = jax.jit(forward)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What decides the features; a gallery has that of the weights that it was made with."""
+        inputs: Any = {"mean": self.mean, "std": self.std, "interpolation": self.interpolation}
+        return fingerprint(self.model, *self._weights, **inputs)
+
+    def compare(self, first: Picture, second: Picture) -> "Comparison":
+        """Whether two images show the same person.
+
+        Args:
+            first: a path, a PIL image or a uint8 RGB array `[h, w, 3]`.
+            second: likewise.
+
+        Raises:
+            DataError: an image can't be read, or is none of the above; says which one.
+        """
+        pair = self([first, second], normalised=True)
+        return Comparison(float(pair[0] @ pair[1]), self.threshold)
 
     def __call__(self, images: Picture | Sequence[Picture], *, normalised: bool = False) -> np.ndarray:
         """Features of images.
@@ -93,6 +119,24 @@ class Extractor:
         done += [_fetched(*item) for item in waiting]
         features = np.concatenate(done) if done else np.zeros((0, self.feature_dim), np.float32)
         return unit_rows_np(features) if normalised else features
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How alike two images are.
+
+    Attributes:
+        similarity: cosine of their features.
+        threshold: from which on they are taken for one person, or None where that is not known.
+    """
+
+    similarity: float
+    threshold: float | None = None
+
+    @property
+    def same(self) -> bool | None:
+        """Whether they are taken for one person; None without a threshold."""
+        return None if self.threshold is None else self.similarity >= self.threshold
 
 
 def _fetched(features: jax.Array, count: int) -> np.ndarray:
@@ -192,4 +236,5 @@ def load(
         std=weights.std,
         interpolation=interpolation or weights.interpolation,
         batch_size=batch_size,
+        threshold=weights.card.threshold if weights.card else None,
     )

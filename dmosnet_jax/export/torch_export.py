@@ -162,6 +162,7 @@ def save(path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarray]) -> 
         raise ConfigError(f"{path}: the suffix must be one of {', '.join(SUFFIXES)}")
     if suffix == ".safetensors":
         with atomic_write(path) as part:
-            safetensors.numpy.save_file(dict(state_dict), part, metadata={"format": "pt"})
+            # The library's own file could be read by its owner alone.
+            part.write_bytes(safetensors.numpy.save(dict(state_dict), metadata={"format": "pt"}))
     else:
         write_pth(path, state_dict)

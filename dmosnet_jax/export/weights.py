@@ -1,16 +1,18 @@
 """One way to open weights of any kind: a folder of ours, a training run's checkpoint, or a PyTorch file."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.core.trees import differences
+from dmosnet_jax.core.trees import differences, named_leaves
 from dmosnet_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from dmosnet_jax.data.transforms import DEFAULT_FILTER
 from dmosnet_jax.export import folder, identify, layouts, torch_import
@@ -37,6 +39,7 @@ class Weights:
         with_val: whether they were trained on the images for validation too; None where the weights do not tell.
         state_dict: arrays of a PyTorch file, or None.
         trees: `(params, stats)` of a checkpoint or folder of ours, or None.
+        card: what an exported folder says of itself, None for others.
     """
 
     path: str
@@ -49,6 +52,7 @@ class Weights:
     with_val: bool | None = None
     state_dict: Mapping[str, np.ndarray] | None = None
     trees: tuple[Tree, Tree] | None = None
+    card: folder.Card | None = None
 
     def model(self, **overrides: Any) -> Model:
         """The network, without a classifier unless `num_classes` is given.
@@ -135,7 +139,7 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
         params, stats, card = folder.load(local)
         options = {name: getattr(card.model, name) for name in (*MODEL_OPTIONS, "image_size")}
         inputs = card.mean, card.std, card.interpolation
-        return Weights(where, options, *inputs, card.model.num_classes, trees=(params, stats))
+        return Weights(where, options, *inputs, card.model.num_classes, trees=(params, stats), card=card)
     if local.is_dir() or local.name == checkpoints.BEST:
         saved = checkpoints.load_model(local)
         kernel = saved.params.get("classifier", {}).get("kernel")
@@ -152,6 +156,24 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
         batches=identify.infer_batches(state_dict),
         state_dict=state_dict,
     )
+
+
+def fingerprint(
+    model: Model, params: Tree, stats: Tree, *, mean: Sequence[float], std: Sequence[float], interpolation: str
+) -> str:
+    """What decides the features of an image, as one hexadecimal number: equal ones can be compared with each other.
+
+    The classifier, the format of the file and where the weights come from have no part in it.
+    """
+    digest = hashlib.sha256()
+    network = {part: getattr(model, part) for part in (*MODEL_OPTIONS, "image_size") if part != "classifier"}
+    inputs = {"mean": list(map(float, mean)), "std": list(map(float, std)), "interpolation": interpolation}
+    digest.update(json.dumps(network | inputs, sort_keys=True).encode())
+    for tree in (params, stats):
+        for name, leaf in sorted(named_leaves({key: part for key, part in tree.items() if key != "classifier"})):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(leaf, "<f4").tobytes())
+    return digest.hexdigest()
 
 
 def describe_run(path: str | os.PathLike[str], meta: Mapping[str, Any]) -> Weights:

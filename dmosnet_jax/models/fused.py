@@ -23,7 +23,8 @@ LEAST_FLOATS = 1 << 14
 
 def runs_here(x: jax.Array) -> bool:
     """Whether the kernels take a map `[B, H, W, C]` on this machine."""
-    if x.ndim != 4 or x.dtype != jnp.float32 or x.size < LEAST_FLOATS or not simd.available():
+    # First: in a portable program the number of images may be free, and then no size can be compared.
+    if not simd.available() or x.ndim != 4 or x.dtype != jnp.float32 or x.size < LEAST_FLOATS:
         return False
     return cpu_kernels.fits(x.shape)
 

@@ -1,15 +1,21 @@
-"""Weights of any kind to weights of any kind: a run's checkpoint, a PyTorch file or a folder of ours, in and out."""
+"""Weights of any kind, in and out: a run's checkpoint, a PyTorch file or a folder of ours; and out only, ONNX."""
 
+import dataclasses
+import json
 import os
 import pathlib
 from typing import Any
 
-from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.core import files
+from dmosnet_jax.core.errors import ConfigError, DataError, printable
 from dmosnet_jax.core.parallel import print_once
-from dmosnet_jax.export import folder, torch_export
+from dmosnet_jax.export import folder, model_card, onnx_file, torch_export
 from dmosnet_jax.export.weights import open_weights
 from dmosnet_jax.models import Model
 from dmosnet_jax.recipes.network import options_of, require_paths
+
+# One in a thousand pairs of different people is taken for one.
+FALSE_ACCEPT_RATE = 1e-3
 
 
 def run(config: Any, workdir: pathlib.Path) -> None:
@@ -30,6 +36,12 @@ def run(config: Any, workdir: pathlib.Path) -> None:
         licence=config.licence,
         image_size=config.image_size,
         interpolation=config.data.interpolation or None,
+        results=config.results or None,
+        threshold=config.threshold,
+        false_accept_rate=config.false_accept_rate,
+        stablehlo=config.stablehlo,
+        onnx_input=config.onnx.input,
+        normalise=config.onnx.normalise,
         **options_of(config),
     )
     print_once(f"{model.name}: {config.checkpoint} written to {config.output}")
@@ -44,19 +56,32 @@ def convert(
     origin: str = "",
     licence: str = "",
     interpolation: str | None = None,
+    results: str | os.PathLike[str] | None = None,
+    threshold: float | None = None,
+    false_accept_rate: float = FALSE_ACCEPT_RATE,
+    stablehlo: bool = False,
+    onnx_input: str = "imagenet",
+    normalise: bool = False,
     **options: Any,
 ) -> Model:
     """Exports weights.
 
     Args:
         source: see `open_weights`.
-        target: a file with the suffix `.safetensors`, `.pth` or `.pt`, or a folder that doesn't exist yet.
+        target: a file with the suffix `.safetensors`, `.pth`, `.pt` or `.onnx`, or a folder that doesn't exist yet.
         layout: of a file, see `torch_export.to_state_dict`; None takes fast-reid's names for a BNNeck and torchreid's
             for others, where these code bases have the network.
         keep_classifier: keep the training identities' classifier.
-        origin: for a folder's card: where the weights come from; default the source's path.
-        licence: for a folder's card.
+        origin: for a card: where the weights come from; default the source's path, or what its own card says.
+        licence: for a card.
         interpolation: for a folder's card: filter that resizes the images; None: as the weights say.
+        results: for a folder's card: the `results.json` of an evaluation of these weights.
+        threshold: for a folder's card: similarity from which on two images are taken for one person; None: that of the
+            results.
+        false_accept_rate: at which the results' threshold is taken, of their first data set.
+        stablehlo: whether a folder gets a program for JAX alone.
+        onnx_input: for ONNX: what is fed, a key of `onnx_file.INPUTS`.
+        normalise: for ONNX: whether features come out with unit length.
         **options: options of `models.build` that the weights don't tell; None means: as they say.
 
     Returns:
@@ -69,7 +94,12 @@ def convert(
     weights = open_weights(source)
     model = weights.model(**options, num_classes=weights.num_classes if keep_classifier else 0)
     params, stats = weights.arrays(model)
-    if pathlib.Path(target).suffix in torch_export.SUFFIXES:
+    own = weights.card or folder.Card(model, weights.mean, weights.std, source=str(source))
+    interpolation = interpolation or weights.interpolation
+    origin, licence = origin or own.source, licence or own.licence
+    suffix = pathlib.Path(target).suffix
+    if suffix in torch_export.SUFFIXES:
+        _check_name(target, model)
         layout = layout or _usual_layout(model)
         arrays = torch_export.to_state_dict(params, stats, model, layout=layout, batches=weights.batches)
         torch_export.save(target, arrays)
@@ -77,16 +107,57 @@ def convert(
     if layout is not None:
         suffixes = ", ".join(torch_export.SUFFIXES)
         raise ConfigError(f"{target}: layout={layout!r} is for a file: give it one of the suffixes {suffixes}")
-    card = folder.Card(
-        model,
-        mean=weights.mean,
-        std=weights.std,
-        interpolation=interpolation or weights.interpolation,
-        source=origin or str(source),
-        licence=licence,
-    )
-    folder.save(target, params, stats, card)
+    inputs: dict[str, Any] = {"mean": weights.mean, "std": weights.std}
+    if suffix == onnx_file.SUFFIX:
+        facts = {"interpolation": interpolation, "source": origin, "licence": licence}
+        onnx_file.save(target, model, params, stats, input=onnx_input, normalise=normalise, properties=facts, **inputs)
+        return model
+    card = dataclasses.replace(own, model=model, interpolation=interpolation, source=origin, licence=licence, **inputs)
+    card = _with_threshold(card, results, threshold, false_accept_rate)
+    folder.save(target, params, stats, card, with_program=stablehlo)
     return model
+
+
+def _with_threshold(
+    card: folder.Card, results: str | os.PathLike[str] | None, threshold: float | None, rate: float
+) -> folder.Card:
+    """The card with the scores and the threshold of a `results.json`, or with the caller's threshold.
+
+    Raises:
+        ConfigError: the results have no threshold at this rate.
+        DataError: they can't be read, or are another network's.
+    """
+    if results is not None:
+        try:
+            found = json.loads(files.read(results))
+        except OSError as error:
+            raise DataError(f"{results}: can't be read ({error.strerror}); give a results.json") from error
+        except ValueError as error:
+            raise DataError(f"{results}: is damaged ({' '.join(str(error).split())}); evaluate again") from error
+        evaluations = model_card.scores_of(found if isinstance(found, dict) else None, str(results))
+        if found.get("model") != card.model.name:
+            raise DataError(
+                f"{results}: was made with model {printable(found.get('model'))}, not {card.model.name}: give that of "
+                "an evaluation of these weights"
+            )
+        found = model_card.threshold_at(evaluations, rate, str(results))
+        card = dataclasses.replace(
+            card, evaluations=evaluations, threshold=found, false_accept_rate=None if found is None else rate
+        )
+    if threshold is not None:
+        card = dataclasses.replace(card, threshold=threshold, false_accept_rate=None)
+    return card
+
+
+def _check_name(target: str | os.PathLike[str], model: Model) -> None:
+    """Raises ConfigError where BoxMOT, which takes a `.pt` file's network from its name, would build another one."""
+    path = pathlib.Path(target)
+    plain = f"osnet_{model.name.rpartition('osnet_')[2]}"
+    if path.suffix == ".pt" and any(model.attention) and "osnet" in path.name.lower():
+        raise ConfigError(
+            f"{target}: BoxMOT takes a .pt file's network from its name, and would build {plain} for {model.name}: "
+            "leave osnet out of the name, or export it as .onnx, which has its network inside"
+        )
 
 
 def _usual_layout(model: Model) -> str:

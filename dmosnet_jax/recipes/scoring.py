@@ -1,6 +1,7 @@
 """Scores of a network on the query and gallery of one or several data sets, and the files that show them."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from dmosnet_jax.core.config import joined
 from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.records import GALLERY, QUERY
 from dmosnet_jax.data.splits import Rows, Split, load_split
-from dmosnet_jax.evaluation import ranking, report
+from dmosnet_jax.evaluation import ranking, report, thresholds
 from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.evaluation.report_charts import charts_from_metrics
 from dmosnet_jax.evaluation.rerank import rerank
@@ -39,6 +40,11 @@ class Scores:
     def labels(self) -> tuple[np.ndarray, ...]:
         """Identities of query and gallery, and their cameras."""
         return self.query.pids, self.gallery.pids, self.query.camids, self.gallery.camids
+
+    @functools.cached_property
+    def thresholds(self) -> thresholds.Thresholds | None:
+        """Error rates of accepting pairs, None where there are no pairs of both kinds."""
+        return thresholds.evaluate(self.query_features, self.gallery_features, *self.labels)
 
 
 class Scorer:
@@ -138,6 +144,15 @@ def describe(results: Mapping[str, Any]) -> str:
     return f"{'  '.join(parts)}  ({counts})"
 
 
+def describe_thresholds(found: Mapping[str, Any]) -> str:
+    """One line with the error rates of accepting pairs."""
+    rates = (
+        f"{100 * row['tar']:.2f} at {100 * row['far']:g} % false ones (similarity {row['threshold']:.3f})"
+        for row in found["tar_at_far"]
+    )
+    return f"equal error rate {100 * found['eer']:.2f}; true accepts {', '.join(rates)}"
+
+
 def publish(
     scores: Mapping[str, Scores], workdir: pathlib.Path, config: Any, *, model: str, extra: dict[str, Any]
 ) -> dict[str, Any]:
@@ -182,6 +197,8 @@ def publish(
 
 def _results(scores: Scores, config: Any) -> dict[str, Any]:
     results = {**scores.ranking.results(), "interpolation": config.data.interpolation}
+    results["cmc"] = scores.ranking.cmc.tolist()
+    results["thresholds"] = scores.thresholds.results() if scores.thresholds else None
     if config.eval.rerank:
         distance = rerank(scores.query_features, scores.gallery_features)
         again = ranking.evaluate(None, None, *scores.labels, distance=distance)
@@ -193,15 +210,18 @@ def _write(scores: Scores, results: dict[str, Any], folder: pathlib.Path, config
     """Prints the results of one data set and writes its files; the report has the curves of `run`."""
     write_json(folder / RESULTS, results)
     print(describe(results))
+    if results["thresholds"] is not None:
+        print(describe_thresholds(results["thresholds"]))
     if config.eval.rerank:
         print(f"re-ranked: mAP {100 * results['reranked_mAP']:.2f}  rank-1 {100 * results['reranked_rank1']:.2f}")
     if config.eval.report:
+        similarities = [report.similarity_chart(scores.thresholds)] if scores.thresholds else []
         report.write_report(
             folder / REPORT,
             title=f"{results['model']} on {results['dataset']}",
             results=results,
             cmc=scores.ranking.cmc,
-            curves=charts_from_metrics(read_rows(run / METRICS_FILE)),
+            curves=[*similarities, *charts_from_metrics(read_rows(run / METRICS_FILE))],
             rank_lists=_rank_lists(scores, config.eval.rank_lists),
             config=config.to_dict(),
         )

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.evaluation import report
+from dmosnet_jax.evaluation import report, thresholds
 from dmosnet_jax.evaluation.report_charts import describe, draw_svg
 
 RESULTS = {
@@ -140,6 +140,20 @@ def test_identifiers_of_charts_do_not_clash(tmp_path, rng):
     defined = re.findall(r'<(?:clipPath|path|use) id="([^"]+)"', text)
     assert len(defined) == len(set(defined)) > 10
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', text)) <= set(defined)
+
+
+def test_the_similarities_of_pairs_are_drawn():
+    labels = [np.array(part) for part in ([1], [1, 1, 2, 2], [1], [2, 2, 1, 2])]
+    found = thresholds.evaluate(None, None, *labels, distance=np.array([[0.1, 0.3, 0.7, 0.8]], np.float32))
+    chart = report.similarity_chart(found)
+    assert [line.label for line in chart.lines] == ["same person", "different people"]
+    assert [sum(line.y) for line in chart.lines] == [100, 100]
+    # Two bins with one pair each, the others empty.
+    assert [sorted(line.y)[-3:] for line in chart.lines] == [[0, 50, 50], [0, 50, 50]]
+    assert chart.lines[0].x[int(np.argmax(chart.lines[0].y))] == pytest.approx(0.7, abs=1 / 64)
+    svg = draw_svg(chart, "a")
+    # Similarities are no whole numbers.
+    assert ">0.45<" in svg
 
 
 def test_charts_take_the_colour_of_the_page():

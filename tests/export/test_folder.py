@@ -23,7 +23,7 @@ def saved(tmp_path_factory):
     model = models.build("dmosnet_ibn_x0_25", attention=(0, 1, 0), pool="gem", image_size=(128, 64), num_classes=3)
     rng = np.random.default_rng(0)
     params, stats = (draw_tree(tree, rng) for tree in model.shapes())
-    card = folder.Card(model, mean=MEAN, std=STD, source="drawn", licence="CC0")
+    card = folder.Card(model, mean=MEAN, std=STD, source="drawn", licence="CC0", threshold=0.5)
     folder.save(path, params, stats, card)
     return path, params, stats, card
 
@@ -66,12 +66,15 @@ def test_card_says_what_a_user_needs(exported):
         "feature_dim": 128,
         "source": "drawn",
         "licence": "CC0",
+        "threshold": 0.5,
+        "false_accept_rate": None,
+        "evaluations": [],
     }
 
 
 def test_the_weights_are_a_pytorch_file_too(exported):
     path, params, stats, card = exported
-    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     found = torch_import.convert(torch_import.load(path / "model.safetensors"), card.model)
     jax.tree.map(np.testing.assert_array_equal, found, (params, stats))
 
@@ -133,6 +136,12 @@ def test_flipped_bits_and_missing_files_are_found(exported):
         ({"std": [0.1, 0, 0.1]}, "std=.* must be three numbers"),
         ({"interpolation": "nearest"}, "interpolation='nearest' must be one of bilinear, bicubic"),
         ({"feature_dim": 512}, "feature_dim=512 is 128"),
+        ({"threshold": "high"}, "threshold='high' must be a number from -1 to 1, or null"),
+        ({"threshold": 3}, "threshold=3 must be a number"),
+        ({"threshold": True}, "threshold=True must be a number"),
+        ({"false_accept_rate": -0.1}, "false_accept_rate=-0.1 must be a number from 0 to 1"),
+        ({"evaluations": 3}, "holds no results"),
+        ({"evaluations": [{}]}, "mAP, .* missing or of another kind"),
         ({"num_classes": "many"}, "config.json"),
         ({"num_classes": 4}, "misshapen: classifier.weight"),
         ({"name": "osnet_x0_25", "attention": [0, 0, 0]}, "unexpected"),
@@ -149,6 +158,16 @@ def test_cards_that_do_not_fit(exported, change, message):
     with pytest.raises(DataError, match=message) as caught:
         folder.load(path)
     assert "\n" not in str(caught.value)
+
+
+def test_folders_from_before_the_threshold_have_none(exported):
+    path, *_ = exported
+    values = json.loads((path / "config.json").read_text())
+    for name in ("threshold", "false_accept_rate", "evaluations"):
+        del values[name]
+    (path / "config.json").write_text(json.dumps(values))
+    *_, card = folder.load(path)
+    assert (card.threshold, card.false_accept_rate, card.evaluations) == (None, None, ())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00\xff", '"name"'])

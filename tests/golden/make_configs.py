@@ -18,6 +18,8 @@ CASES = {
     "export": "export",
     "activation_maps": "activation_maps",
     "extract": "extract",
+    "index": "index",
+    "search": "search",
     "finetune": "finetune",
     "finetune_released": "finetune:market1501,recipe=released",
     "finetune_released_cuhk03": "finetune:cuhk03_detected,recipe=released",

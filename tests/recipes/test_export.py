@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dmosnet_jax
 from dmosnet_jax import models
 from dmosnet_jax.export import torch_export, torch_import
 from tests.models.drawn import draw_tree
@@ -38,6 +39,23 @@ def test_to_every_form_and_back(cli, weights, tmp_path):
     for name, value in original.items():
         if not name.endswith("num_batches_tracked"):
             np.testing.assert_array_equal(found[name], value, err_msg=name, strict=True)
+
+
+def test_to_onnx(cli, weights, tmp_path):
+    flags = [f"--config.checkpoint={weights}", "--config.image_size=(64, 32)", "--config.licence=CC-BY-4.0"]
+    flags += ["--config.onnx.input=unit", "--config.onnx.normalise=True"]
+    finished = cli.forked(CONFIG, *flags, f"--config.output={tmp_path / 'x.onnx'}")
+    assert finished.status == 0, finished.err
+    assert finished.errors == []
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(tmp_path / "x.onnx")
+    facts = session.get_modelmeta().custom_metadata_map
+    assert {"interpolation": "bicubic", "source": str(weights), "licence": "CC-BY-4.0"}.items() <= facts.items()
+    image = np.random.default_rng(0).integers(0, 256, (1, 64, 32, 3), dtype=np.uint8)
+    (found,) = session.run(None, {"images": image.transpose(0, 3, 1, 2).astype(np.float32) / 255})
+    wanted = dmosnet_jax.load(weights, image_size=(64, 32))(image, normalised=True)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert json.loads((tmp_path / "x.onnx.metadata.json").read_text())["model_kwargs"] == {"img_size": [64, 32]}
 
 
 def test_the_folder_says_what_it_is_and_needs_no_config(cli, weights, tmp_path):
@@ -96,6 +114,13 @@ def test_the_folder_is_evaluated(cli, tiny_flags, weights, tmp_path):
         ({"checkpoint": ""}, 2, "checkpoint is not set: give --config.checkpoint=PATH"),
         ({"layout": "keras", "output": "x.pth"}, 2, "layout='keras' is not known: use one of torchreid, fastreid"),
         ({"layout": "fastreid", "output": "folder"}, 2, "layout='fastreid' is for a file"),
+        ({"layout": "fastreid", "output": "x.onnx"}, 2, "layout='fastreid' is for a file"),
+        (
+            {"onnx.input": "bgr", "output": "x.onnx"},
+            2,
+            "onnx.input='bgr' is not known: use one of imagenet",
+        ),
+        ({"output": "dmosnet_x0_25.pt"}, 2, "would build osnet_x0_25 for dmosnet_x0_25: leave osnet out of the name"),
         ({"checkpoint": "nowhere.pth"}, 1, "nowhere.pth"),
         ({"model.name": "osnet_x0_5"}, 1, "conv2.0.conv1"),
     ],

@@ -50,6 +50,20 @@ def results_in(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+def assert_decides(results):
+    """The curve and the thresholds are in the results, in the form that other programs read."""
+    curve, found = results["cmc"], results["thresholds"]
+    assert len(curve) == 50
+    assert (curve[0], curve[9]) == (results["rank1"], results["rank10"])
+    assert set(found) == {"eer", "eer_threshold", "tar_at_far"}
+    assert 0 <= found["eer"] <= 1
+    assert [row["far"] for row in found["tar_at_far"]] == [1e-2, 1e-3, 1e-4]
+    assert all(set(row) == {"far", "tar", "threshold"} for row in found["tar_at_far"])
+    rates, places = ([row[key] for row in found["tar_at_far"]] for key in ("tar", "threshold"))
+    assert rates == sorted(rates, reverse=True)
+    assert places == sorted(places)
+
+
 def test_several_data_sets_are_scored_as_each_alone(cli, flags, data_dir, checkpoint, tmp_path):
     fields = {"checkpoint": checkpoint, "eval.report": True, "eval.rank_lists": 1}
     alone = {}
@@ -59,6 +73,11 @@ def test_several_data_sets_are_scored_as_each_alone(cli, flags, data_dir, checkp
         alone[name] = results_in(tmp_path / name)
         assert set(CONTRACT) <= alone[name].keys()
         assert alone[name]["dataset"] == name
+        assert_decides(alone[name])
+        assert "equal error rate" in finished.out
+        page = (tmp_path / name / "report.html").read_text()
+        assert "Similarity of pairs" in page
+        assert "true accepts at 0.01 % false accepts" in page
     workdir = tmp_path / "both"
     command = flags("evaluate", dataset='("tiny", "other")', **fields)
     finished = cli.forked(*command, f"--workdir={workdir}")

@@ -53,7 +53,7 @@ def _insert(values, ids, value, index):
 
 
 @jit()
-def _take_rows(block, row0, col0, start, stop, values, ids, worst):
+def take_rows(block, row0, col0, start, stop, values, ids, worst):
     """Offers the columns of `block` to the lists of its rows `start..stop`."""
     last = values.shape[1] - 1
     for r in range(start, stop):
@@ -136,7 +136,7 @@ def search_host(
                     similarity -= half_norms[row0 : row0 + block, None]
                     similarity -= half_norms[None, col0 : col0 + block]
                 state = (values, ids, worst)
-                tasks = [pool.submit(_take_rows, similarity, row0, col0, *s, *state) for s in _spans(shape[0], workers)]
+                tasks = [pool.submit(take_rows, similarity, row0, col0, *s, *state) for s in _spans(shape[0], workers)]
                 if col0 > row0:
                     tasks += [
                         pool.submit(_take_columns, similarity, row0, col0, *s, *state)
