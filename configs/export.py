@@ -23,6 +23,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.checkpoint = options["checkpoint"]
     config.output = options["output"]
     config.layout = ""
+    # Replace an earlier export.
+    config.overwrite = False
     # Of the training identities.
     config.keep_classifier = True
     # For `config.json`; the source is the checkpoint's path where nothing is given.

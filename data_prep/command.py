@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags
 
-from dmosnet_jax.core.errors import ConfigError, UserError, refusal
+from dmosnet_jax.core.errors import ConfigError, UserError, one_line, refusal
 
 _INTERRUPTED = 130
 
@@ -56,7 +56,7 @@ def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str], *, interru
         failure = refusal(error) if isinstance(error, OSError) else error
         if failure is None:
             raise
-        print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {one_line(failure)}", file=sys.stderr)
         return failure.exit_status
     except KeyboardInterrupt as error:
         print(str(error) or interrupted, file=sys.stderr)

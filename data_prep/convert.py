@@ -124,8 +124,8 @@ def convert(
       options: those of `SOURCE_OPTIONS` that the data set has.
       scene: what to render, for `synthetic`.
       overwrite: replace a data set that is there already.
-      warn: called with warnings (other numbers than published ones, missing splits, labels that contradict each
-        other) before anything is written.
+      warn: called with what `lint` finds: before anything is written with what labels and names tell, and with what
+        the images tell when they have been read.
 
     Returns:
       The summary; None when the data set was there already.
@@ -163,6 +163,8 @@ def convert(
         for finding in builder.findings():
             warn(finding.text)
         _build(builder, stage.parent)
+        for finding in builder.image_findings():
+            warn(finding.text)
         publish(pathlib.Path(builder.data_dir), pathlib.Path(target).absolute())
     return _summary(builder, target, time.monotonic() - begin)
 
@@ -176,6 +178,7 @@ def _summary(builder: "ReidBuilder", target: str, seconds: float) -> Summary:
         junk=listing.junk if rules.reserved_ids else None,
         distractors=sum(int((part.pids == 0).sum()) for part in parts),
         seconds=seconds,
+        notes=builder.remarks(),
     )
 
 

@@ -16,8 +16,8 @@ from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
 from dmosnet_jax.core import files, startup
-from dmosnet_jax.core.config import read, validate
-from dmosnet_jax.core.errors import ConfigError, UserError, refusal
+from dmosnet_jax.core.config import read, unknown_field, validate
+from dmosnet_jax.core.errors import ConfigError, UserError, one_line, refusal
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: configs/<file>.py[:arguments].", lock_config=True
@@ -73,12 +73,25 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except ConfigError:
         raise
     except Exception as error:
+        if unknown := _unknown_field(argv):
+            raise ConfigError(unknown) from error
         # A config file is code of the user's, so anything may come out of it.
         lines = str(error.args[0] if error.args else error).strip().splitlines()
         raise ConfigError(
             f"bad command line: {' '.join(line.strip() for line in lines) or type(error).__name__}"
         ) from error
     return rest
+
+
+def _unknown_field(argv: Sequence[str]) -> str | None:
+    """What to say of the first `--config.FIELD` that the config does not have, None where it has all."""
+    given = {name: value for name, _, value in (argument.partition("=") for argument in argv)}
+    try:
+        config = flags.FLAGS["config"].parser.parse(given["--config"])
+    except Exception:
+        return None
+    fields = (name.removeprefix("--config.") for name in given if name.startswith("--config."))
+    return next(filter(None, (unknown_field(config, field) for field in fields)), None)
 
 
 def _workdir() -> pathlib.Path:
@@ -128,8 +141,12 @@ def main() -> None:
         failure = refusal(error) if isinstance(error, OSError) else error
         if failure is None:
             raise
-        print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {one_line(failure)}", file=sys.stderr)
         sys.exit(failure.exit_status)
+    except MemoryError as error:
+        reason = one_line(error) or "no more is to be had"
+        print(f"error: out of memory ({reason}): lower batch_size, image_size or data.cache_mib", file=sys.stderr)
+        sys.exit(UserError.exit_status)
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)

@@ -13,7 +13,11 @@ KEYS_FILE = "keys.pkl"
 
 
 class Database:
-    """An LMDB to read; what is damaged in it is a `DataError`."""
+    """An LMDB to read; what is damaged in it is a `DataError`.
+
+    Attributes:
+      entries: how many it claims to have.
+    """
 
     def __init__(self, data: str):
         """Opens the database.
@@ -34,6 +38,7 @@ class Database:
         self._data, self._error = data, lmdb.Error
         try:
             self._env = lmdb.open(data, subdir=False, readonly=True, lock=False, readahead=False, max_readers=1)
+            self.entries = self._env.stat()["entries"]
             whole = (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
         except lmdb.Error as error:
             raise DataError(f"{data} cannot be opened ({printable(error)}): copy the LMDB again") from error

@@ -65,6 +65,8 @@ def publish(folder: pathlib.Path, target: pathlib.Path) -> None:
     # Not on the stage, which the next conversion empties: `_restore` must find it.
     old = target.with_name(f".{target.name}{_OLD}")
     try:
+        # Names may be on the disk before the content that they stand for.
+        files.flush_tree(folder)
         target.parent.mkdir(exist_ok=True)
         if target.exists():
             os.rename(target, old)

@@ -150,8 +150,15 @@ EXPORTS: Mapping[str, Export] = {
 }
 
 
-def save(path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarray]) -> None:
+def save(
+    path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarray], *, about: Mapping[str, str] | None = None
+) -> None:
     """Writes a state dict as `.safetensors`, `.pth` or `.pt`, by the suffix; it appears whole or not at all.
+
+    Args:
+        path: the file.
+        state_dict: arrays by name.
+        about: texts for the header of a `.safetensors` file.
 
     Raises:
         ConfigError: another suffix.
@@ -162,6 +169,6 @@ def save(path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarray]) -> 
         raise ConfigError(f"{path}: the suffix must be one of {', '.join(SUFFIXES)}")
     if suffix == ".safetensors":
         with atomic_write(path) as part:
-            safetensors.numpy.save_file(dict(state_dict), part, metadata={"format": "pt"})
+            safetensors.numpy.save_file(dict(state_dict), part, metadata={"format": "pt", **(about or {})})
     else:
         write_pth(path, state_dict)

@@ -4,6 +4,7 @@ import os
 import pathlib
 from typing import Any
 
+from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.parallel import print_once
 from dmosnet_jax.export import folder, torch_export
@@ -21,6 +22,7 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     """
     del workdir
     require_paths(config, "checkpoint", "output")
+    check_target(config.output, overwrite=config.overwrite)
     model = convert(
         config.checkpoint,
         config.output,
@@ -30,9 +32,29 @@ def run(config: Any, workdir: pathlib.Path) -> None:
         licence=config.licence,
         image_size=config.image_size,
         interpolation=config.data.interpolation or None,
+        overwrite=config.overwrite,
         **options_of(config),
     )
     print_once(f"{model.name}: {config.checkpoint} written to {config.output}")
+
+
+def check_target(target: str | os.PathLike[str], *, overwrite: bool = False) -> bool:
+    """Whether a target is a file, by its suffix, and not a folder.
+
+    Raises:
+        ConfigError: it has the suffix of another kind of file.
+        DataError: something is there already.
+    """
+    # The points of a version, as in `osnet_x0.25`, begin no suffix.
+    suffix = pathlib.Path(target).suffix
+    is_file = suffix in torch_export.SUFFIXES
+    if not is_file and not suffix[1:].isdigit() and suffix:
+        raise ConfigError(
+            f"{target}: {suffix} is no form that is written: use one of {', '.join(torch_export.SUFFIXES)} for a file, "
+            "or a name without suffix for a folder"
+        )
+    files.refuse_existing(target, overwrite=overwrite, may_replace=os.path.isfile if is_file else folder.is_folder)
+    return is_file
 
 
 def convert(
@@ -44,32 +66,35 @@ def convert(
     origin: str = "",
     licence: str = "",
     interpolation: str | None = None,
+    overwrite: bool = False,
     **options: Any,
 ) -> Model:
     """Exports weights.
 
     Args:
         source: see `open_weights`.
-        target: a file with the suffix `.safetensors`, `.pth` or `.pt`, or a folder that doesn't exist yet.
+        target: a file with the suffix `.safetensors`, `.pth` or `.pt`, or a folder.
         layout: of a file, see `torch_export.to_state_dict`; None takes fast-reid's names for a BNNeck and torchreid's
             for others, where these code bases have the network.
         keep_classifier: keep the training identities' classifier.
         origin: for a folder's card: where the weights come from; default the source's path.
         licence: for a folder's card.
         interpolation: for a folder's card: filter that resizes the images; None: as the weights say.
+        overwrite: replace an earlier export.
         **options: options of `models.build` that the weights don't tell; None means: as they say.
 
     Returns:
         The network.
 
     Raises:
-        ConfigError: the network isn't told, or the layout has no such network.
+        ConfigError: the network isn't told, the layout has no such network, or the target is of another kind.
         DataError: the source can't be read or belongs to another network, or the target can't be written.
     """
+    is_file = check_target(target, overwrite=overwrite)
     weights = open_weights(source)
     model = weights.model(**options, num_classes=weights.num_classes if keep_classifier else 0)
     params, stats = weights.arrays(model)
-    if pathlib.Path(target).suffix in torch_export.SUFFIXES:
+    if is_file:
         layout = layout or _usual_layout(model)
         arrays = torch_export.to_state_dict(params, stats, model, layout=layout, batches=weights.batches)
         torch_export.save(target, arrays)
@@ -85,7 +110,7 @@ def convert(
         source=origin or str(source),
         licence=licence,
     )
-    folder.save(target, params, stats, card)
+    folder.save(target, params, stats, card, overwrite=overwrite)
     return model
 
 

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as managers
 
-from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.core.errors import DataError, first
 from dmosnet_jax.core.trees import differences
 from dmosnet_jax.train import checksums
 from dmosnet_jax.train.state import TrainState, shardings
@@ -33,6 +33,10 @@ _META, _METRICS = "meta", "metrics"
 _ITEMS = (*_ARRAYS, _META, _METRICS)
 _TRASH = ".old"
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)
+
+
+class OtherShapesError(DataError):
+    """A checkpoint holds other arrays than the state that it is to be restored to."""
 
 
 def _split(state: TrainState) -> dict[str, Any]:
@@ -183,7 +187,7 @@ class Checkpoints:
             for item in _ARRAYS:
                 problems = differences(wanted[item], _shapes(self._manager, step, item))
                 if problems:
-                    raise DataError(f"{where}: checkpoint of another model or setting: {'; '.join(problems)}")
+                    raise OtherShapesError(f"{where}: checkpoint of another model or setting: {first(problems)}")
                 shapes = jax.tree.map(
                     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                     wanted[item],
