@@ -1,7 +1,7 @@
 """Command line: `python -m dmosnet_jax.main --config=configs/<file>.py[:arguments] --workdir=DIR [--config.field=...]`.
 
-Exit status: 0 done, 1 bad data, 2 bad command or config, 143 stopped by a signal with its state saved,
-130 interrupted elsewhere.
+Exit status: 0 done, 1 bad data, 2 bad command or config, 143 stopped by a signal (during training with its state
+saved), 130 interrupted elsewhere.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from dmosnet_jax.core import files, startup
+from dmosnet_jax.core import files, signals, startup
 from dmosnet_jax.core.config import read, unknown_field, validate
 from dmosnet_jax.core.errors import ConfigError, UserError, one_line, refusal
 
@@ -28,6 +28,8 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0,
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, where the cluster does not tell.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, where the cluster does not tell.")
 
+_INTERRUPTED = "interrupted; the same command goes on from the last checkpoint, if there is one"
+_LESS = "lower batch_size, image_size or data.cache_mib"
 # The folder `configs` lies beside this file where the package is installed, and beside the package in a checkout.
 _HERE = pathlib.Path(__file__).resolve().parent
 _PACKAGED = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
@@ -133,6 +135,8 @@ def _run() -> None:
 def main() -> None:
     """Parses the command line and runs the config's recipe."""
     logging.set_verbosity(logging.ERROR)
+    startup.outlast_readers()
+    signals.install(_INTERRUPTED)
     startup.keep_memory()
     startup.keep_programs()
     try:
@@ -145,11 +149,19 @@ def main() -> None:
         sys.exit(failure.exit_status)
     except MemoryError as error:
         reason = one_line(error) or "no more is to be had"
-        print(f"error: out of memory ({reason}): lower batch_size, image_size or data.cache_mib", file=sys.stderr)
+        print(f"error: out of memory ({reason}): {_LESS}", file=sys.stderr)
         sys.exit(UserError.exit_status)
     except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
-        sys.exit(130)
+        print(f"error: {_INTERRUPTED}", file=sys.stderr)
+        signals.leave(130)
+    except signals.StoppedExit as stopped:
+        signals.leave(int(stopped.code or 0))
+    except Exception as error:
+        # The device's memory; its error is a class of JAX, which may not be loaded yet.
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"error: {one_line(str(error).splitlines()[0])}: {_LESS}", file=sys.stderr)
+        sys.exit(UserError.exit_status)
 
 
 if __name__ == "__main__":
