@@ -29,7 +29,6 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, w
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, where the cluster does not tell.")
 
 _INTERRUPTED = "interrupted; the same command goes on from the last checkpoint, if there is one"
-_LESS = "lower batch_size, image_size or data.cache_mib"
 # The folder `configs` lies beside this file where the package is installed, and beside the package in a checkout.
 _HERE = pathlib.Path(__file__).resolve().parent
 _PACKAGED = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
@@ -136,32 +135,31 @@ def main() -> None:
     """Parses the command line and runs the config's recipe."""
     logging.set_verbosity(logging.ERROR)
     startup.outlast_readers()
+    startup.quiet_callbacks()
     signals.install(_INTERRUPTED)
     startup.keep_memory()
     startup.keep_programs()
     try:
         app.run(lambda _: _run(), flags_parser=_parse)
-    except (UserError, OSError) as error:
-        failure = refusal(error) if isinstance(error, OSError) else error
-        if failure is None:
-            raise
-        print(f"error: {one_line(failure)}", file=sys.stderr)
-        sys.exit(failure.exit_status)
-    except MemoryError as error:
-        reason = one_line(error) or "no more is to be had"
-        print(f"error: out of memory ({reason}): {_LESS}", file=sys.stderr)
-        sys.exit(UserError.exit_status)
     except KeyboardInterrupt:
-        print(f"error: {_INTERRUPTED}", file=sys.stderr)
-        signals.leave(130)
+        _fail(_INTERRUPTED, 130)
     except signals.StoppedExit as stopped:
         signals.leave(int(stopped.code or 0))
     except Exception as error:
-        # The device's memory; its error is a class of JAX, which may not be loaded yet.
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(f"error: {one_line(str(error).splitlines()[0])}: {_LESS}", file=sys.stderr)
-        sys.exit(UserError.exit_status)
+        failure = refusal(error) if isinstance(error, OSError) else error
+        if isinstance(failure, UserError):
+            _fail(one_line(failure), failure.exit_status)
+        # The device's memory too, whose error is a class of JAX, which may not be loaded yet.
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            reason = one_line(str(error).partition("\n")[0]) or "no more is to be had"
+            _fail(f"out of memory ({reason}): lower batch_size, image_size or data.cache_mib", UserError.exit_status)
+        raise
+
+
+def _fail(text: str, status: int) -> None:
+    """Ends with a line, the last one: what libraries print of their own end would bury it."""
+    print(f"error: {text}", file=sys.stderr)
+    signals.leave(status)
 
 
 if __name__ == "__main__":

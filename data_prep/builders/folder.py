@@ -119,7 +119,7 @@ def _read_table(tree: Tree, name: str, camera_policy: str) -> list[Row]:
         raise DataError(f"{where} cannot be read ({error})") from error
     needed = ("path", "pid") if camera_policy == NONE else ("path", "pid", "camid")
     try:
-        reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        reader = csv.DictReader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=""), strict=True)
         columns = [(name or "").strip() for name in reader.fieldnames or ()]
         reader.fieldnames = columns
         missing = [name for name in needed if name not in columns]
@@ -253,7 +253,7 @@ def arrange(rows: Sequence[Row], camera_policy: str, test_fraction: float, locat
     webp = sum(row.path.lower().endswith(".webp") for row in rows)
     notes = [f"{webp:,} images are WebP files, which training reads but tf.data does not"] if webp else []
     if junk:
-        notes.append(f"{len(junk):,} images have no identity (-1) and are left out, e.g. {some(sorted(junk), 1)}")
+        notes.append(f"{len(junk):,} images have no identity (-1) and are left out, e.g. {some([min(junk)])}")
     filled = {split: found for split, found in splits.items() if found}
     return Listing(filled, len(junk), notes=tuple(notes), known=junk)
 

@@ -45,9 +45,11 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """
     try:
         with files.open_local(path) as file:
-            if os.fstat(file.fileno()).st_size > base.MAX_BYTES:
+            size = os.fstat(file.fileno()).st_size
+            if size > base.MAX_BYTES:
                 raise DataError(f"it has more than {base.MAX_BYTES} bytes")
-            return file.read(base.MAX_BYTES)
+            # Python makes room for as much as is asked for.
+            return file.read(size)
     except OSError as error:
         raise DataError(reason(error)) from error
 

@@ -87,7 +87,7 @@ def unknown_field(config: Any, field: str) -> str | None:
 def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key in node.keys():  # noqa: SIM118 - a ConfigDict is no mapping
         name = f"{prefix}.{key}" if prefix else str(key)
-        value = node.get_ref(key).get() if hasattr(node, "get_ref") else node[key]
+        value = node[key]
         if hasattr(value, "keys"):
             yield from _fields(value, name)
         yield name, value
@@ -122,7 +122,6 @@ def validate(config: Any) -> None:
     recipe = read(config, "recipe")
     if recipe not in RECIPES:
         raise ConfigError(f"recipe={recipe!r} is not known: use one of {', '.join(RECIPES)}")
-    _check_magnitudes(config)
     for field in ("data.threads", "data.workers"):
         if (read(config, field) or 0) > _MOST_THREADS:
             raise ConfigError(f"{field}={read(config, field)} must be at most {_MOST_THREADS}")
@@ -150,6 +149,7 @@ def validate(config: Any) -> None:
     _check_numbers(
         config, "must be at least 0 and less than 1", "spcl.momentum", "optim.momentum", "loss.label_smoothing"
     )
+    _check_magnitudes(config)
     if read(config, "loss.triplet") == "hinge":
         _check_numbers(config, "must be greater than 0", "loss.triplet_margin")
     for field, known in _CHOICES.items():

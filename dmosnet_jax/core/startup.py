@@ -76,6 +76,17 @@ def outlast_readers() -> None:
             setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, stream.errors, line_buffering=lines))
 
 
+def quiet_callbacks() -> None:
+    """After a failed save the callbacks of libraries find their loop closed, a thousand times: that is not printed."""
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def _accelerator(devices: pathlib.Path) -> bool:
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms:

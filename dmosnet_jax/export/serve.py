@@ -8,6 +8,7 @@ print(features @ features.T)  # cosine similarities
 people = extractor(frame, boxes=[(10, 20, 60, 150)], order="bgr")  # of a detector, on a frame of OpenCV's
 """
 
+import dataclasses
 import inspect
 import numbers
 import os
@@ -25,8 +26,10 @@ from dmosnet_jax.data import augment, transforms
 from dmosnet_jax.export.weights import open_weights
 from dmosnet_jax.models import Model, build
 
-Picture = np.ndarray | jax.Array | Image.Image | str | os.PathLike[str] | bytes
+Picture = np.ndarray | jax.Array | Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryview
 ORDERS = ("rgb", "bgr")
+_MANY = "encoded bytes, PIL images or uint8 arrays"
+_BOXES = "numbers [N, 4]: left, top, right, bottom"
 _KINDS = "a path, encoded bytes, a PIL image, or a uint8 array [h, w, 3] or [h, w]"
 
 
@@ -80,7 +83,8 @@ class Extractor:
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in vars(self).items() if name != "_forward"}
-        return state | {"_weights": jax.tree.map(np.asarray, self._weights)}
+        # A model that has run holds functions, which do not pickle.
+        return state | {"_weights": jax.tree.map(np.asarray, self._weights), "model": dataclasses.replace(self.model)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -138,8 +142,10 @@ def _fetched(features: jax.Array, count: int) -> np.ndarray:
 
 
 def _check_batch_size(batch_size: Any) -> None:
-    if not isinstance(batch_size, numbers.Integral) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ConfigError(f"batch_size={printable(batch_size)} must be a whole number, at least 1")
+    if not isinstance(batch_size, numbers.Integral) or isinstance(batch_size, bool):
+        raise ConfigError(f"batch_size={printable(batch_size)} must be a whole number")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} must be at least 1")
 
 
 def _listed(images: Any) -> Sequence[Picture]:
@@ -150,7 +156,7 @@ def _listed(images: Any) -> Sequence[Picture]:
     try:
         return list(images)
     except TypeError as error:
-        raise DataError(f"images of type {type(images).__name__}: give {_KINDS}, or several of them") from error
+        raise DataError(f"images of type {type(images).__name__}: give paths, {_MANY}") from error
 
 
 def _batches(
@@ -206,12 +212,10 @@ def _crops(image: np.ndarray, boxes: Any) -> list[np.ndarray]:
     try:
         corners = np.asarray(boxes, np.float64)
     except (TypeError, ValueError) as error:
-        raise DataError(
-            f"boxes of type {type(boxes).__name__}: give numbers [N, 4]: left, top, right, bottom"
-        ) from error
+        raise DataError(f"boxes of type {type(boxes).__name__}: give {_BOXES}") from error
     corners = corners.reshape(-1, 4) if corners.shape in ((4,), (0,)) else corners
     if corners.ndim != 2 or corners.shape[1] != 4:
-        raise DataError(f"boxes {list(corners.shape)}: give numbers [N, 4]: left, top, right, bottom")
+        raise DataError(f"boxes {list(corners.shape)}: give {_BOXES}")
     crops = []
     for row, box in enumerate(corners):
         if not np.isfinite(box).all():
@@ -301,4 +305,4 @@ def _is_size(value: Any) -> bool:
         sides = tuple(value)
     except TypeError:
         return False
-    return len(sides) == 2 and all(isinstance(side, numbers.Integral) and side > 0 for side in sides)
+    return len(sides) == 2 and all(isinstance(side, numbers.Integral) and int(side) > 0 for side in sides)

@@ -80,8 +80,9 @@ def _manager(
     Raises:
         DataError: a checkpoint's description is damaged.
     """
-    # Orbax logs every save and restore step by step, and damaged files in several lines; ours is the one that counts.
-    for name in ("absl", "orbax"):
+    # Orbax logs every save and restore step by step, and damaged files in several lines; on a full disk asyncio logs
+    # each array that was not written. Ours is the line that counts.
+    for name in ("absl", "orbax", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     writable, policy = keep is not None, None
     if keep is not None:
@@ -214,7 +215,9 @@ class Checkpoints:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    # What failed stands first, and why at the end.
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
 
 
 @contextlib.contextmanager

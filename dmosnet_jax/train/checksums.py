@@ -24,12 +24,12 @@ def write(folder: pathlib.Path, parts: Iterable[str]) -> None:
 
 
 def verify(folder: pathlib.Path, parts: Iterable[str]) -> str | None:
-    """What is wrong with the files below the sub-folders `parts`, or None."""
+    """What is wrong with the files below the sub-folders `parts`, or None. A folder without checksums is not judged."""
     parts = set(parts)
     try:
         sums = safe_json.read_object(folder / FILE, fix="")
     except FileNotFoundError:
-        return f"{FILE} is missing"
+        return None
     except DataError:
         return f"{FILE} is damaged"
     for name, entry in sums.items():

@@ -51,6 +51,10 @@ JOB = '''
                 next(stream)
                 print("ready", flush=True)
                 time.sleep(600)
+            if mode == "killed":
+                next(stream)
+                print("ready", flush=True)
+                sys.stdin.readline()
             try:
                 for _ in range(20 if mode == "damaged" else 7):
                     first.append(next(stream))
