@@ -27,7 +27,8 @@ from data_prep.check.rules import identities
 from data_prep.sources.base import reason
 from data_prep.synthetic import pedestrians
 from data_prep.synthetic.pedestrians import Scene
-from data_prep.write.staging import publish, staging, upload
+from data_prep.write.shards import DATASET as UNFINISHED
+from data_prep.write.staging import publish, staging, sweep, upload
 from data_prep.write.summary import Summary
 from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import ConfigError, DataError
@@ -143,6 +144,9 @@ def convert(
     check_options(dataset, options or {})
     target = files.join(files.tidy(data_dir), dataset, str(builder_class.VERSION))
     if not overwrite and _is_converted(target):
+        if not files.is_remote(data_dir):
+            unfinished = UNFINISHED if dataset == SHARDED else ""
+            sweep(pathlib.Path(files.tidy(data_dir)).absolute(), dataset, unfinished)
         return None
     begin = time.monotonic()
     if dataset == SHARDED:

@@ -3,10 +3,10 @@
     python -m tests.fuzz --count=1000
     python -m tests.fuzz --count=200 --kinds=torch,lmdb --first=1000
 
-Each damaged file must be read as what it was, or be refused by one bounded line of ours: no other error, no crash of the
-process, no code of the file run, less than 300 MB of memory, nothing left behind. A kind runs in a process of its own,
-which is started again behind a file that ends it; such files are kept in `--keep`. The exit status is 1 where there is
-one that did not behave.
+Each damaged file must be read, or be refused by one bounded line of ours: no other error, no crash of the process, no
+code of the file run, less than 300 MB of memory, nothing left behind. A kind runs in a process of its own, which is
+started again behind a file that ends it. The exit status is 1 where one did not behave; `--first=NUMBER --count=1`
+makes it again.
 """
 
 import argparse

@@ -180,12 +180,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=100, help="runs that are killed")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--kinds", default="", help="of " + ", ".join(dict.fromkeys(TURNS)) + "; all by default")
     parser.add_argument("--minutes", type=float, default=0, help="begin no more runs after so many; 0 for no limit")
     given = parser.parse_args()
     for recipe in ("spcl", "supervised", "evaluate", "extract", "export", "cfs"):
         importlib.import_module(f"dmosnet_jax.recipes.{recipe}")
     importlib.import_module("data_prep.builders.luperson")
     gc.freeze()
+    turns = [kind for kind in TURNS if kind in (given.kinds or kind).split(",")]
     draw, began = random.Random(given.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(pathlib.Path(scratch))
@@ -206,7 +208,7 @@ def main() -> int:
         for number in range(given.runs):
             if given.minutes and time.monotonic() - began > 60 * given.minutes:
                 break
-            kind = TURNS[number % len(TURNS)]
+            kind = turns[number % len(turns)]
             problem, killed = _try(bench, kind, expected[kind], length[kind], draw, log)
             counts[kind] += 1
             kills[kind] += killed

@@ -83,6 +83,25 @@ def publish(folder: pathlib.Path, target: pathlib.Path) -> None:
         ) from error
 
 
+def sweep(data_dir: pathlib.Path, dataset: str, unfinished: str = "") -> None:
+    """Removes the stage of a conversion that was killed when its data set had been published.
+
+    Args:
+      data_dir: see `staging`.
+      dataset: its name, which is there.
+      unfinished: of a kept stage, the folder in it that is moved away when all is done; where it is there, the stage is
+        of another conversion, which is to go on.
+    """
+    stage = data_dir / f".{dataset}.incomplete"
+    if not stage.is_dir() or (unfinished and (stage / unfinished).exists()):
+        return
+    # Another conversion may be at work, or the folder not be ours to change.
+    with contextlib.suppress(DataError, OSError):
+        lock = _lock(stage)
+        shutil.rmtree(stage, ignore_errors=True)
+        os.close(lock)
+
+
 def _lock(stage: pathlib.Path) -> int:
     """Makes the folder and locks it; the lock ends with the process."""
     while True:
