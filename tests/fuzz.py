@@ -375,7 +375,7 @@ def _attempt(number: int, kind: str, cases: list[Case], place: pathlib.Path, mar
     left = _listing(place) - before
     if left:
         problem = problem or f"left {sorted(left)}"
-    for other in set(p for p in place.rglob("*") if p.is_file()) - sound.keys():
+    for other in {p for p in place.rglob("*") if p.is_file()} - sound.keys():
         other.unlink()
     for other, content in sound.items():
         other.write_bytes(content)

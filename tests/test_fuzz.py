@@ -1,4 +1,4 @@
-"""A slice of the fuzzing of `tests/fuzz.py`, and of the kills of `tests/kill.py`; `DMOSNET_LONG=1` runs them at length."""
+"""A slice of the fuzzing of `tests/fuzz.py`; `DMOSNET_LONG=1` runs it, and the kills of `tests/kill.py`, at length."""
 
 import os
 import pathlib

@@ -24,6 +24,8 @@ Path = str | os.PathLike[str]
 # Ends the name of a local file or folder that is being written.
 PART = ".part"
 
+# The most bytes of an image that are read: crops are some kilobytes, but a file may have any size.
+MAX_IMAGE_BYTES = 2**26
 # What this process is writing just now.
 _unfinished: set[pathlib.Path] = set()
 _FILE = "file://"
@@ -113,10 +115,12 @@ def foreign(start: bytes) -> str | None:
     return None
 
 
-def read(location: Path) -> bytes:
-    """The content of a file."""
+def read(location: Path, *, most: int | None = None) -> bytes:
+    """The content of a file; a local one of more than `most` bytes is an `OSError`, before it is read."""
     if not is_remote(location):
         with open_local(location) as file:
+            if most is not None and os.fstat(file.fileno()).st_size > most:
+                raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", os.fspath(location))
             return file.read()
     with _remote(location) as (files, path):
         return files.cat_file(path)

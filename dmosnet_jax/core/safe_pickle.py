@@ -25,6 +25,8 @@ MAX_OPCODES = 5_000_000
 MAX_PLAIN_OPCODES = 20_000_000
 # An empty container takes one byte in the stream and 64 in memory; a tensor has seven of them in fifty bytes.
 _FREE_CONTAINERS, _BYTES_PER_CONTAINER = 100_000, 4
+# LUPerson's names with their scores take some 200 MB.
+_MAX_PLAIN_BYTES = 2**30
 # Torch's magic number, the longest integer that a checkpoint needs, has 77 bits; huge ones make hashing slow.
 _MAX_INTEGER_BITS = 256
 _MAX_TUPLE_KEY = 16
@@ -172,7 +174,7 @@ def read_plain(path: str | os.PathLike[str], *, max_opcodes: int = MAX_PLAIN_OPC
     """
     where = os.fspath(path)
     try:
-        content = files.read(path)
+        content = files.read(path, most=_MAX_PLAIN_BYTES)
     except OSError as error:
         raise DataError(f"{where}: can't be read ({error.strerror}): give the path of a pickle file") from error
     vocabulary = PlainVocabulary(where)

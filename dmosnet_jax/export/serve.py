@@ -176,7 +176,7 @@ def _decoded(picture: Picture, where: str, order: str) -> np.ndarray:
     """uint8 RGB `[h, w, 3]`."""
     if isinstance(picture, str | os.PathLike):
         try:
-            return transforms.decode(files.read(picture))
+            return transforms.decode(files.read(picture, most=files.MAX_IMAGE_BYTES))
         except (OSError, ValueError) as error:
             # ValueError: a path with a zero character.
             reason = getattr(error, "strerror", None) or error

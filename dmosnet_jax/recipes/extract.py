@@ -42,7 +42,9 @@ class ImageFiles(Rows):
         """
         path = self.root / self.files[index]
         try:
-            return Record(image=files.read(path), pid=-1, camid=-1, filename=self.files[index])
+            return Record(
+                image=files.read(path, most=files.MAX_IMAGE_BYTES), pid=-1, camid=-1, filename=self.files[index]
+            )
         except OSError as error:
             raise DataError(
                 f"{path}: can't be read ({error.strerror}); check that it exists and is readable"

@@ -203,7 +203,7 @@ def train(experiment: Experiment, step: Step, begin_epoch: BeginEpoch, *, prepar
             return {}
         if not latest:
             # An earlier process finished the last epoch.
-            evaluate(run, experiment.lengths.epochs)
+            evaluate(run, int(run.state.step) // experiment.lengths.steps_per_epoch)
         extra = {"step": int(run.state.step), "with_val": bool(config.get("with_val"))}
         return scoring.publish(latest, workdir, config, model=experiment.model.name, extra=extra)
 

@@ -3,6 +3,7 @@ import os
 import stat
 import sys
 import threading
+import tracemalloc
 import uuid
 
 import pytest
@@ -299,3 +300,17 @@ def test_files_that_stand_in_the_place_of_others(start, part):
     found = files.foreign(start)
     assert (found is None) == (part is None)
     assert part is None or part in found
+
+
+def test_a_file_of_more_bytes_than_wanted_is_not_read(tmp_path):
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**40)
+    tracemalloc.start()
+    try:
+        with pytest.raises(OSError, match="it has more than 67,108,864 bytes"):
+            files.read(tmp_path / "sparse", most=files.MAX_IMAGE_BYTES)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+    (tmp_path / "small").write_bytes(b"1234")
+    assert files.read(tmp_path / "small", most=4) == b"1234"
