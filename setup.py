@@ -32,7 +32,6 @@ CONVERT = [
     "importlib_resources>=6.4",  # tensorflow-datasets needs it and does not declare it
     "apache-beam>=2.65",
     "h5py>=3.11",
-    "lmdb>=1.5",
     "scipy>=1.14",
 ]
 # Data behind URLs; for other storages than Google's, their fsspec package (s3fs, adlfs, ...).
@@ -56,6 +55,7 @@ TEST = [
     *DEMO,
     "httpx>=0.27",
     "playwright>=1.49",
+    "lmdb>=1.5",  # writes the LMDB of the tests; reading one needs no library
 ]
 
 setuptools.setup(

@@ -28,6 +28,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.checkpoint = options["checkpoint"]
     config.output = options["output"]
     config.layout = ""
+    # Replace an earlier export.
+    config.overwrite = False
     # Of the training identities.
     config.keep_classifier = True
     # For the card; the source is the checkpoint's path where nothing is given.

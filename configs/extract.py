@@ -3,7 +3,8 @@
     python -m dmosnet_jax.main --config=configs/extract.py --config.images=photos --config.checkpoint=runs/finetune \
         --config.output=features.npz
 
-`images` is a folder (searched to any depth) or one image. Rows are in the order of the sorted names; not L2-normalised.
+`images` is a folder (searched to any depth) or one image. An image that can't be read ends the run, or is left out with
+--config.skip_broken=True. Rows are in the order of the sorted names; not L2-normalised.
 """
 
 from ml_collections import ConfigDict
@@ -18,4 +19,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.checkpoint = options["checkpoint"]
     common.as_trained(config)
     config.output = options["output"]
+    # Replace an earlier result; leave out images that can't be read, which are counted and named.
+    config.overwrite = False
+    config.skip_broken = False
     return config

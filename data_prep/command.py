@@ -1,13 +1,13 @@
 """What the command lines of this package share: flags of their own, failures in one line, and signals."""
 
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
 
-from dmosnet_jax.core.errors import ConfigError, UserError, refusal
+from dmosnet_jax.core import signals, startup
+from dmosnet_jax.core.errors import ConfigError, UserError, one_line, refusal
 
 _INTERRUPTED = 130
 
@@ -56,7 +56,7 @@ def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str], *, interru
         failure = refusal(error) if isinstance(error, OSError) else error
         if failure is None:
             raise
-        print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {one_line(failure)}", file=sys.stderr)
         return failure.exit_status
     except KeyboardInterrupt as error:
         print(str(error) or interrupted, file=sys.stderr)
@@ -66,5 +66,6 @@ def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str], *, interru
 def start(main: Callable[[Sequence[str]], int]) -> None:
     """Runs a command as the program."""
     # Schedulers end jobs with SIGTERM; unwinding removes what is half-written.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signals.install("interrupted")
+    startup.outlast_readers()
     sys.exit(main(sys.argv))

@@ -27,7 +27,8 @@ from data_prep.check.rules import identities
 from data_prep.sources.base import reason
 from data_prep.synthetic import pedestrians
 from data_prep.synthetic.pedestrians import Scene
-from data_prep.write.staging import publish, staging, upload
+from data_prep.write.shards import DATASET as UNFINISHED
+from data_prep.write.staging import publish, staging, sweep, upload
 from data_prep.write.summary import Summary
 from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import ConfigError, DataError
@@ -124,8 +125,8 @@ def convert(
       options: those of `SOURCE_OPTIONS` that the data set has.
       scene: what to render, for `synthetic`.
       overwrite: replace a data set that is there already.
-      warn: called with warnings (other numbers than published ones, missing splits, labels that contradict each
-        other) before anything is written.
+      warn: called with what `lint` finds: before anything is written with what labels and names tell, and with what
+        the images tell when they have been read.
 
     Returns:
       The summary; None when the data set was there already.
@@ -143,6 +144,9 @@ def convert(
     check_options(dataset, options or {})
     target = files.join(files.tidy(data_dir), dataset, str(builder_class.VERSION))
     if not overwrite and _is_converted(target):
+        if not files.is_remote(data_dir):
+            unfinished = UNFINISHED if dataset == SHARDED else ""
+            sweep(pathlib.Path(files.tidy(data_dir)).absolute(), dataset, unfinished)
         return None
     begin = time.monotonic()
     if dataset == SHARDED:
@@ -163,6 +167,8 @@ def convert(
         for finding in builder.findings():
             warn(finding.text)
         _build(builder, stage.parent)
+        for finding in builder.image_findings():
+            warn(finding.text)
         publish(pathlib.Path(builder.data_dir), pathlib.Path(target).absolute())
     return _summary(builder, target, time.monotonic() - begin)
 
@@ -176,6 +182,7 @@ def _summary(builder: "ReidBuilder", target: str, seconds: float) -> Summary:
         junk=listing.junk if rules.reserved_ids else None,
         distractors=sum(int((part.pids == 0).sum()) for part in parts),
         seconds=seconds,
+        notes=builder.remarks(),
     )
 
 

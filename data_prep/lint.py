@@ -112,13 +112,15 @@ def lint_source(
     builder_class = convert.builder_class_of(dataset)
     convert.check_options(dataset, options or {})
     files, listing = builder_class.read_source(source, **(options or {}))
-    from data_prep.builders.base import check_listing
+    from data_prep.builders.base import check_listing, left_out
 
     check_listing(files, listing)
+    whole = builder_class.IS_WHOLE
+    warnings = (*listing.notes, *left_out(files, listing, is_whole=whole, within=True))
     title = f"{dataset} in {source}, to be converted"
-    report = _report(title, listing.parts(files), builder_class.RULES, images, listing.notes)
-    left_out = (f"{listing.junk:,} junk images (identity -1) will be left out",) if listing.junk else ()
-    return dataclasses.replace(report, notes=left_out)
+    report = _report(title, listing.parts(files), builder_class.RULES, images, warnings)
+    junk = (f"{listing.junk:,} junk images (identity -1) will be left out",) if listing.junk else ()
+    return dataclasses.replace(report, notes=(*junk, *left_out(files, listing, is_whole=whole, within=False)))
 
 
 def lint_converted(dataset: str, data_dir: str | os.PathLike[str], *, images: bool = True) -> Report:

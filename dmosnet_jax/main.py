@@ -1,7 +1,7 @@
 """Command line: `python -m dmosnet_jax.main --config=configs/<file>.py[:arguments] --workdir=DIR [--config.field=...]`.
 
-Exit status: 0 done, 1 bad data, 2 bad command or config, 143 stopped by a signal with its state saved,
-130 interrupted elsewhere.
+Exit status: 0 done, 1 bad data, 2 bad command or config, 143 stopped by a signal (during training with its state
+saved), 130 interrupted elsewhere.
 """
 
 import importlib
@@ -15,9 +15,9 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from dmosnet_jax.core import files, startup
-from dmosnet_jax.core.config import read, validate
-from dmosnet_jax.core.errors import ConfigError, UserError, refusal
+from dmosnet_jax.core import files, signals, startup
+from dmosnet_jax.core.config import read, unknown_field, validate
+from dmosnet_jax.core.errors import ConfigError, UserError, one_line, refusal
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The experiment: configs/<file>.py[:arguments].", lock_config=True
@@ -28,6 +28,7 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0,
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, where the cluster does not tell.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, where the cluster does not tell.")
 
+_INTERRUPTED = "interrupted; the same command goes on from the last checkpoint, if there is one"
 # The folder `configs` lies beside this file where the package is installed, and beside the package in a checkout.
 _HERE = pathlib.Path(__file__).resolve().parent
 _PACKAGED = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
@@ -73,12 +74,25 @@ def _parse(argv: Sequence[str]) -> list[str]:
     except ConfigError:
         raise
     except Exception as error:
+        if unknown := _unknown_field(argv):
+            raise ConfigError(unknown) from error
         # A config file is code of the user's, so anything may come out of it.
         lines = str(error.args[0] if error.args else error).strip().splitlines()
         raise ConfigError(
             f"bad command line: {' '.join(line.strip() for line in lines) or type(error).__name__}"
         ) from error
     return rest
+
+
+def _unknown_field(argv: Sequence[str]) -> str | None:
+    """What to say of the first `--config.FIELD` that the config does not have, None where it has all."""
+    given = {name: value for name, _, value in (argument.partition("=") for argument in argv)}
+    try:
+        config = flags.FLAGS["config"].parser.parse(given["--config"])
+    except Exception:
+        return None
+    fields = (name.removeprefix("--config.") for name in given if name.startswith("--config."))
+    return next(filter(None, (unknown_field(config, field) for field in fields)), None)
 
 
 def _workdir() -> pathlib.Path:
@@ -120,19 +134,32 @@ def _run() -> None:
 def main() -> None:
     """Parses the command line and runs the config's recipe."""
     logging.set_verbosity(logging.ERROR)
+    startup.outlast_readers()
+    startup.quiet_callbacks()
+    signals.install(_INTERRUPTED)
     startup.keep_memory()
     startup.keep_programs()
     try:
         app.run(lambda _: _run(), flags_parser=_parse)
-    except (UserError, OSError) as error:
-        failure = refusal(error) if isinstance(error, OSError) else error
-        if failure is None:
-            raise
-        print(f"error: {failure}", file=sys.stderr)
-        sys.exit(failure.exit_status)
     except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
-        sys.exit(130)
+        _fail(_INTERRUPTED, 130)
+    except signals.StoppedExit as stopped:
+        signals.leave(int(stopped.code or 0))
+    except Exception as error:
+        failure = refusal(error) if isinstance(error, OSError) else error
+        if isinstance(failure, UserError):
+            _fail(one_line(failure), failure.exit_status)
+        # The device's memory too, whose error is a class of JAX, which may not be loaded yet.
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            reason = one_line(str(error).partition("\n")[0]) or "no more is to be had"
+            _fail(f"out of memory ({reason}): lower batch_size, image_size or data.cache_mib", UserError.exit_status)
+        raise
+
+
+def _fail(text: str, status: int) -> None:
+    """Ends with a line, the last one: what libraries print of their own end would bury it."""
+    print(f"error: {text}", file=sys.stderr)
+    signals.leave(status)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
 from dmosnet_jax import models
 from dmosnet_jax.core.parallel import make_mesh
@@ -295,3 +296,112 @@ def test_images_that_are_not_there(cli, tiny_flags, checkpoint, tmp_path, kind):
     flags = tiny_flags("extract", images=tmp_path / kind, checkpoint=checkpoint, output=output)
     refused(cli.forked(*flags), 1, str(tmp_path / kind) if kind != "text" else "a.jpg")
     assert files_in(tmp_path) == ["text/a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([f"{CONFIG}/finetune.py", "--config.batchsize=8"], ["--config.batchsize: ", "did you mean batch_size"]),
+        ([f"{CONFIG}/finetune.py", "--config.lr=1"], ["--config.lr: this config has no such field"]),
+        ([f"{CONFIG}/finetune.py", f"--config.seed={10**24}"], ["seed=1000000000000000000000000 must be at most"]),
+        ([f"{CONFIG}/finetune.py", "--config.image_size=(100000, 100000)"], ["no side may have more than 4096 pixels"]),
+        (
+            [f"{CONFIG}/extract.py:images=a,checkpoint=b.pth,output=f.csv"],
+            ["output='f.csv': features are written as .npz"],
+        ),
+        (
+            [f"{CONFIG}/export.py:checkpoint=a.pth,output=b.h5"],
+            ["b.h5: .h5 is no form that is written: use one of .safetensors"],
+        ),
+    ],
+)
+def test_odd_commands(cli, tmp_path, arguments, parts):
+    refused(cli.forked(*arguments, f"--workdir={tmp_path / 'run'}"), 2, *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_below_what_is_no_folder(cli, tiny_flags, checkpoint):
+    finished = cli.forked(*tiny_flags("evaluate", checkpoint=checkpoint), "--workdir=/proc/nope/x")
+    refused(finished, 1, "/proc/nope/x", "can't be made")
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, colour in (("b.jpg", 40), ("a.jfif", 90), ("c.png", 200)):
+        Image.new("RGB", (20, 50), (colour, 9, 90)).save(folder / name, "png" if name == "c.png" else "jpeg")
+    return folder
+
+
+def test_extraction_counts_what_it_leaves_out(cli, tiny_flags, checkpoint, photos, tmp_path):
+    for name in ("d.gif", "e.heic", ".hidden.jpg", "broken.jpg", "notes.txt"):
+        (photos / name).write_bytes(b"GIF89a")
+    (photos / "linked").symlink_to(tmp_path)
+    output = tmp_path / "f.npz"
+    flags = tiny_flags("extract", images=photos, checkpoint=checkpoint, output=output)
+    refused(cli.forked(*flags), 1, "broken.jpg", "replace or remove the file, or set --config.skip_broken=True")
+    assert not output.exists()
+    finished = cli.forked(*flags, "--config.skip_broken=True")
+    assert finished.status == 0, finished.err
+    assert "left out: 4 files are no images by name: 1 .gif, 1 .heic, 1 no suffix, 1 .txt, e.g. d.gif" in finished.out
+    assert "left out: 1 of 4 images can't be read: broken.jpg (not an image" in finished.out
+    with np.load(output) as arrays:
+        assert arrays["files"].tolist() == ["a.jfif", "b.jpg", "c.png"]
+        assert len(arrays["features"]) == 3
+
+
+def test_results_are_not_overwritten_without_being_told(cli, tiny_flags, checkpoint, photos, tmp_path):
+    output = tmp_path / "f.npz"
+    output.write_bytes(b"mine")
+    flags = tiny_flags("extract", images=photos, checkpoint=checkpoint, output=output)
+    refused(cli.forked(*flags), 1, "f.npz: exists already", "--config.overwrite=True")
+    assert output.read_bytes() == b"mine"
+    assert cli.forked(*flags, "--config.overwrite=True").status == 0
+    assert np.load(output)["features"].shape[0] == 3
+    exported = tmp_path / "w.pth"
+    exported.write_bytes(b"mine")
+    flags = [f"{CONFIG}/export.py", f"--config.checkpoint={checkpoint}", f"--config.output={exported}"]
+    refused(cli.forked(*flags), 1, "w.pth: exists already")
+    assert cli.forked(*flags, "--config.overwrite=True").status == 0
+    assert exported.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("recipe", ["extract", "export"])
+def test_devices_are_not_replaced(cli, tiny_flags, checkpoint, photos, tmp_path, recipe):
+    for name in ("pipe.npz", "pipe.pth", "pipe"):
+        os.mkfifo(tmp_path / name)
+    name = "pipe.npz" if recipe == "extract" else "pipe.pth"
+    flags = [f"{CONFIG}/{recipe}.py", f"--config.checkpoint={checkpoint}", "--config.overwrite=True"]
+    flags += [f"--config.images={photos}", "--config.image_size=(64, 32)"] if recipe == "extract" else []
+    refused(cli.forked(*flags, f"--config.output={tmp_path / name}"), 1, name, "something else than an earlier result")
+    assert (tmp_path / name).is_fifo()
+
+
+def test_home_means_home_in_every_path(cli, tiny_flags, checkpoint, photos, tmp_path):
+    flags = tiny_flags("extract", images="~/photos", checkpoint="~/trained", output="~/new/f.npz")
+    shutil.copytree(checkpoint, tmp_path / "trained")
+    finished = cli(*flags, HOME=str(tmp_path))
+    assert finished.status == 0, finished.err
+    assert (tmp_path / "new" / "f.npz").is_file()
+    assert not list(cli.folder.glob("~*"))
+
+
+def test_resuming_with_another_optimiser_names_the_field(cli, tiny_flags, tmp_path):
+    flags = [*tiny_flags("finetune", **{"model.name": "small", "train.steps_per_epoch": 2}), f"--workdir={tmp_path}"]
+    assert cli.forked(*flags, "--config.train.epochs=1").status == 0
+    refused(cli.forked(*flags, "--config.optim.name=sgd"), 1, "of another run: optim.name='sgd' (was 'adam')")
+
+
+def test_a_full_disk_is_one_line_and_the_last_one(cli, tiny_flags, tmp_path):
+    flags = [*tiny_flags("finetune", **{"train.steps_per_epoch": 6}), f"--workdir={tmp_path}"]
+    script = "import runpy, resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    script += "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
+    script += "import jax\njax.config.update('jax_enable_compilation_cache', False)\n"
+    script += "runpy.run_module('dmosnet_jax.main', run_name='__main__', alter_sys=True)\n"
+    finished = cli.forked(*flags, script=script)
+    assert finished.status == 1
+    assert finished.errors[-1].startswith("error: ")
+    assert "checkpoint can't be written" in finished.errors[-1]
+    assert [line for line in finished.errors[:-1] if "Warning" not in line and "warn" not in line] == []
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()] == []

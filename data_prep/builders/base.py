@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
-from data_prep.check.images import Part, inspect
+from data_prep.check.images import Contents, Part, inspect
 from data_prep.check.rules import Finding, Rules, check, check_splits
 from data_prep.sources.base import Files, some
 from dmosnet_jax.core.errors import DataError
@@ -37,12 +37,14 @@ class Listing:
       junk: images left out because their identity is -1.
       details: kept as `metadata.json`, e.g. the layout found.
       notes: warnings, one sentence each.
+      known: files that are no images of a split and are accounted for: junk, lists, tables.
     """
 
     splits: dict[str, list[Item]]
     junk: int = 0
     details: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    known: frozenset[str] = frozenset()
 
     def parts(self, files: Files) -> list[Part]:
         """The splits as the checks want them."""
@@ -66,6 +68,8 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
     CITATION: ClassVar[str | None] = None
     ENCODING: ClassVar[str] = "jpeg"
     RULES: ClassVar[Rules] = Rules()
+    # Whether all files of a source belong to the data set; of published ones, those in its folders do.
+    IS_WHOLE: ClassVar[bool] = False
     # Options of `read_source`, with their defaults.
     OPTIONS: ClassVar[Mapping[str, Any]] = {}
 
@@ -86,6 +90,7 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
         self._source = source
         self._options = dict(options or {})
         self._opened: tuple[Files, Listing] | None = None
+        self._contents: dict[str, Contents] | None = None
         super().__init__(**kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,7 +128,22 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
     def findings(self) -> list[Finding]:
         """Findings that need no image to be read."""
         files, listing = self.open()
-        return [*check(listing.parts(files), {}, self.RULES), *(Finding(False, note) for note in listing.notes)]
+        notes = [*listing.notes, *left_out(files, listing, is_whole=self.IS_WHOLE, within=True)]
+        return [*check(listing.parts(files), {}, self.RULES), *(Finding(False, note) for note in notes)]
+
+    def image_findings(self) -> list[Finding]:
+        """What `findings` cannot know: findings about the images that were read while the data set was built."""
+        files, listing = self.open()
+        if self._contents is None:
+            return []
+        parts = listing.parts(files)
+        known = set(check(parts, {}, self.RULES))
+        return [finding for finding in check(parts, self._contents, self.RULES) if finding not in known]
+
+    def remarks(self) -> tuple[str, ...]:
+        """Facts that are no findings: the files beside the data set that are not part of it."""
+        files, listing = self.open()
+        return tuple(left_out(files, listing, is_whole=self.IS_WHOLE, within=False))
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
@@ -153,7 +173,7 @@ class ReidBuilder(tfds.core.GeneratorBasedBuilder):
         files, listing = self.open(_zip_or_folder(dl_manager.manual_dir) if self._source is None else None)
         junk = {"junk": str(listing.junk)} if self.RULES.reserved_ids else {}
         self.info.metadata.update(listing.details, **junk)
-        check_images(files, listing)
+        self._contents = check_images(files, listing)
         total = sum(map(len, listing.splits.values()))
         bar = tqdm(total=total, desc="writing", unit=" images", disable=None, leave=False)
         return {split: self._generate_examples(files, items, bar) for split, items in listing.splits.items()}
@@ -226,8 +246,34 @@ def check_listing(files: Files, listing: Listing) -> None:
         )
 
 
-def check_images(files: Files, listing: Listing) -> None:
-    """Reads and decodes every image.
+def left_out(files: Files, listing: Listing, *, is_whole: bool, within: bool) -> list[str]:
+    """A sentence about the files of a source that are no part of the data set; none where there are no such.
+
+    Args:
+      files: the source.
+      listing: what of it is used.
+      is_whole: whether all of its files belong to the data set.
+      within: of those in the folders of the data set, which should be part of it; else of those beside it.
+    """
+    used = {item.filename for items in listing.splits.values() for item in items} | listing.known
+    tops = {name.split("/")[0] for name in used}
+    groups: dict[str, list[str]] = {}
+    for name in files.names:
+        if name not in used and (is_whole or name.split("/")[0] in tops) == within:
+            folder, _, file = name.rpartition("/")
+            groups.setdefault(folder.split("/")[0] if folder else file, []).append(name)
+    if not groups:
+        return []
+    total = sum(map(len, groups.values()))
+    named = [
+        group if names == [group] else f"{len(names):,} in {group} (e.g. {names[0]})" for group, names in groups.items()
+    ]
+    where = "in the folders of the data set are left out" if within else "are no part of the data set and left out"
+    return [f"{total:,} files {where}: {some(named, 8)}"]
+
+
+def check_images(files: Files, listing: Listing) -> dict[str, Contents]:
+    """Reads and decodes every image, and returns what they are.
 
     Raises:
       DataError: some cannot be; the message lists them with the reasons.
@@ -240,3 +286,4 @@ def check_images(files: Files, listing: Listing) -> None:
         raise DataError(
             f"{len(bad)} of {total} images in {files.location} cannot be read; copy them again: {some(bad)}"
         )
+    return contents

@@ -5,6 +5,7 @@ Either as its authors give it out, `cuhk-03.mat`, with the protocol's `cuhk03_ne
 the `.mat` the images become PNG files of exactly its pixels, named as the protocol names them.
 """
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -66,7 +67,7 @@ def read_source(source: str | os.PathLike[str], kind: str) -> tuple[Files, Listi
 def scan_folders(names: Sequence[str], prefix: str = "") -> Listing:
     """Sorts the files of CUHK03-NP into splits, see `market_layout.scan`."""
     listing = market_layout.scan(names, _NAME, "<pid>_c<camera>_<number>.png", root=prefix)
-    return Listing(listing.splits, details={"layout": "cuhk03-np folders"})
+    return dataclasses.replace(listing, details={"layout": "cuhk03-np folders"})
 
 
 def _from_mat(tree: Tree, mat: str, source: pathlib.Path, kind: str) -> tuple[Files, Listing]:

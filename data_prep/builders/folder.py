@@ -1,14 +1,16 @@
 """A user's own images: folders `pid/camera/image.jpg`, or a CSV table with the columns `path,pid,camid,split`.
 
-The folders may be in folders `train`, `val`, `query` and `gallery`, which the column `split` names in a table. Without
-these, a share of the identities becomes the test set: of each identity in each camera with several images, the first is
-a query. Identities and cameras may be numbers, which are kept, or names, which are numbered from 1 in sorted order. All
-of it may be in one more folder, as in many archives.
+The folders may be in folders `train`, `val`, `query` and `gallery`, which the column `split` names in a table; other
+usual names of these are known (`test` beside a `query`, `train_all`), and never become identities. Without splits, a
+share of the identities becomes the test set: of each identity in each camera with several images, the first is a query.
+Identities and cameras may be numbers, which are kept, or names, which are numbered from 1 in sorted order; `2.0` is the
+number 2, and -1, however it is written, is no identity. All of it may be in one more folder, as in many archives.
 
 Where there are no cameras (`camera_policy=none`: `pid/image.jpg`, no column `camid`), every image counts as its own
 camera. Evaluation then drops nothing but an image that is its own query: same identity, same camera.
 """
 
+import array
 import csv
 import dataclasses
 import io
@@ -17,12 +19,12 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from data_prep.builders.base import Item, Listing, ReidBuilder
-from data_prep.builders.market_layout import is_image
+from data_prep.builders.market_layout import is_image, is_split, splits_of
 from data_prep.sources.base import Files, Tree, some
 from data_prep.sources.folder import FolderTree, open_listed
 from data_prep.sources.root import open_tree
@@ -31,12 +33,16 @@ from dmosnet_jax.data import records
 
 GIVEN, NONE = "given", "none"
 SPLITS = (records.TRAIN, records.VAL, records.QUERY, records.GALLERY)
+# Of a table: its rows take some 200 bytes of memory each.
+MAX_ROWS = 2_000_000
 _INT32 = 2**31
+_NUMBER = re.compile(r"-?\d{1,18}(?:\.0*)?", re.ASCII)
+# What tables have where a value is not known.
+_NOTHING = {"nan", "none", "null", "na", "n/a", "<na>"}
 _HERE = re.compile(r"^(?:\./)+")
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One image as the user describes it, with empty text for what is not given."""
 
     path: str
@@ -77,7 +83,10 @@ def read_source(source: str | os.PathLike[str], camera_policy: str, test_fractio
         rows = _read_table(tree, tables[0], camera_policy) if tables else read_tree(tree, camera_policy)
     _check_present(tree, [row.path for row in rows])
     listing = arrange(rows, camera_policy, test_fraction, tree.location)
-    return tree, dataclasses.replace(listing, details={"layout": layout, "camera_policy": camera_policy})
+    known = listing.known | {*(_tables(tree.names) if layout == "csv" else ())}
+    return tree, dataclasses.replace(
+        listing, details={"layout": layout, "camera_policy": camera_policy}, known=frozenset(known)
+    )
 
 
 def _top(names: Sequence[str], camera_policy: str) -> str:
@@ -88,7 +97,7 @@ def _top(names: Sequence[str], camera_policy: str) -> str:
         below = [name.removeprefix(top) for name in names if name.startswith(top)]
         images = [name for name in below if is_image(name)]
         tops = {name.split("/")[0] for name in images}
-        if len(tops) != 1 or tops & {*SPLITS} or _tables(below):
+        if len(tops) != 1 or any(map(is_split, tops)) or _tables(below):
             return top
         folder = f"{tops.pop()}/"
         tables = _tables([name.removeprefix(folder) for name in below if name.startswith(folder)])
@@ -110,7 +119,7 @@ def _read_table(tree: Tree, name: str, camera_policy: str) -> list[Row]:
         raise DataError(f"{where} cannot be read ({error})") from error
     needed = ("path", "pid") if camera_policy == NONE else ("path", "pid", "camid")
     try:
-        reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+        reader = csv.DictReader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=""), strict=True)
         columns = [(name or "").strip() for name in reader.fieldnames or ()]
         reader.fieldnames = columns
         missing = [name for name in needed if name not in columns]
@@ -119,18 +128,31 @@ def _read_table(tree: Tree, name: str, camera_policy: str) -> list[Row]:
             raise DataError(
                 f"{where} has no column {', '.join(missing)}: its first line must be path,pid,camid,split{hint}"
             )
-        lines = [(reader.line_num, line) for line in reader]
+        rows: list[Row] = []
+        numbers = array.array("q")
+        kept: dict[str, str] = {}
+        for line in itertools.islice(reader, MAX_ROWS + 1):
+            values = [(line.get(name) or "").strip() for name in Row._fields]
+            # Identities, cameras and splits come again and again: one text serves all.
+            path, *labels = values
+            rows.append(Row(_HERE.sub("", path), *(kept.setdefault(label, label) for label in labels)))
+            numbers.append(reader.line_num)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{where} is no CSV table in UTF-8 ({error}): write it again") from error
-    if not lines:
+    if len(rows) > MAX_ROWS:
+        raise DataError(f"{where} has more than {MAX_ROWS:,} lines: give folders instead")
+    if not rows:
         raise DataError(f"{where} has no line below its first: it needs one for each image")
-    rows, wrong = [], []
-    for number, line in lines:
-        values = {name: (line.get(name) or "").strip() for name in ("path", "pid", "camid", "split")}
-        row = Row(**values | {"path": _HERE.sub("", values["path"])})
-        if not all(getattr(row, name) for name in needed) or row.split not in ("", *SPLITS):
-            wrong.append(f"line {number}")
-        rows.append(row)
+    words = splits_of({row.split for row in rows})
+    known = {"": ""} | {word: split for word, split in words.items() if split in SPLITS}
+    if "test" in words and records.QUERY not in words.values():
+        del known["test"]
+    wrong = []
+    for at, (place, row) in enumerate(zip(numbers, rows, strict=True)):
+        if all(getattr(row, name) for name in needed) and row.split in known:
+            rows[at] = row._replace(split=known[row.split])
+        else:
+            wrong.append(f"line {place}")
     if wrong:
         raise DataError(
             f"{where}: {len(wrong)} lines lack a value, or have a split that is not one of {', '.join(SPLITS)}: "
@@ -146,12 +168,14 @@ def read_tree(tree: Tree, camera_policy: str) -> list[Row]:
       DataError: images lie at other depths; names them.
     """
     images = [name for name in tree.names if is_image(name)]
-    tops = {name.split("/")[0] for name in images}
-    split_first = bool(tops) and tops <= set(SPLITS)
+    folders = _split_folders(tree.location, {name.split("/")[0] for name in images if "/" in name})
     rows, wrong = [], []
     for name in images:
         parts = name.split("/")
-        split = parts.pop(0) if split_first else ""
+        if folders and parts[0] not in folders:
+            # A folder that repeats another one, as `train` beside `train_all`, is counted with what is left out.
+            continue
+        split = folders[parts.pop(0)] if folders else ""
         if camera_policy == NONE and len(parts) >= 2:
             rows.append(Row(name, parts[0], "", split))
         elif camera_policy == GIVEN and len(parts) == 3:
@@ -160,13 +184,37 @@ def read_tree(tree: Tree, camera_policy: str) -> list[Row]:
             wrong.append(name)
     if wrong or not rows:
         form = "pid/image.jpg" if camera_policy == NONE else "pid/camera/image.jpg"
-        other = "" if camera_policy == NONE else f"; where there are no cameras, give --camera_policy={NONE}"
+        has_no_cameras = not rows and all(name.count("/") == 1 + bool(folders) for name in wrong)
+        other = f"; where there are no cameras, give --camera_policy={NONE}" if has_no_cameras else ""
         which = f"{len(wrong)} images are not" if wrong else "there are no images"
         names = f": {some(wrong)}" if wrong else ""
         raise DataError(
             f"source {tree.location}: {which} at {form}, with or without train, query and gallery above{other}{names}"
         )
     return rows
+
+
+def _split_folders(location: str, tops: set[str]) -> dict[str, str]:
+    """The splits of the topmost folders; empty where none is called so.
+
+    Raises:
+      DataError: some are called as splits and others are not, or it is not clear which split they mean.
+    """
+    named = {top for top in tops if is_split(top)}
+    if not named:
+        return {}
+    chosen, fix = splits_of(named), f"name the folders {', '.join(SPLITS)}"
+    if tops - named:
+        others = some(sorted(tops - named))
+        raise DataError(
+            f"source {location}: the folders {some(sorted(named))} are called as splits, and {others} "
+            f"beside them are not: {fix}, or rename them where they are identities"
+        )
+    alone = records.GALLERY in chosen.values() and records.QUERY not in chosen.values()
+    doubled = {top for top in named - chosen.keys() if not any(word.lower() == "train_all" for word in chosen)}
+    if doubled or (alone and not any(top.lower() == records.GALLERY for top in named)):
+        raise DataError(f"source {location}: it is not clear which splits the folders {some(sorted(named))} are: {fix}")
+    return chosen
 
 
 def arrange(rows: Sequence[Row], camera_policy: str, test_fraction: float, location: str) -> Listing:
@@ -189,8 +237,11 @@ def arrange(rows: Sequence[Row], camera_policy: str, test_fraction: float, locat
         (row.split, Item(row.path, pids[row.pid], camids[row.path if camera_policy == NONE else row.camid]))
         for row in rows
     ]
+    junk: frozenset[str] = frozenset()
     if not any(has_split):
-        items = _split_up(sorted(item for _, item in items), camera_policy, test_fraction)
+        if any(item.pid != -1 for _, item in items):
+            junk = frozenset(item.filename for _, item in items if item.pid == -1)
+        items = _split_up(sorted(item for _, item in items if item.filename not in junk), camera_policy, test_fraction)
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
     for split, item in items:
         splits[split].append(item)
@@ -200,8 +251,11 @@ def arrange(rows: Sequence[Row], camera_policy: str, test_fraction: float, locat
         if twice:
             raise DataError(f"source {location}: images come twice in {split}: {some(twice)}")
     webp = sum(row.path.lower().endswith(".webp") for row in rows)
-    notes = (f"{webp:,} images are WebP files, which training reads but tf.data does not",) if webp else ()
-    return Listing({split: found for split, found in splits.items() if found}, notes=notes)
+    notes = [f"{webp:,} images are WebP files, which training reads but tf.data does not"] if webp else []
+    if junk:
+        notes.append(f"{len(junk):,} images have no identity (-1) and are left out, e.g. {some([min(junk)])}")
+    filled = {split: found for split, found in splits.items() if found}
+    return Listing(filled, len(junk), notes=tuple(notes), known=junk)
 
 
 def _split_up(items: Sequence[Item], camera_policy: str, test_fraction: float) -> list[tuple[str, Item]]:
@@ -231,15 +285,28 @@ def _split_up(items: Sequence[Item], camera_policy: str, test_fraction: float) -
 
 
 def _numbers(names: Iterable[str], what: str, location: str) -> dict[str, int]:
-    """Numbers as they are, -1 included; names are numbered from 1, in sorted order."""
+    """Numbers as they are, -1 included; names are numbered from 1, in sorted order, and -1 among them stays -1.
+
+    Raises:
+      DataError: a number is out of range, is no whole one, or is not known.
+    """
     known = sorted(set(names))
-    if all(name.removeprefix("-").isdecimal() and name.isascii() for name in known):
-        numbers = {name: int(name[:20]) for name in known}
+    numbers = {name: int(name.partition(".")[0]) for name in known if _NUMBER.fullmatch(name)}
+    unknown = [name for name in known if name.lower() in _NOTHING]
+    if unknown:
+        raise DataError(f"source {location}: {what} are {some(unknown)}: write -1 where there is none")
+    if len(numbers) == len(known):
         wrong = [name for name, number in numbers.items() if not -1 <= number < _INT32]
         if wrong:
             raise DataError(f"source {location}: {what} must be from -1 to {_INT32 - 1}: {some(wrong)}")
         return numbers
-    return {name: i for i, name in enumerate(known, 1)}
+    too_long = [name for name in known if name not in numbers and re.fullmatch(r"-?\d+(?:\.\d*)?", name, re.ASCII)]
+    if len(numbers) + len(too_long) == len(known):
+        raise DataError(
+            f"source {location}: {what} must be whole numbers from -1 to {_INT32 - 1}, or names: {some(too_long)}"
+        )
+    named = [name for name in known if numbers.get(name) != -1]
+    return dict.fromkeys(known, -1) | {name: i for i, name in enumerate(named, 1)}
 
 
 def _check_present(tree: Tree, paths: Iterable[str]) -> None:
@@ -257,6 +324,7 @@ class Folder(ReidBuilder):
     """Builder of `folder`."""
 
     DESCRIPTION = "A user's own images."
+    IS_WHOLE = True
     OPTIONS: ClassVar = {"camera_policy": GIVEN, "test_fraction": 0.5}
 
     @classmethod

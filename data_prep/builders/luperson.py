@@ -56,11 +56,14 @@ class Luperson(ReidBuilder):
         """See the base class; the other options do not matter here."""
         del options
         found = luperson.find(source)
-        images = list(found.images())
+        left_out = luperson.LeftOut()
+        images = list(found.images(left_out))
         numbered = shards.use_numbers(found, len(images), all(image.number for image in images), names)
         named = {str(image.number) if numbered else image.ref: image.ref for image in images}
         items = [Item(name, -1, image.video) for name, image in zip(named, images, strict=True)]
-        return _Files(found, named), Listing({records.TRAIN: items} if items else {}, details={"layout": found.kind})
+        notes = tuple(filter(None, [str(left_out)]))
+        splits = {records.TRAIN: items} if items else {}
+        return _Files(found, named), Listing(splits, details={"layout": found.kind}, notes=notes)
 
 
 class _Files:
@@ -109,8 +112,11 @@ def convert(
     found = luperson.find(source)
     with tqdm(desc="listing", unit=" images", disable=None, leave=False) as bar:
         size = int(settings["shard_mib"] * _MIB)
-        plan, parts = shards.make_plan(found, "luperson", size, settings["names"], lambda n: bar.update(n - bar.n))
-    for text in _remarks(plan, settings["names"]):
+        left_out = luperson.LeftOut()
+        plan, parts = shards.make_plan(
+            found, "luperson", size, settings["names"], lambda n: bar.update(n - bar.n), left_out
+        )
+    for text in filter(None, (*_remarks(plan, settings["names"]), str(left_out))):
         warn(text)
     root = files.tidy(data_dir)
     with _stage(root) as stage:

@@ -49,7 +49,8 @@ def read_lists(tree: Tree) -> Listing:
     folders = tuple(f"{folder}/" for folder in _VERSIONS[present[0]].values())
     spare = sum(name.startswith(folders) for name in names) - len(counts)
     notes = (f"{spare:,} files in the folders are in no list and are left out",) if spare else ()
-    return Listing(splits, details={"layout": f"msmt17 {present[0]}"}, notes=notes)
+    lists = frozenset(f"list_{split}.txt" for split in LISTS)
+    return Listing(splits, details={"layout": f"msmt17 {present[0]}"}, notes=notes, known=lists)
 
 
 def _read_list(tree: Tree, names: set[str], file: str, folder: str) -> list[Item]:

@@ -4,8 +4,10 @@ import abc
 from collections.abc import Iterable, Sequence
 from typing import BinaryIO, Protocol
 
-# The most bytes of an image that are read: crops are some kilobytes, but a file may have, or claim, any size.
-MAX_BYTES = 2**26
+from dmosnet_jax.core import files
+
+# The most bytes of an image that are read, whatever a file has or claims.
+MAX_BYTES = files.MAX_IMAGE_BYTES
 # The most bytes of another file: the largest, `cuhk-03.mat`, has about 2 GB.
 MAX_LARGE_BYTES = 2**32
 _IGNORED = {"__macosx", "thumbs.db", "desktop.ini"}

@@ -2,12 +2,12 @@
 
 import os
 import pathlib
-import stat
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO
 
 from data_prep.sources import base
 from data_prep.sources.base import Tree, is_ignored, reason
+from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import DataError
 
 
@@ -26,7 +26,7 @@ class FolderTree(Tree):
     def open(self, name: str) -> BinaryIO:
         """See `Tree`."""
         try:
-            return (self._folder / (self._root + name)).open("rb")
+            return files.open_local(self._folder / (self._root + name))
         except OSError as error:
             raise DataError(reason(error)) from error
 
@@ -44,14 +44,12 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
       DataError: it cannot be read, is no regular file, or is larger than any of these is.
     """
     try:
-        # A pipe of that name must not be waited for.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise DataError("it is no regular file")
-            if found.st_size > base.MAX_BYTES:
+        with files.open_local(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > base.MAX_BYTES:
                 raise DataError(f"it has more than {base.MAX_BYTES} bytes")
-            return file.read(base.MAX_BYTES)
+            # Python makes room for as much as is asked for.
+            return file.read(size)
     except OSError as error:
         raise DataError(reason(error)) from error
 

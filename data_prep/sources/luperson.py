@@ -9,6 +9,7 @@ The numbers count the sorted folders and files, so images in folders of videos c
 the published lists if no image is missing. The order of the images is the same in every form.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -18,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from data_prep.sources.base import is_ignored, reason
+from data_prep.sources.base import is_ignored, reason, some
 from data_prep.sources.folder import read_file, refuse_link_out
 from data_prep.sources.lmdb import KEYS_FILE, Database, listed_keys
 from dmosnet_jax.core import files
@@ -63,13 +64,34 @@ class Source:
     root: str
     location: str
 
-    def images(self) -> Iterator[Image]:
-        """All images in their order.
+    def images(self, left_out: "LeftOut | None" = None) -> Iterator[Image]:
+        """All images in their order; what is none is added to `left_out`.
 
         Raises:
           DataError: something is there that LUPerson does not have.
         """
-        return {TREE: _tree_images, FLAT: _flat_images, LMDB: _lmdb_images}[self.kind](self.root, self.location)
+        read = {TREE: _tree_images, FLAT: _flat_images, LMDB: _lmdb_images}[self.kind]
+        return read(self.root, self.location, LeftOut() if left_out is None else left_out)
+
+
+class LeftOut:
+    """Counts what is in a source and no image of it."""
+
+    def __init__(self) -> None:
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._first = ""
+
+    def add(self, name: str, kind: str = "", count: int = 1) -> None:
+        """Counts a file, or a key; of files the kind is the suffix."""
+        self._counts[kind or os.path.splitext(name)[1].lower() or "without suffix"] += count
+        self._first = self._first or name
+
+    def __str__(self) -> str:
+        """A sentence; empty where there is nothing."""
+        if not self._counts:
+            return ""
+        kinds = [f"{count:,} {kind}" for kind, count in self._counts.most_common(8)]
+        return f"{self._counts.total():,} files are left out ({some(kinds)}), e.g. {some([self._first])}"
 
 
 def find(source: str | os.PathLike[str]) -> Source:
@@ -139,13 +161,21 @@ def _entries(folder: str, location: str) -> list[files.Entry]:
     return found
 
 
-def _tree_images(root: str, location: str) -> Iterator[Image]:
+def _jpegs(entries: Iterable[files.Entry], left_out: LeftOut) -> Iterator[files.Entry]:
+    for entry in entries:
+        if _is_jpeg(entry):
+            yield entry
+        else:
+            left_out.add(entry.name)
+
+
+def _tree_images(root: str, location: str, left_out: LeftOut) -> Iterator[Image]:
     video = -1
-    for i, country in enumerate(_only_folders(root, "", location)):
-        for j, city in enumerate(_only_folders(root, country, location)):
+    for i, country in enumerate(_only_folders(root, "", location, left_out)):
+        for j, city in enumerate(_only_folders(root, country, location, left_out)):
             inside = _entries(files.join(root, country, city), location)
             folders = [entry.name for entry in inside if entry.is_folder]
-            single = [entry for entry in inside if _is_jpeg(entry)]
+            single = list(_jpegs((entry for entry in inside if not entry.is_folder), left_out))
             if folders and single:
                 raise DataError(
                     f"source {location}: {country}/{city} holds both images and folders of videos: it must be one of "
@@ -155,32 +185,41 @@ def _tree_images(root: str, location: str) -> Iterator[Image]:
                 yield Image(f"{country}/{city}/{entry.name}", None, 0, entry.size)
             for k, name in enumerate(folders):
                 video += 1
-                crops = filter(_is_jpeg, _entries(files.join(root, country, city, name), location))
+                crops = _jpegs(_entries(files.join(root, country, city, name), location), left_out)
                 for m, entry in enumerate(crops):
                     number = f"{i:02d}_{j:02d}_{k:04d}_{m:08d}.jpg"
                     yield Image(f"{country}/{city}/{name}/{entry.name}", number, video, entry.size)
 
 
-def _only_folders(root: str, prefix: str, location: str) -> list[str]:
+def _only_folders(root: str, prefix: str, location: str, left_out: LeftOut) -> list[str]:
     """Folders in a folder of the upper two levels, which hold no images."""
     inside = _entries(files.join(root, prefix) if prefix else root, location)
     stray = next((entry.name for entry in inside if _is_jpeg(entry)), None)
     if stray is not None:
         where = f"{prefix}/{stray}" if prefix else stray
         raise DataError(f"source {location} holds the image {where}: LUPerson's are laid out as {_LAYOUT}")
+    for entry in inside:
+        if not entry.is_folder:
+            left_out.add(entry.name)
     return [entry.name for entry in inside if entry.is_folder]
 
 
-def _flat_images(root: str, location: str) -> Iterator[Image]:
-    found = filter(_is_jpeg, _entries(root, location))
+def _flat_images(root: str, location: str, left_out: LeftOut) -> Iterator[Image]:
+    found = _jpegs(_entries(root, location), left_out)
     return _numbered(((entry.name, entry.size) for entry in found), location)
 
 
-def _lmdb_images(root: str, location: str) -> Iterator[Image]:
+def _lmdb_images(root: str, location: str, left_out: LeftOut) -> Iterator[Image]:
     database = Database(root)
     keys = listed_keys(root)
     if keys is None:
-        keys = [key for key in database.all_keys() if _KEY.fullmatch(key)]
+        found = database.all_keys()
+        keys = [key for key in found if _KEY.fullmatch(key)]
+        for key in found:
+            if not _KEY.fullmatch(key):
+                left_out.add(key)
+    elif database.entries > len(keys):
+        left_out.add(f"not in {KEYS_FILE}", f"in the LMDB and not in {KEYS_FILE}", database.entries - len(keys))
     keys.sort()
     wrong = next((key for key in keys if not _KEY.fullmatch(key)), None)
     if wrong is not None:

@@ -16,13 +16,14 @@ from dmosnet_jax.core.errors import DataError
 _DEPTH = 2
 
 
-def open_tree(source: str | os.PathLike[str], marks: Sequence[str] = ()) -> Tree:
+def open_tree(source: str | os.PathLike[str], marks: Sequence[str] = (), other_marks: Sequence[str] = ()) -> Tree:
     """Opens a folder or zip.
 
     Args:
       source: folder or zip file.
       marks: names of files or folders of which the root has at least one; the root is the source or a folder nested in
-        it. Without marks the root is the source.
+        it. Without marks the root is the source. Upper and lower case do not matter.
+      other_marks: marks that a message does not name.
 
     Returns:
       All files below the root, without those that operating systems leave behind.
@@ -33,23 +34,25 @@ def open_tree(source: str | os.PathLike[str], marks: Sequence[str] = ()) -> Tree
     """
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
-        root = _find_root(str(path), lambda prefix: children(path, prefix), marks)
+        root = _find_root(str(path), lambda prefix: children(path, prefix), marks, other_marks)
         tree: Tree = FolderTree(path, walk(path, root))
     else:
         tree = ZipTree(path)
         folders = _zip_folders(tree.names)
-        root = _find_root(tree.location, lambda prefix: folders.get(prefix, {}), marks)
+        root = _find_root(tree.location, lambda prefix: folders.get(prefix, {}), marks, other_marks)
     tree.narrow(root)
     return tree
 
 
-def _find_root(location: str, children: Callable[[str], dict[str, bool]], marks: Sequence[str]) -> str:
+def _find_root(
+    location: str, children: Callable[[str], dict[str, bool]], marks: Sequence[str], other_marks: Sequence[str]
+) -> str:
     """The least deep folder that has one of the marks; `children` gives names below a folder, and which are folders."""
     if not marks:
         return ""
-    level = [""]
+    wanted, level = {mark.lower() for mark in (*marks, *other_marks)}, [""]
     for _ in range(_DEPTH + 1):
-        roots = sorted(folder for folder in level if not children(folder).keys().isdisjoint(marks))
+        roots = sorted(folder for folder in level if wanted & {name.lower() for name in children(folder)})
         if len(roots) > 1:
             raise DataError(f"source {location} holds several data sets ({', '.join(roots)}): give one of them")
         if roots:

@@ -1,5 +1,6 @@
 """The files of a zip, which is read in place and never extracted."""
 
+import io
 import pathlib
 import re
 import shutil
@@ -11,6 +12,7 @@ from typing import BinaryIO
 
 from data_prep.sources import base
 from data_prep.sources.base import Tree, is_ignored, reason
+from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import DataError
 
 # Image files hardly get smaller in a zip.
@@ -70,11 +72,16 @@ class ZipTree(Tree):
 def _open_archive(path: pathlib.Path) -> zipfile.ZipFile:
     if not path.exists():
         raise DataError(f"source {path} does not exist: give the folder or the zip file of the data set")
+    start = b""
     try:
+        with files.open_local(path) as file:
+            start = file.read(512)
         return zipfile.ZipFile(path)
     # Damaged archives raise more kinds of errors than zipfile documents.
     except Exception as error:
         why = "it is not a zip file" if isinstance(error, zipfile.BadZipFile) else reason(error)
+        if found := files.foreign(start):
+            raise DataError(f"source {path} {found}") from error
         raise DataError(f"source {path} cannot be opened ({why}): give a folder or a whole zip file") from error
 
 
@@ -90,13 +97,19 @@ def _safe_entries(location: str, archive: zipfile.ZipFile) -> dict[str, zipfile.
         if name in entries:
             raise DataError(f"source {location} is refused: it holds {name!r} twice")
         entries[name] = info
-    packed = sum(info.compress_size for info in entries.values())
+    # Entries may overlap, and then claim more than the archive has.
+    packed = min(sum(info.compress_size for info in entries.values()), _size(archive))
     unpacked = sum(info.file_size for info in entries.values())
     if unpacked > base.MAX_BYTES + _MAX_RATIO * packed:
         raise DataError(
             f"source {location} is refused: its {packed:,} bytes claim to hold {unpacked:,}, which images never do"
         )
     return entries
+
+
+def _size(archive: zipfile.ZipFile) -> int:
+    assert archive.fp is not None
+    return archive.fp.seek(0, io.SEEK_END)
 
 
 def _refuse_unsafe(location: str, name: str, info: zipfile.ZipInfo) -> None:

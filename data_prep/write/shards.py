@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from data_prep.sources import luperson
 from data_prep.sources.base import reason
-from data_prep.sources.luperson import Image, Source
+from data_prep.sources.luperson import Image, LeftOut, Source
 from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data import records, transforms
@@ -100,6 +100,7 @@ def make_plan(
     shard_bytes: int,
     names: str = "auto",
     progress: Callable[[int], None] = lambda _: None,
+    left_out: LeftOut | None = None,
 ) -> tuple[Plan, list[bytes]]:
     """Lists a source and cuts it into shards.
 
@@ -109,6 +110,7 @@ def make_plan(
       shard_bytes: the most bytes of a shard; all but the last are filled up to one image.
       names: `numbers`, `paths`, or `auto`: numbers where the source has them, or has as many images as LUPerson.
       progress: called with the number of images found so far, now and then.
+      left_out: counts what is no image.
 
     Returns:
       The plan, and the compressed list of images of each shard; equal sources give equal ones.
@@ -129,7 +131,7 @@ def make_plan(
         progress(sum(counts))
         part.clear()
 
-    for image in source.images():
+    for image in source.images(left_out):
         size = image.size + len(image.ref.encode(errors="surrogateescape")) + _RECORD_BYTES
         if part and held + size > shard_bytes:
             finish()
@@ -177,8 +179,11 @@ def install(stage: str, plan: Plan, parts: list[bytes]) -> dict[int, Result]:
     if before is None or before.fingerprint != plan.fingerprint:
         for name in (_PLAN, _DONE, _PLANS, DATASET):
             files.remove(files.join(stage, name))
-        for number, part in enumerate(parts):
-            files.write(files.join(stage, _PLANS, f"{number:05d}"), part)
+    for number, part in enumerate(parts):
+        # Those of an equal plan are there already, unless they are damaged.
+        path = files.join(stage, _PLANS, f"{number:05d}")
+        if not _holds(path, part):
+            files.write(path, part)
     # The source may have moved.
     files.write(files.join(stage, _PLAN), json.dumps(dataclasses.asdict(plan)).encode())
     for entry in _listed(files.join(stage, DATASET)):
@@ -198,7 +203,7 @@ def read_plan(stage: str) -> Plan | None:
     """The plan on a stage, None where there is none."""
     try:
         return Plan(**json.loads(files.read(files.join(stage, _PLAN))))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 
@@ -207,7 +212,7 @@ def results(stage: str) -> dict[int, Result]:
     found = {}
     for name in _listed(files.join(stage, _DONE)):
         if name.isdigit():
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 value = json.loads(files.read(files.join(stage, _DONE, name)))
                 value["skipped"] = [Skipped(*entry) for entry in value["skipped"]]
                 found[int(name)] = Result(**value)
@@ -261,6 +266,13 @@ def _write(stage: str, plan: Plan, number: int, progress: Callable[[int], None])
                 progress(row - (row - 1) // _REPORT * _REPORT)
     files.write(path + reading.INDEX_SUFFIX, reading.to_bytes(shard.index()))
     return Result(shard.count, skipped, shard.size)
+
+
+def _holds(path: str, content: bytes) -> bool:
+    try:
+        return files.size(path) == len(content) and files.read(path) == content
+    except OSError:
+        return False
 
 
 def _part(stage: str, number: int) -> bytes:

@@ -65,6 +65,8 @@ def publish(folder: pathlib.Path, target: pathlib.Path) -> None:
     # Not on the stage, which the next conversion empties: `_restore` must find it.
     old = target.with_name(f".{target.name}{_OLD}")
     try:
+        # Names may be on the disk before the content that they stand for.
+        files.flush_tree(folder)
         target.parent.mkdir(exist_ok=True)
         if target.exists():
             os.rename(target, old)
@@ -79,6 +81,25 @@ def publish(folder: pathlib.Path, target: pathlib.Path) -> None:
         raise DataError(
             f"cannot write {target} ({error.strerror}): remove what is there, or give another data_dir"
         ) from error
+
+
+def sweep(data_dir: pathlib.Path, dataset: str, unfinished: str = "") -> None:
+    """Removes the stage of a conversion that was killed when its data set had been published.
+
+    Args:
+      data_dir: see `staging`.
+      dataset: its name, which is there.
+      unfinished: of a kept stage, the folder in it that is moved away when all is done; where it is there, the stage is
+        of another conversion, which is to go on.
+    """
+    stage = data_dir / f".{dataset}.incomplete"
+    if not stage.is_dir() or (unfinished and (stage / unfinished).exists()):
+        return
+    # Another conversion may be at work, or the folder not be ours to change.
+    with contextlib.suppress(DataError, OSError):
+        lock = _lock(stage)
+        shutil.rmtree(stage, ignore_errors=True)
+        os.close(lock)
 
 
 def _lock(stage: pathlib.Path) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from dmosnet_jax.core.errors import UserError
+from dmosnet_jax.core.errors import UserError, one_line
 
 GIB = 2**30
 
@@ -38,7 +38,7 @@ def exit_status(run: Callable[[], None]) -> int:
     try:
         run()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return error.exit_status
     return 0
 

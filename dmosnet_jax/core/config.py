@@ -1,11 +1,13 @@
 """What a config means: checks before any device is touched, data sets, durations, changes while a run goes on."""
 
 import ast
+import difflib
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.core.errors import ConfigError, printable
 from dmosnet_jax.core.trees import named_leaves
 
 # Between the names of data sets that are trained on together.
@@ -37,6 +39,66 @@ _NUMBERS: dict[str, Callable[[Any], bool]] = {
 }
 
 
+# Whole numbers go into 32-bit arrays; numbers beyond say what nobody means, and overflow somewhere else.
+_LARGEST = 2**31 - 1
+_LARGEST_SEED = 2**63 - 1
+# Of an image's side in pixels, and of threads and processes for one job.
+_LONGEST_SIDE, _MOST_THREADS = 4096, 1024
+
+
+def _check_magnitudes(config: Any) -> None:
+    """Refuses numbers of any field that no 32-bit array holds, and infinities."""
+    for field, leaf in named_leaves(config.to_dict() if hasattr(config, "to_dict") else config):
+        for value in leaf if isinstance(leaf, list | tuple) else (leaf,):
+            largest = _LARGEST_SEED if field.rpartition(".")[2] == "seed" else _LARGEST
+            if isinstance(value, int) and abs(value) > largest:
+                raise ConfigError(f"{field}={_short(leaf)} must be at most {largest}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{field}={_short(leaf)} must be a finite number")
+
+
+def _short(value: Any) -> str:
+    # Python writes no integers of more than 4,300 digits.
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"(a number of {value.bit_length()} bits)"
+    return printable(value, 60)
+
+
+def unknown_field(config: Any, field: str) -> str | None:
+    """What to say of a dotted field that a config does not have, None where it has it.
+
+    Returns:
+        A message with the names that come nearest.
+    """
+    node, parts = config, field.split(".")
+    for part in parts:
+        if not hasattr(node, "keys"):
+            break
+        if part not in node:
+            break
+        node = node[part]
+    else:
+        return None
+    names = [name for name, _ in _fields(config)]
+    last = parts[-1].lower().replace("_", "").replace("-", "")
+    # The same name elsewhere, or written in another way, comes before names that look alike.
+    same = [name for name in names if name.rpartition(".")[2].lower().replace("_", "") == last]
+    near = same or difflib.get_close_matches(field, names, 3, 0.6)
+    by_last = {name.rpartition(".")[2]: name for name in names}
+    near = near or [by_last[name] for name in difflib.get_close_matches(parts[-1], by_last, 3, 0.6)]
+    hint = f"did you mean {' or '.join(near[:3])}?" if near else f"its fields are {', '.join(sorted(config.keys()))}"
+    return f"--config.{printable(field, 60)}: this config has no such field: {hint}"
+
+
+def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key in node.keys():  # noqa: SIM118 - a ConfigDict is no mapping
+        name = f"{prefix}.{key}" if prefix else str(key)
+        value = node[key]
+        if hasattr(value, "keys"):
+            yield from _fields(value, name)
+        yield name, value
+
+
 def _check_numbers(config: Any, rule: str, *fields: str) -> None:
     for field in fields:
         value = read(config, field)
@@ -66,6 +128,9 @@ def validate(config: Any) -> None:
     recipe = read(config, "recipe")
     if recipe not in RECIPES:
         raise ConfigError(f"recipe={recipe!r} is not known: use one of {', '.join(RECIPES)}")
+    for field in ("data.threads", "data.workers"):
+        if (read(config, field) or 0) > _MOST_THREADS:
+            raise ConfigError(f"{field}={read(config, field)} must be at most {_MOST_THREADS}")
     _check_numbers(
         config,
         "must be greater than 0",
@@ -90,6 +155,7 @@ def validate(config: Any) -> None:
     _check_numbers(
         config, "must be at least 0 and less than 1", "spcl.momentum", "optim.momentum", "loss.label_smoothing"
     )
+    _check_magnitudes(config)
     if read(config, "loss.triplet") == "hinge":
         _check_numbers(config, "must be greater than 0", "loss.triplet_margin")
     for field, known in _CHOICES.items():
@@ -164,6 +230,8 @@ def _check_image_size(config: Any) -> None:
     size = read(config, "image_size")
     if size is not None and not (len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
         raise ConfigError(f"image_size={tuple(size)} must be (height, width) in pixels, e.g. (256, 128)")
+    if size is not None and max(size) > _LONGEST_SIDE:
+        raise ConfigError(f"image_size={tuple(size)}: no side may have more than {_LONGEST_SIDE} pixels")
 
 
 def _check_sampler(config: Any) -> None:
@@ -286,6 +354,8 @@ ON_RESUME = (
     ("pretrained", TOLD),
     # The user may change these on purpose: the length, the learning rate, the radius.
     ("spcl.memory", REFUSED),
+    # Its state is the optimiser's own.
+    ("optim.name", REFUSED),
     ("train.epochs", TOLD),
     ("optim.*", TOLD),
     ("augment.*", TOLD),

@@ -6,6 +6,7 @@ ours and keeps its traceback.
 
 import errno
 import reprlib
+from collections.abc import Sequence
 
 # What a system may refuse to any program; other codes, as a file that is not there, mean that we did not look.
 _REFUSALS = {
@@ -44,6 +45,25 @@ def refusal(error: OSError) -> DataError | None:
     if error.errno not in _REFUSALS or error.filename is None:
         return None
     return DataError(f"{error.filename}: {error.strerror}: give another place, or make room there")
+
+
+# Of names in one message, and characters of one that is shown.
+_MOST_NAMES = 30
+_MOST_CHARACTERS = 4_000
+
+
+def first(parts: Sequence[str], *, join: str = "; ", most: int = _MOST_NAMES) -> str:
+    """The first of many parts of a message, and how many there are more."""
+    more = f"{join}and {len(parts) - most:,} more" if len(parts) > most else ""
+    return join.join(parts[:most]) + more
+
+
+def one_line(error: object) -> str:
+    """A message as one line that a terminal can show: no control characters, and of a long one its two ends."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(error))
+    if len(text) > _MOST_CHARACTERS:
+        text = f"{text[: _MOST_CHARACTERS // 2]} ... {text[-_MOST_CHARACTERS // 2 :]}"
+    return text
 
 
 def printable(text: object, limit: int = 120) -> str:

@@ -2,7 +2,8 @@
 
 fsspec is imported when the first URL is met, so that local data never need it. Every function raises `OSError` with a
 reason and the path, whatever the storage raises, and `ConfigError` where the storage's package is not installed;
-`atomic_write`, for files that a user asked for, raises `DataError` instead.
+`atomic_write`, for files that a user asked for, raises `DataError` instead. Only regular files are read and replaced:
+a pipe would be waited for, and a device lost.
 """
 
 import contextlib
@@ -12,7 +13,8 @@ import pathlib
 import posixpath
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from dmosnet_jax.core.errors import ConfigError, DataError, UserError
@@ -22,6 +24,10 @@ Path = str | os.PathLike[str]
 # Ends the name of a local file or folder that is being written.
 PART = ".part"
 
+# The most bytes of an image that are read: crops are some kilobytes, but a file may have any size.
+MAX_IMAGE_BYTES = 2**26
+# What this process is writing just now.
+_unfinished: set[pathlib.Path] = set()
 _FILE = "file://"
 _INSTALL = "pip install 'dmosnet_jax[remote]'"
 
@@ -78,10 +84,43 @@ def storage(url: str) -> tuple[Any, str]:
         raise ConfigError(f"{url}: its storage cannot be opened ({_line(error)}): check the credentials") from error
 
 
-def read(location: Path) -> bytes:
-    """The content of a file."""
+def open_local(location: Path) -> BinaryIO:
+    """A local file for reading at any position.
+
+    Raises:
+      OSError: it is not there, or is no regular file, which is not waited for.
+    """
+    path = tidy(location)
+    # Opening a pipe waits for a writer, and reading a device may never end.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_NOCTTY", 0))
+    kind = os.fstat(handle).st_mode
+    if stat.S_ISREG(kind):
+        return open(handle, "rb", buffering=1 << 20)
+    os.close(handle)
+    number = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
+    raise OSError(number, os.strerror(number) if stat.S_ISDIR(kind) else "it is no regular file", path)
+
+
+def foreign(start: bytes) -> str | None:
+    """What a file is that stands in the place of another one, by its first 512 bytes; None where that is not known."""
+    head = start.lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the file itself: fetch it with `git lfs pull`"
+    if head.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "is a web page, not the file itself: download the file again"
+    if start[257:262] == b"ustar":
+        return "is a tar archive: unpack it, and give what is inside"
+    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd")):
+        return "is compressed: unpack it, and give what is inside"
+    return None
+
+
+def read(location: Path, *, most: int | None = None) -> bytes:
+    """The content of a file; a local one of more than `most` bytes is an `OSError`, before it is read."""
     if not is_remote(location):
-        with open(tidy(location), "rb") as file:
+        with open_local(location) as file:
+            if most is not None and os.fstat(file.fileno()).st_size > most:
+                raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", os.fspath(location))
             return file.read()
     with _remote(location) as (files, path):
         return files.cat_file(path)
@@ -92,7 +131,7 @@ def read_range(location: Path, offset: int, size: int) -> bytes:
     if size <= 0:
         return b""
     if not is_remote(location):
-        with open(tidy(location), "rb") as file:
+        with open_local(location) as file:
             file.seek(offset)
             return file.read(size)
     with _remote(location) as (files, path):
@@ -103,7 +142,7 @@ def read_range(location: Path, offset: int, size: int) -> bytes:
 def open_stream(location: Path) -> Iterator[BinaryIO]:
     """A file to read from its start to its end."""
     if not is_remote(location):
-        with open(tidy(location), "rb", buffering=1 << 20) as file:
+        with open_local(location) as file:
             yield file
         return
     with _remote(location) as (files, path), files.open(path, "rb", block_size=1 << 23) as stream:
@@ -177,12 +216,43 @@ def create(location: Path) -> Iterator[BinaryIO]:
         yield file
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a local folder and those above it.
+
+    Raises:
+      DataError: it can't be made.
+    """
+    try:
+        os.makedirs(tidy(folder), exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: can't be made ({error.strerror}): give a folder that can be written to") from error
+
+
+def refuse_existing(path: Path, *, overwrite: bool, may_replace: Callable[[str], bool] = os.path.isfile) -> None:
+    """Checks that a result may be written to a local path, before the work for it is done.
+
+    Args:
+      path: where the result goes.
+      overwrite: whether an earlier result may be replaced.
+      may_replace: whether what is there is such a result.
+
+    Raises:
+      DataError: something is there that may not be replaced.
+    """
+    target = tidy(path)
+    if not os.path.lexists(target) or (overwrite and may_replace(os.path.realpath(target))):
+        return
+    if overwrite or not may_replace(os.path.realpath(target)):
+        raise DataError(f"{path}: is something else than an earlier result, and stays: give another path")
+    raise DataError(f"{path}: exists already: give another path, remove it first, or set --config.overwrite=True")
+
+
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[pathlib.Path]:
+def atomic_write(path: Path, *, replace_folder: bool = False) -> Iterator[pathlib.Path]:
     """A name beside a local `path` for a file or a folder, which replaces it, whole, when the block ends.
 
     It is on the disk before it gets the name, and vanishes when the block fails; two writers do not meet. Missing
-    folders are made.
+    folders are made. A folder that is there is replaced where that is asked for; killed in between, both are left.
 
     Raises:
       ConfigError: the path is a URL.
@@ -191,7 +261,7 @@ def atomic_write(path: Path) -> Iterator[pathlib.Path]:
     if is_remote(path):
         raise ConfigError(f"{path}: results can be written to local folders only; give a local path, and copy it then")
     try:
-        with _replacing(path) as part:
+        with _replacing(path, replace_folder=replace_folder) as part:
             yield part
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
@@ -199,16 +269,24 @@ def atomic_write(path: Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[pathlib.Path]:
-    target = pathlib.Path(tidy(path))
+def _replacing(path: Path, *, replace_folder: bool = False) -> Iterator[pathlib.Path]:
+    # A link stays one: what it leads to is replaced.
+    target = pathlib.Path(os.path.realpath(tidy(path)))
+    _refuse_special(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Process ids are equal in containers that share a disk.
     part = target.with_name(f"{target.name}.{secrets.token_hex(8)}{PART}")
+    _unfinished.add(part)
     try:
         yield part
-        for entry in [part, *part.rglob("*")]:
-            _flush(entry)
-        part.replace(target)
+        flush_tree(part)
+        if replace_folder and target.is_dir():
+            old = part.with_suffix(".old")
+            target.rename(old)
+            part.rename(target)
+            remove(old)
+        else:
+            part.replace(target)
         # Some network file systems know no flushing of a folder.
         with contextlib.suppress(OSError):
             _flush(target.parent)
@@ -216,6 +294,32 @@ def _replacing(path: Path) -> Iterator[pathlib.Path]:
         with contextlib.suppress(OSError):
             remove(part)
         raise
+    finally:
+        _unfinished.discard(part)
+
+
+def discard_unfinished() -> None:
+    """Removes what this process is writing just now, because it ends at once."""
+    for part in list(_unfinished):
+        with contextlib.suppress(OSError):
+            remove(part)
+
+
+def _refuse_special(target: pathlib.Path) -> None:
+    """Raises OSError where there is something else than a file or folder: a rename would put a file in its place."""
+    try:
+        kind = os.lstat(target).st_mode
+    except OSError:
+        return
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise OSError(errno.EINVAL, "it is a device, a pipe or a socket", os.fspath(target))
+
+
+def flush_tree(folder: Path) -> None:
+    """Waits until a local folder, with everything in it, is on the disk."""
+    top = pathlib.Path(tidy(folder))
+    for entry in [top, *top.rglob("*")]:
+        _flush(entry)
 
 
 def _flush(path: pathlib.Path) -> None:

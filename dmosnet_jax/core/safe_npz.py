@@ -10,7 +10,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.lib import format as npy
@@ -19,8 +19,12 @@ from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import DataError, printable
 from dmosnet_jax.core.files import Path
 
-# LUPerson's 4.18 million names have about 200 MB.
+# LUPerson's 4.18 million names have about 200 MB, or 320 as NumPy's text.
 MAX_BYTES = 2**32
+# A file that unpacks to more than `SLACK` bytes may not unpack to more than so many times its own: lists of names get
+# ten to thirty times smaller, and bombs a thousand times.
+MAX_RATIO = 100
+SLACK = 2**26
 _READ_HEADER = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 # What zipfile, zlib and NumPy raise for damaged, encrypted and unknown content.
 _DAMAGED = (
@@ -50,14 +54,14 @@ def read_arrays(
 
     Args:
       path: the file, or its URL; its kind is told by its first bytes.
-      max_bytes: an `.npz` that unpacks to more is refused.
+      max_bytes: an `.npz` that claims to unpack to more, or to many times its size, is refused before it is unpacked.
       fix: what the user is to do about a damaged file, for the message.
 
     Returns:
       Arrays of numbers or text by name, read-only; the one of an `.npy` file is called `names`.
 
     Raises:
-      DataError: it cannot be read, is damaged or of another kind, or unpacks to more than `max_bytes`.
+      DataError: it cannot be read, is damaged or of another kind, or claims to unpack to more than it may.
     """
     try:
         if files.is_remote(path):
@@ -65,7 +69,7 @@ def read_arrays(
         with files.open_stream(path) as file:
             return _read(file, max_bytes)
     except _TooLargeError as error:
-        raise DataError(f"{path}: unpacks to more than {max_bytes:,} bytes: {fix}") from error
+        raise DataError(f"{path}: unpacks to more than {error.args[0]:,} bytes: {fix}") from error
     except (OSError, *_DAMAGED) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DataError(f"{path}: damaged, or of another kind ({printable(reason)}): {fix}") from error
@@ -76,28 +80,25 @@ def _read(file: BinaryIO, max_bytes: int) -> dict[str, np.ndarray]:
     file.seek(0)
     if start == npy.MAGIC_PREFIX:
         return {"names": _array(file.read())}
-    arrays = {}
-    left = max_bytes
+    file.seek(0, io.SEEK_END)
+    most = min(max_bytes, SLACK + MAX_RATIO * file.tell())
     with zipfile.ZipFile(file) as archive:
-        for entry in archive.infolist():
-            # zipfile bounds what it unpacks of these two alone.
-            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError("compressed in a way that NumPy does not use")
-            with archive.open(entry) as stream:
-                data = _unpacked(stream, left)
-            left -= len(data)
-            arrays[entry.filename.removesuffix(".npy")] = _array(data)
-    return arrays
+        entries = archive.infolist()
+        # zipfile gives no more of an entry than it claims, of these two kinds alone.
+        if any(entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for entry in entries):
+            raise ValueError("compressed in a way that NumPy does not use")
+        if sum(entry.file_size for entry in entries) > most:
+            raise _TooLargeError(most)
+        return {entry.filename.removesuffix(".npy"): _array(_unpacked(archive, entry)) for entry in entries}
 
 
-def _unpacked(stream: IO[bytes], most: int) -> bytes:
-    # Not at once: zipfile adds up the pieces of a long read by copying all of them for each.
-    content = io.BytesIO()
-    while chunk := stream.read(1 << 20):
-        content.write(chunk)
-        if content.tell() > most:
-            raise _TooLargeError
-    return content.getvalue()
+def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    with archive.open(entry) as stream:
+        # Not at once: zipfile adds up the pieces of a long read by copying all of them for each.
+        content = io.BytesIO()
+        while chunk := stream.read(1 << 20):
+            content.write(chunk)
+        return content.getvalue()
 
 
 def _array(data: bytes) -> np.ndarray:

@@ -4,24 +4,29 @@
 gigabytes in its C implementation), so filtering its `find_class` is not enough for files of strangers. Here the
 standard library only splits the stream into opcodes (`pickletools.genops`, which executes nothing), and the opcodes are
 carried out on plain lists and dicts. A name in the stream becomes a `Global`, a call becomes whatever the `Vocabulary`
-makes of it, and nothing is imported or called on the stream's behalf. Memory and time are linear in its length.
+makes of it, and nothing is imported or called on the stream's behalf. Memory and time are linear in its length, and
+containers, which cost the most for a byte, may only be so many of it.
 """
 
 import dataclasses
 import io
 import os
-import pathlib
 import pickletools
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, Protocol
 
+from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import DataError, printable
 
 # The largest public re-ID checkpoints (a ResNet50 trainer state with its optimiser) have about 30,000 opcodes.
 MAX_OPCODES = 5_000_000
 # Two for each of LUPerson's 4.18 million names, and as much again.
 MAX_PLAIN_OPCODES = 20_000_000
+# An empty container takes one byte in the stream and 64 in memory; a tensor has seven of them in fifty bytes.
+_FREE_CONTAINERS, _BYTES_PER_CONTAINER = 100_000, 4
+# LUPerson's names with their scores take some 200 MB.
+_MAX_PLAIN_BYTES = 2**30
 # Torch's magic number, the longest integer that a checkpoint needs, has 77 bits; huge ones make hashing slow.
 _MAX_INTEGER_BITS = 256
 _MAX_TUPLE_KEY = 16
@@ -37,6 +42,10 @@ _EMPTY: dict[str, Callable[[], Any]] = {
     "EMPTY_LIST": list,
     "EMPTY_SET": list,
     "EMPTY_DICT": dict,
+}
+_CONTAINERS = {
+    *("EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT", "MARK", "LIST", "DICT", "FROZENSET"),
+    *("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
 }
 _ENCODE = "_codecs.encode"
 # What `genops` and a stack machine fed with nonsense raise; anything else is a defect of ours.
@@ -97,10 +106,16 @@ def interpret(
     """
     machine = _Machine(vocabulary, where)
     limit = MAX_OPCODES if max_opcodes is None else max_opcodes
+    begin, containers = stream.tell(), 0
+    most = _FREE_CONTAINERS + (stream.seek(0, io.SEEK_END) - begin) // _BYTES_PER_CONTAINER
+    stream.seek(begin)
     try:
         for count, (opcode, argument, position) in enumerate(pickletools.genops(stream)):
+            containers += opcode.name in _CONTAINERS
             if count >= limit:
                 raise DataError(f"{where}: the pickle has more than {limit:,} opcodes; this is not {kind}")
+            if containers > most:
+                raise DataError(f"{where}: the pickle is made of containers alone; this is not {kind}")
             if opcode.name == "STOP":
                 return machine.pop()
             if not machine.carry_out(opcode.name, argument):
@@ -159,7 +174,7 @@ def read_plain(path: str | os.PathLike[str], *, max_opcodes: int = MAX_PLAIN_OPC
     """
     where = os.fspath(path)
     try:
-        content = pathlib.Path(path).read_bytes()
+        content = files.read(path, most=_MAX_PLAIN_BYTES)
     except OSError as error:
         raise DataError(f"{where}: can't be read ({error.strerror}): give the path of a pickle file") from error
     vocabulary = PlainVocabulary(where)

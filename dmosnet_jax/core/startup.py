@@ -1,11 +1,17 @@
-"""What a program does before it loads JAX: the allocator keeps memory, compiled programs are kept on disk."""
+"""What a program does before it loads JAX: the allocator keeps memory, compiled programs are kept on disk.
+
+And what it prints may go to a reader that leaves, as `head` does.
+"""
 
 import ctypes
 import hashlib
+import io
 import os
 import pathlib
 import platform
+import stat
 import sys
+from typing import Any
 
 MALLOC, PROGRAMS = "DMOSNET_MALLOC", "JAX_COMPILATION_CACHE_DIR"
 # <malloc.h>: M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX.
@@ -42,6 +48,43 @@ def keep_programs() -> None:
         return
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path("~/.cache").expanduser()
     os.environ[PROGRAMS] = str(pathlib.Path(base, "dmosnet_jax", "programs", _processor()))
+
+
+class _Lasting(io.FileIO):
+    """A pipe that nothing goes into any more once its reader has left."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except BrokenPipeError:
+            return len(data)
+
+
+def outlast_readers() -> None:
+    """Standard output and error may be pipes whose reader leaves: the command goes on, and its files are written."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            handle = stream.fileno()
+            kind = os.fstat(handle).st_mode
+        except (AttributeError, OSError, ValueError):
+            continue
+        if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):
+            stream.flush()
+            pipe = io.BufferedWriter(_Lasting(handle, "w", closefd=False))
+            lines = name == "stderr" or stream.line_buffering
+            setattr(sys, name, io.TextIOWrapper(pipe, stream.encoding, stream.errors, line_buffering=lines))
+
+
+def quiet_callbacks() -> None:
+    """After a failed save the callbacks of libraries find their loop closed, a thousand times: that is not printed."""
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+            usual(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _accelerator(devices: pathlib.Path) -> bool:

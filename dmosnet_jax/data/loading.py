@@ -14,6 +14,9 @@ from dmosnet_jax.data import transforms
 from dmosnet_jax.data.autoaugment import AutoAugment
 from dmosnet_jax.data.splits import Rows
 
+# What to do about an image that cannot be decoded, where the split does not say.
+_FIX = "replace the file and convert again"
+
 HostBatch = dict[str, np.ndarray]
 
 
@@ -130,7 +133,7 @@ class BatchLoader:
             image = transforms.load(record.image, self._size, self._interpolation, change)
         except DataError as error:
             where = f"{self._split.name} image {row} ({record.filename})"
-            raise DataError(f"{where}: {error}; replace the file and convert again") from error
+            raise DataError(f"{where}: {error}; {getattr(self._split, 'fix', _FIX)}") from error
         if cache is not None:
             # Two threads may fill the same row with the same pixels; the flag goes up after the pixels are there.
             cache.images[row] = image

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Integer
 
-from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data.autoaugment import AutoAugment
 from dmosnet_jax.data.loading import BatchLoader, Failure, HostBatch, ImageCache
 from dmosnet_jax.data.samplers import evaluation_order
@@ -132,6 +132,14 @@ def _read(loader: BatchLoader, steps: range, threads: int, workers: int) -> Batc
     iterator = iter(iterable)
     try:
         yield from map(functools.partial(_batch, copy=workers > 0), iterator)
+    except RuntimeError as error:
+        # Grain's message for a process that is gone.
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise DataError(
+            f"one of {workers} decoding processes was killed, perhaps for want of memory (also in /dev/shm): lower "
+            "data.workers"
+        ) from error
     finally:
         iterator.close()
         if workers:

@@ -17,8 +17,9 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Float, Float32, Int64
 
+from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import DataError, printable
-from dmosnet_jax.core.safe_npz import MAX_BYTES, read_arrays
+from dmosnet_jax.core.safe_npz import MAX_BYTES, MAX_RATIO, SLACK, read_arrays
 from dmosnet_jax.core.safe_pickle import read_plain
 from dmosnet_jax.data.splits import Split
 
@@ -82,18 +83,21 @@ def read_ranking(path: str | os.PathLike[str], split: Split) -> Int64[np.ndarray
     Raises:
         DataError: the file can't be read, is damaged or refused, or is a score file of another data set.
     """
-    where = os.fspath(path)
+    where = files.tidy(path)
     try:
-        with open(path, "rb") as file:
-            start = file.read(8)
+        with files.open_stream(where) as file:
+            start = file.read(512)
     except OSError as error:
         raise DataError(f"{where}: can't be read ({error.strerror}): {_FIX}") from error
+    found = None if start.startswith(_GZIP) else files.foreign(start)
+    if found:
+        raise DataError(f"{where}: {found}")
     suffixes = pathlib.Path(where).suffixes
     if start.startswith(_PICKLE) or (suffixes and suffixes[-1].lower() in _PICKLE_SUFFIXES):
-        return _names(read_plain(path), where)
+        return _names(read_plain(where), where)
     if start.startswith((_ZIP, _NPY)):
         return _from_arrays(read_arrays(where, max_bytes=MAX_BYTES, fix=_FIX), where, split)
-    return _from_text(_unzipped(where) if start.startswith(_GZIP) else pathlib.Path(where).read_bytes(), where)
+    return _from_text(_unzipped(where) if start.startswith(_GZIP) else files.read(where), where)
 
 
 def _from_arrays(arrays: dict[str, np.ndarray], where: str, split: Split) -> np.ndarray | list[str]:
@@ -135,14 +139,17 @@ def read_scores(path: str | os.PathLike[str], split: Split) -> Float32[np.ndarra
 
 
 def _unzipped(where: str) -> bytes:
+    content = io.BytesIO()
     try:
-        with gzip.open(where) as file:
-            content = file.read(MAX_BYTES + 1)
+        most = min(MAX_BYTES, SLACK + MAX_RATIO * files.size(where))
+        with files.open_stream(where) as packed, gzip.open(packed) as file:
+            while (chunk := file.read(1 << 20)) and content.tell() <= most:
+                content.write(chunk)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{where}: damaged ({printable(error)}); copy or download the file again") from error
-    if len(content) > MAX_BYTES:
-        raise DataError(f"{where}: unpacks to more than {MAX_BYTES:,} bytes: {_FIX}")
-    return content
+    if content.tell() > most:
+        raise DataError(f"{where}: unpacks to more than {most:,} bytes: {_FIX}")
+    return content.getvalue()
 
 
 def _from_text(content: bytes, where: str) -> list[str]:

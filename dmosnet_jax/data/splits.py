@@ -7,7 +7,6 @@ A data set is `DIR/<dataset>/<version>/<dataset>-<split>.tfrecord-XXXXX-of-NNNNN
 import abc
 import bisect
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -15,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Int, Int32, Integer
 
-from dmosnet_jax.core import files
+from dmosnet_jax.core import files, safe_json
 from dmosnet_jax.core.config import joined
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.files import Path
@@ -223,13 +222,15 @@ def _shard_lengths(folder: str) -> dict[str, list[int]]:
     """Records per shard of every split, as the conversion wrote them down."""
     info, fix = files.join(folder, records.INFO_FILE), "convert the data set again"
     try:
-        description = json.loads(files.read(info).decode())
-        lengths = {entry["name"]: [int(n) for n in entry["shardLengths"]] for entry in description["splits"]}
+        description = safe_json.read_object(info, fix=fix)
+        lengths = {str(entry["name"]): [int(n) for n in entry["shardLengths"]] for entry in description["splits"]}
         file_format = description["fileFormat"]
-    except OSError as error:
+    except FileNotFoundError as error:
         raise DataError(f"{info}: cannot be read ({error.strerror}): {fix}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(f"{info}: is damaged, or of another kind: {fix}") from error
+    if not all(_NAME.fullmatch(name) for name in lengths):
+        raise DataError(f"{info}: is damaged, or of another kind: {fix}")
     if file_format != records.FILE_FORMAT:
         raise DataError(f"{info}: the data are {file_format!r} files instead of {records.FILE_FORMAT!r}: {fix}")
     return lengths

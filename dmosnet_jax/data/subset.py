@@ -25,6 +25,8 @@ from dmosnet_jax.data.splits import Split, Subset
 
 # Reading every name means reading every record: from so many images on, the matches are cached beside the list.
 KEEP_FROM = 100_000
+# A list of which less than this share is found, of itself and of what is wanted, is of another data set.
+_LEAST = 0.5
 _SUFFIX = re.compile(r"(?<=[^/])\.(?:jpe?g|png|bmp|webp)$", re.IGNORECASE)
 
 
@@ -70,10 +72,16 @@ def choose(
       The subset, and a sentence about it.
 
     Raises:
-      DataError: the file can't be read, is refused, is of another data set, or names none of the images.
+      DataError: the file can't be read, is refused, is of another data set, or names none or few of the images.
     """
     found = ranked_rows(split, path, names=names)
     wanted = share_count(len(split), share)
+    if len(found.rows) < _LEAST * min(wanted, found.listed):
+        raise DataError(
+            f"{os.fspath(path)}: only {len(found.rows):,} of its {found.listed:,} names are in {split.name} "
+            f"{split.split}, of whose {len(split):,} images {wanted:,} are wanted: give the list of this data set, or "
+            "one of the names that it shares with it"
+        )
     rows = np.sort(found.rows[:wanted]).astype(np.int32)
     about = f"{split.name} {split.split}: {len(rows):,} of {len(split):,} images, the best by {os.fspath(path)}"
     if found.how != "scores":
@@ -160,11 +168,11 @@ class _MatchCache:
     """The rows that a list names in a data set, in a file beside the list."""
 
     def __init__(self, path: str | os.PathLike[str], split: Split):
-        ranking = pathlib.Path(path)
+        ranking = pathlib.Path(files.tidy(path))
         self._identity = identity(split)
         self._digest = ""
-        with contextlib.suppress(OSError), ranking.open("rb") as file:
-            self._digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with contextlib.suppress(OSError), files.open_local(ranking) as file:
+            self._digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         self._path = ranking.with_name(f"{ranking.name}.rows-{self._identity[:16]}.npz")
 
     def read(self) -> Matches | None:

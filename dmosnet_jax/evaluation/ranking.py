@@ -2,8 +2,9 @@
 
 The protocol of Market-1501 (Zheng et al. 2015), which the other datasets share: gallery images of the query's identity
 from the query's own camera are junk and taken out of its ranking; a query without a match elsewhere is skipped and not
-counted. Average precision is the mean of the precision at the matches; the inverse negative penalty (Ye et al. 2021, as
-in fast-reid) is the number of matches over the rank of the last one.
+counted, and so is one whose identity is not known (negative). Average precision is the mean of the precision at the
+matches; the inverse negative penalty (Ye et al. 2021, as in fast-reid) is the number of matches over the rank of the
+last one.
 
 A ranking is by rising distance, equal distances by gallery index (a stable sort). No row is ever sorted: the rank of a
 match is one more than the number of images before it, and one pass over the row counts those for all matches together.
@@ -86,7 +87,8 @@ def _rank_matches(distance, query0, query_ids, query_cams, gallery_ids, gallery_
     for r in range(start, stop):
         query = query0 + r
         count = 0
-        for g in range(gallery):
+        # Nobody knows who matches a query without an identity.
+        for g in range(gallery if query_ids[query] >= 0 else 0):
             if gallery_ids[g] == query_ids[query] and gallery_cams[g] != query_cams[query]:
                 near[count] = distance[r, g]
                 where[count] = g
@@ -237,7 +239,7 @@ def ranking_lists(
     source = distances.source(query_features, gallery_features, metric, distance)
     for row, query in enumerate(queries):
         part = np.asarray(source(query, query + 1))
-        same = g_ids == q_ids[query]
+        same = (g_ids == q_ids[query]) & (q_ids[query] >= 0)
         is_junk = same & (g_cams == q_cams[query])
         order = np.argsort(part[0], kind="stable")
         order = (order if keep_junk else order[~is_junk[order]])[:top]

@@ -14,7 +14,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from dmosnet_jax.core.errors import ConfigError, DataError
+import safetensors
+
+from dmosnet_jax.core import files, safe_json
+from dmosnet_jax.core.errors import ConfigError, DataError, first
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.trees import differences
 from dmosnet_jax.data.transforms import DEFAULT_FILTER, FILTERS
@@ -24,6 +27,8 @@ from dmosnet_jax.train.checkpoints import FOLDER as CHECKPOINTS
 
 WEIGHTS, CARD, README, PROGRAM = "model.safetensors", "config.json", "README.md", "model.stablehlo"
 _FORMAT = 1
+# In the header of the weights: the checksum of the card.
+_ABOUT = "dmosnet_card"
 # Options of `models.build` in the card.
 _OPTIONS = ("name", "attention", "neck", "pool", "classifier", "variant", "num_classes", "image_size")
 
@@ -63,29 +68,40 @@ class Card:
         return {"format": _FORMAT, **network, "feature_dim": self.model.feature_dim, **own}
 
 
-def save(path: str | os.PathLike[str], params: Tree, stats: Tree, card: Card, *, with_program: bool = False) -> None:
+def save(
+    path: str | os.PathLike[str],
+    params: Tree,
+    stats: Tree,
+    card: Card,
+    *,
+    with_program: bool = False,
+    overwrite: bool = False,
+) -> None:
     """Writes a folder; it appears whole or not at all.
 
     Args:
-        path: the folder, which must not exist yet.
+        path: the folder.
         params: parameters of the card's model.
         stats: its batch statistics.
         card: what they are.
         with_program: also write `model.stablehlo`; the file holds the weights once more.
+        overwrite: replace an exported folder that is there.
 
     Raises:
         DataError: the arrays are not the card's model's, the folder exists, or can't be written.
     """
-    folder, pairs = pathlib.Path(path).absolute(), zip(card.model.shapes(), (params, stats), strict=True)
+    folder, pairs = pathlib.Path(files.tidy(path)).absolute(), zip(card.model.shapes(), (params, stats), strict=True)
     problems = [text for expected, found in pairs for text in differences(expected, found)]
     if problems:
-        raise DataError(f"{path}: the arrays are not those of {card.model.name}: {'; '.join(problems)}")
-    if folder.exists():
-        raise DataError(f"{path}: exists already; give another path, or remove it first")
-    with atomic_write(folder) as part:
+        raise DataError(f"{path}: the arrays are not those of {card.model.name}: {first(problems)}")
+    files.refuse_existing(folder, overwrite=overwrite, may_replace=is_folder)
+    with atomic_write(folder, replace_folder=overwrite) as part:
         part.mkdir()
-        torch_export.save(part / WEIGHTS, torch_export.by_torch_names(params, stats))
-        values = card.to_json() | {"sha256": _sha256(part / WEIGHTS)}
+        values = card.to_json()
+        # Each file holds the checksum of the other.
+        arrays, about = torch_export.by_torch_names(params, stats), {_ABOUT: _digest(values)}
+        torch_export.save(part / WEIGHTS, arrays, about=about)
+        values["sha256"] = _sha256(part / WEIGHTS)
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         (part / CARD).write_text(text, encoding="utf-8")
         for_reid = roboflow.has(card.model)
@@ -102,7 +118,15 @@ def save(path: str | os.PathLike[str], params: Tree, stats: Tree, card: Card, *,
 def is_folder(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is such a folder, and not a run's workdir, which has a `config.json` of its own."""
     folder = pathlib.Path(path)
-    return (folder / WEIGHTS).is_file() and not (folder / CHECKPOINTS).is_dir()
+    if (folder / CHECKPOINTS).is_dir():
+        return False
+    if (folder / WEIGHTS).is_file():
+        return True
+    # One that has lost its weights is to be told so.
+    try:
+        return "sha256" in safe_json.read_object(folder / CARD, fix="")
+    except (OSError, DataError):
+        return False
 
 
 def load(path: str | os.PathLike[str]) -> tuple[Tree, Tree, Card]:
@@ -114,7 +138,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Tree, Tree, Card]:
     Raises:
         DataError: no such folder, damaged, or not what its card says.
     """
-    folder = pathlib.Path(path).absolute()
+    folder = pathlib.Path(files.tidy(path)).absolute()
     values = _read_json(folder / CARD)
     card = _card(values, folder / CARD)
     try:
@@ -124,32 +148,43 @@ def load(path: str | os.PathLike[str]) -> tuple[Tree, Tree, Card]:
     if checksum != values["sha256"]:
         raise DataError(f"{path}: is damaged (the checksum of {WEIGHTS} differs); copy or export it again")
     try:
-        return *torch_import.convert(torch_import.load(folder / WEIGHTS), card.model), card
+        params, stats = torch_import.convert(torch_import.load(folder / WEIGHTS), card.model)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+    with safetensors.safe_open(folder / WEIGHTS, "numpy") as file:
+        about = file.metadata() or {}
+    # Folders of the first versions do not tell.
+    if about.get(_ABOUT, _digest(values)) != _digest(values):
+        raise DataError(
+            f"{folder / CARD}: is damaged, or was changed: it is not the one that {WEIGHTS} was written with; copy or "
+            "export the folder again"
+        )
+    return params, stats, card
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """A checksum of a card's values, without that of the weights."""
+    own = {name: values[name] for name in sorted(values) if name != "sha256"}
+    return hashlib.sha256(json.dumps(own).encode()).hexdigest()
 
 
 def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with files.open_local(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        values = safe_json.read_object(path, fix="copy or export the folder again")
+    except FileNotFoundError as error:
         raise DataError(f"{path}: can't be read ({error.strerror}); give a folder with a {CARD}") from error
-    except ValueError as error:
-        raise DataError(
-            f"{path}: is damaged ({' '.join(str(error).split())}); copy or export the folder again"
-        ) from error
-    if not isinstance(values, dict) or values.get("format") != _FORMAT:
+    if values.get("format") != _FORMAT:
         raise DataError(f"{path}: is not of format {_FORMAT}; export the folder again with this version")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _card(values: dict[str, Any], path: pathlib.Path) -> Card:
-    """The card of a `config.json`, which may have been edited by hand."""
+    """The card of a `config.json`, which may hold anything."""
     # Folders from before the threshold have none.
     values = dict.fromkeys(("threshold", "false_accept_rate")) | {"evaluations": ()} | values
     own = [field.name for field in dataclasses.fields(Card) if field.name != "model"]

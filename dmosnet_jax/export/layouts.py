@@ -14,6 +14,8 @@ from dmosnet_jax.core.errors import DataError, printable
 
 # Wrappers (DataParallel, torch.compile) that put one more level before every name.
 _WRAPPERS = ("module.", "_orig_mod.")
+# Of a file with names of many kinds, so many first levels are looked below.
+_MOST_LEVELS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,14 +146,41 @@ LAYOUTS: tuple[Layout, ...] = (
 
 
 def unwrap(names: Iterable[str]) -> dict[str, str]:
-    """Maps names to themselves without the wrapper levels (`module.`) that all of them share."""
+    """Maps names to themselves without the levels that all of them share.
+
+    `module.` and `_orig_mod.` are always taken off, others (`model.`, `net.`, `encoder_q.`) where the names follow a
+    known layout without them.
+    """
     result = {name: name for name in names}
-    while result:
-        wrapper = next((w for w in _WRAPPERS if all(name.startswith(w) for name in result.values())), None)
-        if wrapper is None:
-            break
+    while result and (wrapper := _shared_level(result.values())) in _WRAPPERS:
         result = {name: short.removeprefix(wrapper) for name, short in result.items()}
-    return result
+    bare = result
+    while _layout_of(bare.values()) is None:
+        level = _shared_level(bare.values())
+        if not level:
+            return result
+        bare = {name: short.removeprefix(level) for name, short in bare.items()}
+    return bare
+
+
+def _shared_level(names: Iterable[str]) -> str:
+    """The first level of all names, with its point; empty where they have none in common."""
+    first = {name.partition(".")[0] if "." in name else "" for name in names}
+    level = first.pop() if len(first) == 1 else ""
+    return f"{level}." if level else ""
+
+
+def _layout_of(names: Iterable[str]) -> Layout | None:
+    found = list(names)
+    for candidate in LAYOUTS:
+        if all(any(re.fullmatch(mark, name) for name in found) for mark in candidate.marks):
+            return candidate
+    return None
+
+
+def below(names: Iterable[str], level: str) -> dict[str, str]:
+    """The names that begin with a level (or several, joined by points), mapped to what follows it."""
+    return {name: name.removeprefix(f"{level}.") for name in names if name.startswith(f"{level}.")}
 
 
 def recognise(names: Iterable[str]) -> Layout:
@@ -161,9 +190,21 @@ def recognise(names: Iterable[str]) -> Layout:
         DataError: none of the known ones.
     """
     short = list(unwrap(names).values())
-    for candidate in LAYOUTS:
-        if all(any(re.fullmatch(mark, name) for name in short) for mark in candidate.marks):
-            return candidate
+    layout = _layout_of(short)
+    if layout is not None:
+        return layout
+    levels = list(dict.fromkeys(name.partition(".")[0] for name in short))
+    inner = [
+        level
+        for level in levels[:_MOST_LEVELS]
+        if _layout_of(unwrap(part.values()).values() if (part := below(short, level)) else ())
+    ]
+    if inner:
+        parts = ", ".join(map(printable, levels[:5]))
+        raise DataError(
+            f"checkpoint: its {len(short)} tensors are of several parts ({parts}, ...): "
+            f"choose one by PATH#{' or PATH#'.join(map(printable, inner))}"
+        )
     first = ", ".join(printable(name) for name in short[:3]) or "none"
     known = ", ".join(layout.name for layout in LAYOUTS)
     raise DataError(

@@ -150,8 +150,15 @@ EXPORTS: Mapping[str, Export] = {
 }
 
 
-def save(path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarray]) -> None:
+def save(
+    path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarray], *, about: Mapping[str, str] | None = None
+) -> None:
     """Writes a state dict as `.safetensors`, `.pth` or `.pt`, by the suffix; it appears whole or not at all.
+
+    Args:
+        path: the file.
+        state_dict: arrays by name.
+        about: texts for the header of a `.safetensors` file.
 
     Raises:
         ConfigError: another suffix.
@@ -163,6 +170,7 @@ def save(path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarray]) -> 
     if suffix == ".safetensors":
         with atomic_write(path) as part:
             # The library's own file could be read by its owner alone.
-            part.write_bytes(safetensors.numpy.save(dict(state_dict), metadata={"format": "pt"}))
+            metadata = {"format": "pt", **(about or {})}
+            part.write_bytes(safetensors.numpy.save(dict(state_dict), metadata=metadata))
     else:
         write_pth(path, state_dict)

@@ -6,7 +6,6 @@ nothing to inflate, and tensors that share a storage may not add up to much more
 
 import io
 import os
-import pathlib
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors
 
-from dmosnet_jax.core import safe_pickle
+from dmosnet_jax.core import files, safe_pickle
 from dmosnet_jax.core.errors import DataError, printable
 from dmosnet_jax.export.torch_pickle import StorageRef, TensorRef, TorchVocabulary, decode, item_size, view
 
@@ -64,9 +63,7 @@ def read_tensors(path: str | os.PathLike[str], choose: Choose) -> dict[str, np.n
     """
     where = str(path)
     try:
-        if pathlib.Path(path).is_dir():
-            raise DataError(f"{where}: is a directory; give a .pth, .pth.tar, .pt or .safetensors file")
-        with open(path, "rb") as file:
+        with files.open_local(path) as file:
             start = file.read(512)
             if start.startswith(_ZIP_MAGIC):
                 return _read_zip(file, where, choose)
@@ -74,10 +71,12 @@ def read_tensors(path: str | os.PathLike[str], choose: Choose) -> dict[str, np.n
                 return _read_legacy(file, where, choose)
             if start[8:9] == b"{":
                 return _read_safetensors(file, where)
+    except IsADirectoryError as error:
+        raise DataError(f"{where}: is a directory; give a .pth, .pth.tar, .pt or .safetensors file") from error
     except OSError as error:
         raise DataError(f"{where}: cannot be read ({error.strerror or error}); check the path") from error
-    if start[257:262] == b"ustar":
-        raise DataError(f"{where}: is a tar archive; unpack it and give the checkpoint inside")
+    if found := files.foreign(start):
+        raise DataError(f"{where}: {found}")
     problem = "is empty" if not start else "is neither a PyTorch checkpoint nor a safetensors file"
     raise DataError(f"{where}: {problem}; give a .pth, .pth.tar, .pt or .safetensors file")
 
@@ -149,7 +148,12 @@ def _read_zip(file: BinaryIO, where: str, choose: Choose) -> dict[str, np.ndarra
 
 
 def _check_zip(archive: zipfile.ZipFile, file_size: int, where: str) -> None:
-    """Refuses compressed entries, and entries that overlap to claim more than the file's bytes."""
+    """Refuses programs, compressed entries, and entries that overlap to claim more than the file's bytes."""
+    if any("/code/__torch__" in f"/{name}" or name.endswith("/model.json") for name in archive.namelist()):
+        raise DataError(
+            f"{where}: is a TorchScript program, and programs are not run: save its weights in PyTorch by "
+            "torch.save(torch.jit.load(path).state_dict(), other_path)"
+        )
     total = 0
     for entry in archive.infolist():
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:

@@ -10,12 +10,13 @@ reports all differences at once.
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from dmosnet_jax.core.errors import DataError, printable
+from dmosnet_jax.core.errors import DataError, first, printable
+from dmosnet_jax.core.files import tidy
 from dmosnet_jax.core.trees import named_leaves
 from dmosnet_jax.export import layouts
 from dmosnet_jax.export.torch_file import read_tensors
@@ -69,9 +70,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Reads the weights in a PyTorch (`.pth`, `.pth.tar`, `.pt`, any version) or `.safetensors` file.
 
     The state dict is found inside a trainer checkpoint, and prefixes that all names share (`module.`) are removed.
+    Where there are several, as of a teacher and a student, or of the parts of a larger model, `FILE#teacher` and
+    `FILE#encoder_q` choose one.
 
     Args:
-        path: the file.
+        path: the file, with or without `#` and an entry or common prefix of names in it.
 
     Returns:
         Arrays by name in the file's order, in the file's element type (bfloat16 as float32).
@@ -80,18 +83,83 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         DataError: no such file, damaged, refused because it refers to code that has no place among weights, or without
             tensors.
     """
-    tensors = read_tensors(path, lambda root: _find_state_dict(root, str(path)))
+    file, entry = split_entry(path)
+    tensors = read_tensors(file, lambda root: _find_state_dict(root, file, entry))
     if not tensors:
         raise DataError(f"{path}: holds no tensors; give a file with a state dict")
+    # Of safetensors, and of a name that no dict has, the entry is what names begin with.
+    chosen = layouts.below(layouts.unwrap(tensors).values(), entry) if entry else {}
+    if chosen:
+        tensors = {chosen[short]: tensors[name] for name, short in layouts.unwrap(tensors).items() if short in chosen}
     return {short: tensors[name] for name, short in layouts.unwrap(tensors).items()}
 
 
-def _find_state_dict(root: Any, where: str) -> dict[str, TensorRef]:
+def split_entry(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """A path with the user's home filled in, and what stands behind its `#`; empty where it has none."""
+    file = tidy(path)
+    if os.path.lexists(file) or "#" not in file:
+        return file, ""
+    file, _, entry = file.rpartition("#")
+    return file, entry
+
+
+def _find_state_dict(root: Any, where: str, entry: str) -> dict[str, TensorRef]:
     """The named tensors of a bare or wrapped state dict."""
-    found = _search(root, 0, set())
-    if not found:
-        raise DataError(f"{where}: holds no state dict with named tensors; save model.state_dict() with torch.save")
+    found = _entries(root)
+    if entry in found and entry:
+        return found[entry]
+    usual = _search(root, 0, set())
+    if entry and not layouts.below(layouts.unwrap(usual).values(), entry):
+        known = _some([name for name in found if name] or _levels(usual))
+        raise DataError(f"{where}: has no entry {printable(entry)!r} with tensors; it has {known or 'none'}")
+    if usual:
+        return usual
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        raise DataError(
+            f"{where}: holds several state dicts: choose one by PATH#ENTRY, with an ENTRY of {_some(list(found))}"
+        )
+    held = f"its keys are {_some([str(key) for key in root])}" if isinstance(root, dict) and root else "it is empty"
+    if not isinstance(root, dict):
+        held = f"it holds a {type(root).__name__}"
+    raise DataError(
+        f"{where}: holds no state dict with named tensors ({held}); save model.state_dict() with torch.save"
+    )
+
+
+def _entries(root: Any) -> dict[str, dict[str, TensorRef]]:
+    """Every dict with named tensors by the keys that lead to it, joined by points; the outermost first."""
+    found: dict[str, dict[str, TensorRef]] = {}
+    level, seen = [("", root)], set[int]()
+    for _ in range(_MAX_DEPTH + 1):
+        below = []
+        for name, node in level:
+            # A pickle can hold the same dict many times, and itself.
+            if not isinstance(node, dict) or id(node) in seen:
+                continue
+            seen.add(id(node))
+            tensors = _tensors_of(node)
+            # An optimiser numbers its tensors.
+            if any("." in key for key in tensors):
+                found[name] = tensors
+            below += [(f"{name}.{key}" if name else key, value) for key, value in node.items() if isinstance(key, str)]
+        level = below
     return found
+
+
+def _tensors_of(node: dict[Any, Any]) -> dict[str, TensorRef]:
+    return {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, TensorRef)}
+
+
+def _levels(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    """The first of some names of a file, fit for a message."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(printable(name, 60) for name in names[:most]) + more
 
 
 def _search(node: Any, depth: int, seen: set[int]) -> dict[str, TensorRef]:
@@ -102,7 +170,7 @@ def _search(node: Any, depth: int, seen: set[int]) -> dict[str, TensorRef]:
     for key in _WRAPPER_KEYS:
         if found := _search(node.get(key), depth + 1, seen):
             return found
-    return {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, TensorRef)}
+    return _tensors_of(node)
 
 
 def convert(state_dict: StateDict, model: Model, **options: Any) -> tuple[Tree, Tree]:
@@ -175,11 +243,11 @@ def plan(
     wrong = {kind: names for kind, names in problems.items() if names}
     if wrong:
         counts = ", ".join(f"{len(names)} {kind}" for kind, names in wrong.items())
-        lists = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items())
-        raise DataError(
-            f"checkpoint (layout {layout.name}) does not fit model {model.name}: {counts}; {lists}; "
-            "check model.name, model.attention, model.neck, model.pool and model.variant"
-        )
+        lists = "; ".join(f"{kind}: {first(names, join=', ')}" for kind, names in wrong.items())
+        fix = "check model.name, model.attention, model.neck, model.pool and model.variant"
+        if list(wrong) == ["not finite"]:
+            fix = "its training diverged, or the file is damaged: give an earlier checkpoint"
+        raise DataError(f"checkpoint (layout {layout.name}) does not fit model {model.name}: {counts}; {lists}; {fix}")
     left_out = tuple(path for path in absent if _part_of(path) in missing_ok)
     return Conversion(_nested(leaves, "params"), _nested(leaves, "stats"), layout.name, left_out, tuple(unused))
 
@@ -200,7 +268,7 @@ def fill(fresh: Tree, loaded: Tree) -> Tree:
     """
     unknown = set(dict(named_leaves(loaded))) - set(dict(named_leaves(fresh)))
     if unknown:
-        raise DataError(f"checkpoint: leaves that the model does not have: {', '.join(sorted(unknown))}")
+        raise DataError(f"checkpoint: leaves that the model does not have: {first(sorted(unknown), join=', ')}")
     return _overlay(fresh, loaded)
 
 

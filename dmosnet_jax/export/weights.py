@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.errors import ConfigError, DataError, first
+from dmosnet_jax.core.files import tidy
 from dmosnet_jax.core.trees import differences, named_leaves
 from dmosnet_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from dmosnet_jax.data.transforms import DEFAULT_FILTER
@@ -83,7 +84,7 @@ class Weights:
         pairs = zip(model.shapes(), (params, stats), strict=True)
         problems = [text for expected, found in pairs for text in differences(expected, found)]
         if problems:
-            raise DataError(f"{self.path}: does not fit model {model.name}: {'; '.join(problems)}")
+            raise DataError(f"{self.path}: does not fit model {model.name}: {first(problems)}")
         return params, stats
 
     def start(self, model: Model, key: jax.Array) -> tuple[Tree, Tree, list[str]]:
@@ -113,7 +114,7 @@ class Weights:
                 else:
                     problems += wrong
         if problems:
-            raise DataError(f"{self.path}: checkpoint does not fit model {model.name}: {'; '.join(problems)}")
+            raise DataError(f"{self.path}: checkpoint does not fit model {model.name}: {first(problems)}")
         return params, stats, sorted(initialised)
 
     def _plan(self, model: Model, **allowed: Any) -> torch_import.Conversion:
@@ -129,12 +130,13 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
 
     Args:
         path: an exported folder; a run's workdir, its `checkpoints` folder, one step of it or `checkpoints/best`; or a
-            PyTorch or safetensors file.
+            PyTorch or safetensors file, as `torch_import.load` takes it.
 
     Raises:
         DataError: nothing there, damaged, or refused.
     """
-    where, local = str(path), pathlib.Path(path)
+    local = pathlib.Path(tidy(path))
+    where = str(local)
     if folder.is_folder(local):
         params, stats, card = folder.load(local)
         options = {name: getattr(card.model, name) for name in (*MODEL_OPTIONS, "image_size")}
@@ -146,8 +148,11 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
         classes, trees = 0 if kernel is None else kernel.shape[1], (saved.params, saved.stats)
         described = describe_run(saved.path, saved.meta)
         return dataclasses.replace(described, num_classes=classes, batches=saved.step, trees=trees)
-    state_dict = torch_import.load(path)
-    options = {name: value for name, value in identify.describe(state_dict).items() if value is not None}
+    state_dict = torch_import.load(local)
+    try:
+        options = {name: value for name, value in identify.describe(state_dict).items() if value is not None}
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     return Weights(
         where,
         options,

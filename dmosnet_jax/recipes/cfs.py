@@ -9,7 +9,7 @@ import numpy as np
 
 from dmosnet_jax.core.config import dataset_names
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.core.files import atomic_write
+from dmosnet_jax.core.files import atomic_write, make_folder
 from dmosnet_jax.core.parallel import make_mesh, print_once
 from dmosnet_jax.data import rankings
 from dmosnet_jax.data.records import TRAIN, Record
@@ -41,7 +41,7 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     proxies, about = _open_proxies(config)
     about |= {"dataset": name, "split": split.split, "images": len(split), "data": rankings.identity(split)}
     about["chunk_images"] = config.cfs.chunk_images
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     with locked(workdir):
         chunks = Chunks(workdir, split, about)
         scores = chunks.finished()

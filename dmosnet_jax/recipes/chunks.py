@@ -1,6 +1,5 @@
 """Scores and names of a split's images on disk, in chunks, so that a killed run can be resumed."""
 
-import json
 import pathlib
 import shutil
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dmosnet_jax.core import safe_json
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.parallel import from_first
@@ -39,10 +39,7 @@ class Chunks:
         if not path.exists():
             write_json(path, self.about)
             return
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: can't be read ({error}): remove the folder, or give another --workdir") from error
+        before = safe_json.read_object(path, fix="remove the folder, or give another --workdir")
         same = _without_path
         changed = [name for name, value in self.about.items() if same(before.get(name)) != same(value)]
         if changed:

@@ -4,6 +4,7 @@ import pathlib
 from typing import Any
 
 from dmosnet_jax.core.config import dataset_names
+from dmosnet_jax.core.files import make_folder
 from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.recipes import scoring
 from dmosnet_jax.recipes.network import open_network, require_paths
@@ -20,7 +21,7 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     names = dataset_names(config.dataset)
     network = open_network(config, config.checkpoint)
     scorer = scoring.Scorer(network.config, network.model, make_mesh(), names)
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     extra: dict[str, Any] = {"checkpoint": network.weights.path}
     if network.weights.with_val is not None:
         extra["with_val"] = network.weights.with_val

@@ -16,6 +16,7 @@ from dmosnet_jax.recipes.network import options_of, require_paths
 
 # One in a thousand pairs of different people is taken for one.
 FALSE_ACCEPT_RATE = 1e-3
+FILES = (*torch_export.SUFFIXES, onnx_file.SUFFIX)
 
 
 def run(config: Any, workdir: pathlib.Path) -> None:
@@ -27,6 +28,7 @@ def run(config: Any, workdir: pathlib.Path) -> None:
     """
     del workdir
     require_paths(config, "checkpoint", "output")
+    check_target(config.output, overwrite=config.overwrite)
     model = convert(
         config.checkpoint,
         config.output,
@@ -42,9 +44,29 @@ def run(config: Any, workdir: pathlib.Path) -> None:
         stablehlo=config.stablehlo,
         onnx_input=config.onnx.input,
         normalise=config.onnx.normalise,
+        overwrite=config.overwrite,
         **options_of(config),
     )
     print_once(f"{model.name}: {config.checkpoint} written to {config.output}")
+
+
+def check_target(target: str | os.PathLike[str], *, overwrite: bool = False) -> bool:
+    """Whether a target is a file, by its suffix, and not a folder.
+
+    Raises:
+        ConfigError: it has the suffix of another kind of file.
+        DataError: something is there already.
+    """
+    # The points of a version, as in `osnet_x0.25`, begin no suffix.
+    suffix = pathlib.Path(target).suffix
+    is_file = suffix in FILES
+    if not is_file and not suffix[1:].isdigit() and suffix:
+        raise ConfigError(
+            f"{target}: {suffix} is no form that is written: use one of {', '.join(FILES)} for a file, "
+            "or a name without suffix for a folder"
+        )
+    files.refuse_existing(target, overwrite=overwrite, may_replace=os.path.isfile if is_file else folder.is_folder)
+    return is_file
 
 
 def convert(
@@ -62,13 +84,14 @@ def convert(
     stablehlo: bool = False,
     onnx_input: str = "imagenet",
     normalise: bool = False,
+    overwrite: bool = False,
     **options: Any,
 ) -> Model:
     """Exports weights.
 
     Args:
         source: see `open_weights`.
-        target: a file with the suffix `.safetensors`, `.pth`, `.pt` or `.onnx`, or a folder that doesn't exist yet.
+        target: a file with the suffix `.safetensors`, `.pth`, `.pt` or `.onnx`, or a folder.
         layout: of a file, see `torch_export.to_state_dict`; None takes fast-reid's names for a BNNeck and torchreid's
             for others, where these code bases have the network.
         keep_classifier: keep the training identities' classifier.
@@ -82,23 +105,24 @@ def convert(
         stablehlo: whether a folder gets a program for JAX alone.
         onnx_input: for ONNX: what is fed, a key of `onnx_file.INPUTS`.
         normalise: for ONNX: whether features come out with unit length.
+        overwrite: replace an earlier export.
         **options: options of `models.build` that the weights don't tell; None means: as they say.
 
     Returns:
         The network.
 
     Raises:
-        ConfigError: the network isn't told, or the layout has no such network.
+        ConfigError: the network isn't told, the layout has no such network, or the target is of another kind.
         DataError: the source can't be read or belongs to another network, or the target can't be written.
     """
+    is_file, suffix = check_target(target, overwrite=overwrite), pathlib.Path(target).suffix
     weights = open_weights(source)
     model = weights.model(**options, num_classes=weights.num_classes if keep_classifier else 0)
     params, stats = weights.arrays(model)
     own = weights.card or folder.Card(model, weights.mean, weights.std, source=str(source))
     interpolation = interpolation or weights.interpolation
     origin, licence = origin or own.source, licence or own.licence
-    suffix = pathlib.Path(target).suffix
-    if suffix in torch_export.SUFFIXES:
+    if is_file and suffix != onnx_file.SUFFIX:
         _check_name(target, model)
         layout = layout or _usual_layout(model)
         arrays = torch_export.to_state_dict(params, stats, model, layout=layout, batches=weights.batches)
@@ -114,7 +138,7 @@ def convert(
         return model
     card = dataclasses.replace(own, model=model, interpolation=interpolation, source=origin, licence=licence, **inputs)
     card = _with_threshold(card, results, threshold, false_accept_rate)
-    folder.save(target, params, stats, card, with_program=stablehlo)
+    folder.save(target, params, stats, card, with_program=stablehlo, overwrite=overwrite)
     return model
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.parallel import from_first, print_once
+from dmosnet_jax.core.safe_npz import read_arrays
 from dmosnet_jax.core.unit import unit_rows_np
 from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.splits import Rows, Subset
@@ -103,8 +105,8 @@ def _read_part(path: pathlib.Path, count: int) -> np.ndarray | None:
     """A part of `count` images, read by process 0 for every process; None where there is none, or a damaged one."""
     piece = None
     if jax.process_index() == 0:
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            piece = np.load(path, allow_pickle=False)
+        with contextlib.suppress(DataError):
+            piece = next(iter(read_arrays(path).values()), None)
         if piece is not None and (piece.dtype != np.float32 or piece.ndim != 2 or len(piece) != count):
             piece = None
     width = int(from_first(np.int32(0 if piece is None else piece.shape[1])))

@@ -10,6 +10,7 @@ import numpy as np
 
 from dmosnet_jax.core.config import validate
 from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.files import make_folder
 from dmosnet_jax.core.parallel import make_mesh, print_once
 from dmosnet_jax.data.splits import Split, split_names
 from dmosnet_jax.evaluation import ranking
@@ -33,7 +34,7 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     """
     if jax.process_count() > 1:
         raise ConfigError("the quickstart runs in one process: start it without --distributed")
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     config = fill_input(config, None)
     with config.unlocked():
         config.data_dir = config.data_dir or str(workdir / "data")

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from dmosnet_jax.core.config import REFUSED, TOLD, changes, dataset_names, joined
 from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.files import make_folder
 from dmosnet_jax.core.parallel import check_batch, make_mesh, print_once
 from dmosnet_jax.data import placement
 from dmosnet_jax.data.autoaugment import AutoAugment
@@ -33,7 +34,7 @@ from dmosnet_jax.recipes.datasets import datasets_with_queries, subset_checksum
 from dmosnet_jax.recipes.network import HEAD, build_model, fill_input, settings_of
 from dmosnet_jax.train import loop, optim
 from dmosnet_jax.train import state as train_state
-from dmosnet_jax.train.checkpoints import Checkpoints, latest_meta
+from dmosnet_jax.train.checkpoints import Checkpoints, OtherShapesError, latest_meta
 from dmosnet_jax.train.loop import Lengths
 from dmosnet_jax.train.metrics import progress_bar, write_json
 from dmosnet_jax.train.state import RunState, TrainState
@@ -200,7 +201,7 @@ def train(experiment: Experiment, step: Step, begin_epoch: BeginEpoch, *, prepar
         StoppedError: a signal came; the state is saved.
     """
     workdir, mesh, config = experiment.workdir, experiment.mesh, experiment.config
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     names = datasets_with_queries(config)
     scorer = scoring.Scorer(config, experiment.model, mesh, names, extractor=experiment.extractor, keep_images=True)
     latest: dict[str, scoring.Scores] = {}
@@ -227,7 +228,7 @@ def train(experiment: Experiment, step: Step, begin_epoch: BeginEpoch, *, prepar
             return {}
         if not latest:
             # An earlier process finished the last epoch.
-            evaluate(run, experiment.lengths.epochs)
+            evaluate(run, int(run.state.step) // experiment.lengths.steps_per_epoch)
         extra = {"step": int(run.state.step), "with_val": bool(config.get("with_val"))}
         return scoring.publish(latest, workdir, config, model=experiment.model.name, extra=extra)
 
@@ -238,9 +239,13 @@ def _start_or_resume(experiment: Experiment, store: Checkpoints, prepare: Prepar
     step = store.latest()
     if step is not None:
         meta = store.meta(step)
-        _check_same_run(experiment, meta, step)
+        told = _check_same_run(experiment, meta, step)
         state, kept = prepare(train_state.shapes(*model.shapes(), optimiser), meta["loop"])
-        state = store.restore(state, step, experiment.mesh)
+        try:
+            state = store.restore(state, step, experiment.mesh)
+        except OtherShapesError as error:
+            changed = f"since then have changed {', '.join(told)}: give the earlier values; " if told else ""
+            raise DataError(f"{experiment.workdir}: the run can't go on: {changed}{error}") from error
         print_once(f"goes on from step {step} of {lengths.total_steps} in {experiment.workdir}")
         return RunState(state, experiment.meta(**kept))
     key = jax.random.key(experiment.config.seed)
@@ -261,8 +266,8 @@ def _start_or_resume(experiment: Experiment, store: Checkpoints, prepare: Prepar
     return RunState(state, experiment.meta(**kept))
 
 
-def _check_same_run(experiment: Experiment, meta: Mapping[str, Any], step: int) -> None:
-    """Refuses to resume a run under settings that would make it another one, and prints what else has changed."""
+def _check_same_run(experiment: Experiment, meta: Mapping[str, Any], step: int) -> list[str]:
+    """Refuses to resume a run under settings that would make it another one; prints and returns what else changed."""
     now, then = as_json(settings_of(experiment.model)), meta.get("model", {})
     changed = [
         f"model.{k}={now[k]!r} (was {then[k]!r})" for k in now if k in then and k != "dtype" and now[k] != then[k]
@@ -284,6 +289,7 @@ def _check_same_run(experiment: Experiment, meta: Mapping[str, Any], step: int) 
         )
     if found[TOLD]:
         print_once(f"goes on with {', '.join(found[TOLD])}")
+    return found[TOLD]
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as managers
 
-from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.core.errors import DataError, first
 from dmosnet_jax.core.trees import differences
 from dmosnet_jax.train import checksums
 from dmosnet_jax.train.state import TrainState, shardings
@@ -33,6 +33,10 @@ _META, _METRICS = "meta", "metrics"
 _ITEMS = (*_ARRAYS, _META, _METRICS)
 _TRASH = ".old"
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError)
+
+
+class OtherShapesError(DataError):
+    """A checkpoint holds other arrays than the state that it is to be restored to."""
 
 
 def _split(state: TrainState) -> dict[str, Any]:
@@ -80,8 +84,9 @@ def _manager(
     Raises:
         DataError: a checkpoint's description is damaged.
     """
-    # Orbax logs every save and restore step by step, and damaged files in several lines; ours is the one that counts.
-    for name in ("absl", "orbax"):
+    # Orbax logs every save and restore step by step, and damaged files in several lines; on a full disk asyncio logs
+    # each array that was not written. Ours is the line that counts.
+    for name in ("absl", "orbax", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     writable, policy = keep is not None, None
     if keep is not None:
@@ -187,7 +192,7 @@ class Checkpoints:
             for item in _ARRAYS:
                 problems = differences(wanted[item], _shapes(self._manager, step, item))
                 if problems:
-                    raise DataError(f"{where}: checkpoint of another model or setting: {'; '.join(problems)}")
+                    raise OtherShapesError(f"{where}: checkpoint of another model or setting: {first(problems)}")
                 shapes = jax.tree.map(
                     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                     wanted[item],
@@ -214,7 +219,9 @@ class Checkpoints:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    # What failed stands first, and why at the end.
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
 
 
 @contextlib.contextmanager

@@ -9,6 +9,9 @@ from collections.abc import Iterable
 
 import google_crc32c
 
+from dmosnet_jax.core import safe_json
+from dmosnet_jax.core.errors import DataError
+
 FILE = "checksums.json"
 _CHUNK_BYTES = 1 << 22
 
@@ -22,15 +25,19 @@ def write(folder: pathlib.Path, parts: Iterable[str]) -> None:
 
 def verify(folder: pathlib.Path, parts: Iterable[str]) -> str | None:
     """What is wrong with the files below the sub-folders `parts`, or None. A folder without checksums is not judged."""
+    parts = set(parts)
     try:
-        sums = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        sums = safe_json.read_object(folder / FILE, fix="")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except DataError:
         return f"{FILE} is damaged"
-    for name, (size, checksum) in sums.items():
+    for name, entry in sums.items():
         if name.split("/")[0] not in parts:
             continue
+        if not (isinstance(entry, list) and len(entry) == 2) or ".." in name.split("/"):
+            return f"{FILE} is damaged"
+        size, checksum = entry
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

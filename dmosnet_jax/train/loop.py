@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dmosnet_jax.core import signals
 from dmosnet_jax.core.errors import UserError
 from dmosnet_jax.core.parallel import by_process, to_devices, to_host
 from dmosnet_jax.data.pipeline import Batches
@@ -107,6 +108,7 @@ def train(
         at_the_end.callback(writer.close)
         bar = at_the_end.enter_context(progress_bar(total * batch_size, label="train", initial=number * batch_size))
         stop = at_the_end.enter_context(_StopFlag())
+        at_the_end.callback(signals.finish_first, "")
         while number < total:
             epoch, offset = divmod(number, lengths.steps_per_epoch)
             run, stream, notes = recipe.begin_epoch(run, epoch, offset)
@@ -120,6 +122,8 @@ def train(
                     state, metrics = recipe.step(run.state, to_devices(batch, mesh))
                     run, number = run.replace(state=state), number + 1
                     window.add(number, metrics, batch["index"])
+                    # Until now there was nothing to save.
+                    signals.finish_first("the step under way, and saves it")
                     bar.update(batch_size)
                     if number % lengths.log_every == 0:
                         means, steps_per_second = window.flush()

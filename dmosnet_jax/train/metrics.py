@@ -12,7 +12,7 @@ import jax
 import tqdm
 
 from dmosnet_jax.core import files
-from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.core.errors import DataError, printable
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.train.events import EventFile
 
@@ -29,7 +29,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -37,10 +37,10 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 raise ValueError("no step")
             rows.append(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise DataError(
-                    f"{path}: line {number} is not a row of metrics ({line[:40]!r}); remove it or the file"
+                    f"{path}: line {number} is not a row of metrics ({printable(line, 40)}); remove it or the file"
                 ) from error
     return rows
 

@@ -184,3 +184,54 @@ def test_a_duration_is_given_once():
     node = ConfigDict({"warmup_steps": 5, "warmup_epochs": 1})
     with pytest.raises(ConfigError, match="warmup_steps=5, warmup_epochs=1: give one of them"):
         settings.duration_steps(node, "warmup", steps_per_epoch=100)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"seed": 10**25}, "seed=10000000000000000000000000 must be at most 9223372036854775807"),
+        ({"batch_size": 2**31}, "batch_size=2147483648 must be at most 2147483647"),
+        ({"train__epochs": 10**5000}, r"train\.epochs=\(a number of 16610 bits\) must be at most"),
+        ({"spcl__k1": 10**30}, r"spcl\.k1=.* must be at most"),
+        ({"optim__weight_decay": math.inf}, r"optim\.weight_decay=inf must be a finite number"),
+        ({"image_size": (100_000, 100_000)}, r"image_size=\(100000, 100000\): no side may have more than 4096"),
+        ({"image_size": (10**30, 128)}, r"image_size=.* must be at most"),
+        ({"data__threads": 10**6}, r"data\.threads=1000000 must be at most 1024"),
+        ({"data__workers": 1025}, r"data\.workers=1025 must be at most 1024"),
+    ],
+)
+def test_odd_numbers_are_refused_before_anything_overflows(fields, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        settings.validate(config(**fields))
+    assert len(str(error.value)) < 300
+
+
+def test_large_seeds_are_seeds():
+    for seed in (2**31, 2**32, 2**63 - 1):
+        settings.validate(config(seed=seed))
+
+
+@pytest.mark.parametrize(
+    ("field", "hint"),
+    [
+        ("batchsize", "did you mean batch_size"),
+        ("batch-size", "did you mean batch_size"),
+        ("epochs", "did you mean train.epochs"),
+        ("optim.lr_rate", "did you mean"),
+        ("optim.learningrate", "did you mean optim.learning_rate"),
+        ("learning_rate", "did you mean optim.learning_rate"),
+        ("seed.value", "no such field"),
+        ("qqqqqq", "its fields are augment, batch_size, data,"),
+    ],
+)
+def test_an_unknown_field_names_the_nearest(field, hint):
+    found = settings.unknown_field(config(), field)
+    assert found is not None
+    assert f"--config.{field}: this config has no such field" in found
+    assert hint in found
+    assert settings.unknown_field(config(), "optim.learning_rate") is None
+
+
+def test_another_optimiser_is_another_run():
+    found = settings.changes({"optim": {"name": "adam"}}, {"optim": {"name": "sgd"}})
+    assert found[settings.REFUSED] == ["optim.name='sgd' (was 'adam')"]

@@ -1,5 +1,9 @@
+import contextlib
 import os
+import stat
 import sys
+import threading
+import tracemalloc
 import uuid
 
 import pytest
@@ -193,3 +197,120 @@ def test_a_missing_storage_package_names_the_extra(monkeypatch):
     monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
     with pytest.raises(ConfigError, match=r"Please install gcsfs.*dmosnet_jax\[remote\]"):
         files.read("gs://b/c")
+
+
+def hanging_free(function):
+    """What a call raises, given up after ten seconds; a pipe would be waited for."""
+    found = []
+
+    def call():
+        try:
+            function()
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert found, "it hangs, or raises nothing"
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "reader", [files.read, lambda path: files.read_range(path, 0, 5), lambda path: files.open_stream(path).__enter__()]
+)
+def test_pipes_and_devices_are_not_read(tmp_path, reader):
+    os.mkfifo(tmp_path / "pipe")
+    for special in (tmp_path / "pipe", "/dev/zero"):
+        error = hanging_free(lambda special=special: reader(special))
+        assert isinstance(error, OSError)
+        assert error.strerror == "it is no regular file"
+    assert isinstance(hanging_free(lambda: reader(tmp_path)), IsADirectoryError)
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with (
+        pytest.raises(DataError, match=r"pipe: can't be written \(it is a device, a pipe or a socket\)"),
+        files.atomic_write(tmp_path / "pipe") as part,
+    ):
+        part.write_bytes(b"1")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
+    before = os.stat("/dev/null").st_mode
+    with pytest.raises(DataError), files.atomic_write("/dev/null") as part:
+        part.write_bytes(b"1")
+    assert os.stat("/dev/null").st_mode == before
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "file")
+    with files.atomic_write(tmp_path / "link") as part:
+        part.write_bytes(b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "elsewhere" / "file").read_bytes() == b"new"
+
+
+def test_an_earlier_result_is_replaced_where_that_is_said_and_nothing_else_ever(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    files.refuse_existing(tmp_path / "new", overwrite=False)
+    files.refuse_existing(tmp_path / "file", overwrite=True)
+    with pytest.raises(DataError, match=r"file: exists already: .*--config\.overwrite=True"):
+        files.refuse_existing(tmp_path / "file", overwrite=False)
+    for overwrite in (False, True):
+        with pytest.raises(DataError, match="folder: is something else than an earlier result, and stays"):
+            files.refuse_existing(tmp_path / "folder", overwrite=overwrite)
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    target = tmp_path / "target"
+    for content in ("first", "second"):
+        with files.atomic_write(target, replace_folder=True) as part:
+            part.mkdir()
+            (part / content).write_bytes(b"")
+        assert os.listdir(target) == [content]
+        assert os.listdir(tmp_path) == ["target"]
+
+
+def test_what_is_being_written_can_be_discarded_at_once(tmp_path):
+    with contextlib.suppress(FileNotFoundError), files.create(tmp_path / "file") as file:
+        file.write(b"half")
+        assert len(os.listdir(tmp_path)) == 1
+        files.discard_unfinished()
+        assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("start", "part"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"\n<HTML>", "is a web page"),
+        (b"\0" * 257 + b"ustar", "is a tar archive"),
+        (b"\x1f\x8b\x08", "is compressed"),
+        (b"BZh9", "is compressed"),
+        (b"PK\x03\x04", None),
+        (b"", None),
+    ],
+)
+def test_files_that_stand_in_the_place_of_others(start, part):
+    found = files.foreign(start)
+    assert (found is None) == (part is None)
+    assert part is None or part in found
+
+
+def test_a_file_of_more_bytes_than_wanted_is_not_read(tmp_path):
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**40)
+    tracemalloc.start()
+    try:
+        with pytest.raises(OSError, match="it has more than 67,108,864 bytes"):
+            files.read(tmp_path / "sparse", most=files.MAX_IMAGE_BYTES)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+    (tmp_path / "small").write_bytes(b"1234")
+    assert files.read(tmp_path / "small", most=4) == b"1234"

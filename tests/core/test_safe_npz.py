@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from dmosnet_jax.core import files
+from dmosnet_jax.core import files, safe_npz
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.safe_npz import read_arrays
 
@@ -124,3 +124,30 @@ def test_any_damage_is_one_line(tmp_path, rng):
             outcomes[False] += str(error).startswith(str(path)) and str(error).isprintable()
     assert sum(outcomes.values()) == 1500
     assert min(outcomes.values()) > 50
+
+
+def test_a_bomb_is_refused_by_what_it_claims_before_it_is_unpacked(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.npz"
+    path.write_bytes(BOMBS["deflate"])
+    monkeypatch.setattr(safe_npz, "SLACK", 1_000_000)
+    monkeypatch.setattr(zipfile.ZipFile, "open", None)
+    with pytest.raises(DataError, match="unpacks to more than"):
+        read_arrays(path)
+
+
+def test_entries_that_overlap_do_not_add_to_the_size_of_the_file(tmp_path, monkeypatch):
+    """A directory may list one entry many times: what counts is the file."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("0.npy", npy(np.zeros(100_000, np.uint8)))
+        first = archive.infolist()[0]
+        for number in range(1, 100):
+            twin = zipfile.ZipInfo(f"{number}.npy")
+            for name in ("header_offset", "CRC", "compress_size", "file_size", "compress_type"):
+                setattr(twin, name, getattr(first, name))
+            archive.filelist.append(twin)
+    path = tmp_path / "a.npz"
+    path.write_bytes(out.getvalue())
+    monkeypatch.setattr(safe_npz, "SLACK", 1_000_000)
+    with pytest.raises(DataError, match="unpacks to more than"):
+        read_arrays(path)

@@ -1,9 +1,12 @@
+import io
 import os
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from dmosnet_jax.core import safe_pickle
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.safe_pickle import read_plain
 
@@ -67,3 +70,26 @@ def test_what_is_no_plain_data_is_refused_in_one_line(tmp_path):
     path.write_bytes(good)
     with pytest.raises(DataError, match="more than 100 opcodes"):
         read_plain(path, max_opcodes=100)
+
+
+@pytest.mark.parametrize("opcode", [b"}", b"]", b"(", b")\x85", b"\x8f"])
+def test_containers_are_bounded_by_the_length(opcode):
+    """Each takes a byte in the stream and sixty in memory."""
+    data = b"\x80\x04" + opcode * 400_000
+    vocabulary = safe_pickle.PlainVocabulary("f")
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="made of containers alone"):
+            safe_pickle.interpret(io.BytesIO(data), vocabulary, "f")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 40_000_000
+
+
+def test_lists_of_pairs_are_within_the_bound(tmp_path):
+    pairs = [(f"{number:08d}.jpg", number / 3) for number in range(150_000)]
+    path = tmp_path / "a.pkl"
+    for protocol in (2, 4):
+        path.write_bytes(pickle.dumps(pairs, protocol))
+        assert safe_pickle.read_plain(path) == pairs

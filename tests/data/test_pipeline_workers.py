@@ -1,5 +1,6 @@
 """The pipeline's worker processes, in programs of their own."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -51,6 +52,11 @@ JOB = '''
                 next(stream)
                 print("ready", flush=True)
                 time.sleep(600)
+            if mode == "killed":
+                next(stream)
+                print("ready", flush=True)
+                while not os.path.exists("go"):
+                    time.sleep(0.05)
             try:
                 for _ in range(20 if mode == "damaged" else 7):
                     first.append(next(stream))
@@ -110,6 +116,21 @@ def test_error_in_a_worker_process_is_the_same_one_line_without_absl(job):
     assert process.returncode == 0, errors
     assert output.startswith("DataError market1501 image 25 (train/0025.jpg): damaged image")
     assert output.endswith(" 12\n")
+    assert output.count("\n") == 1
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_a_killed_worker_ends_the_run_with_one_line(job, tmp_path):
+    process = job("--mode=killed")
+    assert process.stdout.readline() == "ready\n"
+    for worker in children(process.pid):
+        with contextlib.suppress(OSError):
+            if b"resource_tracker" not in pathlib.Path(f"/proc/{worker}/cmdline").read_bytes():
+                os.kill(worker, signal.SIGKILL)
+    (tmp_path / "go").touch()
+    output, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    assert output.startswith("DataError one of 2 decoding processes was killed, perhaps for want of memory")
     assert output.count("\n") == 1
 
 

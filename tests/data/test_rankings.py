@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import pickle
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -252,3 +253,25 @@ def test_arrays_without_names_are_refused(tmp_path, split):
     np.savez(tmp_path / "features.npz", features=np.zeros((2, 3)), files=np.array([["a", "b"]]))
     with pytest.raises(DataError, match=r"holds no vector of strings called `names` \(features float64\[2, 3\]"):
         rankings.read_ranking(tmp_path / "features.npz", split)
+
+
+def test_a_gzipped_bomb_is_refused_within_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(rankings, "SLACK", 1_000_000)
+    path = tmp_path / "names.txt.gz"
+    path.write_bytes(gzip.compress(b"a.jpg\n" * 20_000_000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=r"names\.txt\.gz: unpacks to more than"):
+            rankings.read_ranking(path, None)
+        assert tracemalloc.get_traced_memory()[1] < 30_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("start", "part"), [(b"version https://git-lfs", "Git LFS"), (b"<!doctype html>", "a web page")]
+)
+def test_what_stands_in_the_place_of_a_list(tmp_path, start, part):
+    (tmp_path / "list.pkl").write_bytes(start)
+    with pytest.raises(DataError, match=part):
+        rankings.read_ranking(tmp_path / "list.pkl", None)

@@ -193,3 +193,19 @@ def test_names_of_large_sets_are_read_once(tmp_path, split_of, monkeypatch):
     path.write_text(FOLDERS[0])
     subset.ranked_rows(small, path)
     assert len(list(tmp_path.glob("list.txt.rows-*.npz"))) == 2
+
+
+def test_a_list_that_names_a_few_of_the_images_is_refused(tmp_path, split_of):
+    split = split_of(FOLDERS)
+    path = tmp_path / "list.txt"
+    foreign = [f"other/{i}.jpg" for i in range(100)]
+    path.write_text("\n".join([*FOLDERS[:1], *foreign]))
+    with pytest.raises(
+        DataError, match=r"only 1 of its 101 names are in luperson train, of whose 8 images 4 are wanted"
+    ):
+        subset.choose(split, path, 0.5)
+    # A short list of its own, and a longer one of a larger data set, are what they say.
+    path.write_text("\n".join(FOLDERS[:2]))
+    assert len(subset.choose(split, path, 1.0)[0]) == 2
+    path.write_text("\n".join([*foreign, *FOLDERS]))
+    assert len(subset.choose(split, path, 1.0)[0]) == 8

@@ -1,6 +1,7 @@
 """A user's own folders and tables."""
 
 import os
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from data_prep import convert, lint
+from data_prep.builders import folder
 from data_prep.builders.folder import Folder
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import transforms
@@ -250,3 +252,139 @@ def test_names_that_are_no_text_end_it_in_one_line(tmp_path, capsys):
         assert len(told) == 1
         assert r"1 file names are not UTF-8 text: rename the files: train/7/1/a\udcff.jpg" in told[0]
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (("Train", "Query", "Gallery"), ("train", "query", "gallery")),
+        (("train", "query", "test"), ("train", "query", "gallery")),
+        (("training", "validation", "query", "test"), ("train", "val", "query", "gallery")),
+        (("bounding_box_train", "query", "bounding_box_test"), ("train", "query", "gallery")),
+        (("train_all", "query", "gallery"), ("train", "query", "gallery")),
+        (("TRAIN",), ("train",)),
+    ],
+)
+@pytest.mark.parametrize("cameras", [True, False])
+def test_folders_that_are_called_as_splits_are_splits(tmp_path, folders, expected, cameras):
+    place = "7/1/a.jpg" if cameras else "7/a.jpg"
+    touch(tmp_path, *(f"{folder}/{place}" for folder in folders))
+    found = read(tmp_path, camera_policy="given" if cameras else "none")
+    assert list(found) == sorted(expected, key=list(found).index)
+    assert {pid for items in found.values() for _, pid, _ in items} == {7}
+
+
+def test_copies_prepared_with_all_training_images_twice_are_read_once(tmp_path):
+    """layumi's Person_reID_baseline_pytorch: `train_all` is `train` with `val`."""
+    touch(tmp_path, "train_all/2/a.jpg", "train_all/2/b.jpg", "train/2/a.jpg", "val/2/b.jpg")
+    touch(tmp_path, "query/3/c.jpg", "gallery/3/d.jpg", "gallery/-1/e.jpg")
+    found = read(tmp_path, camera_policy="none")
+    assert {split: [name for name, *_ in items] for split, items in found.items()} == {
+        "train": ["train_all/2/a.jpg", "train_all/2/b.jpg"],
+        "query": ["query/3/c.jpg"],
+        "gallery": ["gallery/-1/e.jpg", "gallery/3/d.jpg"],
+    }
+    assert found["gallery"][0][1] == -1
+    report = lint.lint_source("folder", tmp_path, options={"camera_policy": "none"}, images=False)
+    assert any("2 files in the folders of the data set are left out: " in f.text for f in report.findings)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            ("train/1/1/a.jpg", "other/1/1/b.jpg"),
+            "the folders train are called as splits, and other beside them are not",
+        ),
+        (("train/1/1/a.jpg", "test/1/1/b.jpg"), "it is not clear which splits the folders test, train are"),
+        (("gallery/1/1/a.jpg", "test/1/1/b.jpg", "query/1/1/c.jpg"), "it is not clear which splits"),
+        (("Train/1/a.jpg", "Query/1/b.jpg"), "2 images are not at pid/camera/image.jpg"),
+    ],
+)
+@pytest.mark.parametrize("policy", ["given", "none"])
+def test_splits_that_are_not_clear_never_become_identities(tmp_path, names, message, policy):
+    if policy == "none" and "not at" in message:
+        pytest.skip("these are at their places then")
+    touch(tmp_path, *names)
+    with pytest.raises(DataError, match=message) as error:
+        read(tmp_path, camera_policy=policy)
+    assert "camera_policy" not in str(error.value) or "not at" in message
+
+
+def test_the_advice_about_cameras_is_given_where_it_helps(tmp_path):
+    touch(tmp_path / "a", "1/a.jpg", "2/b.jpg")
+    with pytest.raises(DataError, match="give --camera_policy=none"):
+        read(tmp_path / "a")
+    touch(tmp_path / "b", "1/c/d/e/a.jpg", "2/c/d/e/a.jpg")
+    with pytest.raises(DataError, match="images are not at pid/camera") as error:
+        read(tmp_path / "b")
+    assert "camera_policy" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("pids", "expected"),
+    [
+        (("2.0", "-1.0", "10.0"), (2, -1, 10)),
+        (("2", "-1", "10"), (2, -1, 10)),
+        (("p2", "-1", "p10"), (2, -1, 1)),
+        (("p2", "-1.0", "7"), (2, -1, 1)),
+        (("bob", "alice", "-1."), (2, 1, -1)),
+    ],
+)
+def test_minus_one_is_no_identity_however_it_is_written(tmp_path, pids, expected):
+    rows = "".join(f"x/{i}.jpg,{pid},1,train\n" for i, pid in enumerate(pids))
+    table(tmp_path, f"path,pid,camid,split\n{rows}", *(f"x/{i}.jpg" for i in range(3)))
+    assert tuple(pid for _, pid, _ in read(tmp_path)["train"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("pid", "message"),
+    [
+        ("2.5", "identities must be whole numbers from -1 to 2147483647, or names: 2.5"),
+        ("nan", "identities are nan: write -1 where there is none"),
+        ("None", "identities are None: write -1"),
+        ("1" * 30, "identities must be whole numbers"),
+    ],
+)
+def test_identities_that_are_no_numbers_and_no_names(tmp_path, pid, message):
+    table(tmp_path, f"path,pid,camid,split\nx/a.jpg,3,1,train\nx/b.jpg,{pid},1,train\n", "x/a.jpg", "x/b.jpg")
+    with pytest.raises(DataError, match=message):
+        read(tmp_path)
+
+
+def test_images_without_identity_are_left_out_of_what_is_split_up(tmp_path):
+    touch(tmp_path, *(f"{pid}/{camera}/{i}.jpg" for pid in (-1, 1, 2, 3, 4) for camera in (1, 2) for i in range(2)))
+    _, listing = Folder.read_source(tmp_path)
+    assert not [item for items in listing.splits.values() for item in items if item.pid == -1]
+    assert listing.junk == 4
+    assert listing.notes == ("4 images have no identity (-1) and are left out, e.g. -1/1/0.jpg",)
+    # A set of such images alone is for pre-training.
+    touch(tmp_path / "new", "-1/1/a.jpg", "-1/2/b.jpg")
+    assert list(read(tmp_path / "new")) == ["train"]
+
+
+def test_splits_of_a_table_are_known_by_their_usual_names(tmp_path):
+    names = ("a.jpg", "b.jpg", "c.jpg")
+    table(tmp_path, "path,pid,camid,split\na.jpg,1,1,Train\nb.jpg,2,1,Query\nc.jpg,2,2,test\n", *names)
+    assert list(read(tmp_path)) == ["train", "query", "gallery"]
+
+
+def test_a_table_of_very_many_lines_is_refused_within_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder, "MAX_ROWS", 1000)
+    table(tmp_path, "path,pid,camid,split\n" + ",\n" * 500_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="has more than 1,000 lines"):
+            read(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_files_that_are_no_images_by_name_are_counted_and_named(tmp_path):
+    touch(tmp_path, "train/1/1/a.jpg", "train/1/1/b.heic", "train/1/1/c.heic", "train/2/1/d.avif", "notes.txt")
+    report = lint.lint_source("folder", tmp_path, images=False)
+    found = [finding.text for finding in report.findings if "left out" in finding.text]
+    assert found == [
+        "4 files in the folders of the data set are left out: notes.txt, 3 in train (e.g. train/1/1/b.heic)"
+    ]

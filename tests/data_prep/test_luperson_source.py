@@ -160,3 +160,44 @@ def test_a_pipe_is_an_unreadable_image(pictures, tmp_path):
     with pytest.raises(DataError, match=r"1 of the first \d images are unreadable"):
         run(source, tmp_path / "data")
     assert "it is no regular file" in (tmp_path / "data" / ".luperson.incomplete" / "unreadable.txt").read_text()
+
+
+def test_a_database_of_several_levels_is_read_as_by_its_own_library(tmp_path, rng):
+    library = pytest.importorskip("lmdb")
+    path = tmp_path / "data.mdb"
+    values = {f"{i % 7:02d}_00_{i % 50:04d}_{i:08d}": rng.bytes(int(rng.integers(1, 9000))) for i in range(3000)}
+    values["00_00_0000_99999999"] = b""
+    with library.open(str(path), subdir=False, map_size=2**28) as env:
+        for part in (list(values)[::2], list(values)[1::2]):
+            with env.begin(write=True) as transaction:
+                for key in part:
+                    transaction.put(key.encode(), values[key])
+        assert env.stat()["depth"] > 1
+    database = lmdb.Database(str(path))
+    assert database.entries == len(values)
+    assert database.all_keys() == sorted(values)
+    for key, value in values.items():
+        assert database.size(key) == len(value)
+        assert database.read(key) == value
+    for missing in ("", "00", "99_99_9999_99999999", "00_00_0000_0000000"):
+        with pytest.raises(DataError, match="it is not in the LMDB"):
+            database.read(missing)
+
+
+def test_an_empty_database_has_no_keys(tmp_path):
+    library = pytest.importorskip("lmdb")
+    library.open(str(tmp_path / "data.mdb"), subdir=False).close()
+    database = lmdb.Database(str(tmp_path / "data.mdb"))
+    assert database.all_keys() == []
+    with pytest.raises(DataError, match="it is not in the LMDB"):
+        database.read("a")
+
+
+def test_what_is_left_out_of_a_source_is_counted_and_named(pictures, tmp_path):
+    source = pictures(tmp_path / "raw", 2)
+    (source / "c0" / "city" / "v0" / "a.png").write_bytes(b"x")
+    (source / "c0" / "city" / "v0" / "b.png").write_bytes(b"x")
+    (source / "list.txt").write_bytes(b"x")
+    _, warnings = run(source, tmp_path / "data")
+    [found] = [text for text in warnings if "left out" in text]
+    assert found == "3 files are left out (2 .png, 1 .txt), e.g. list.txt"

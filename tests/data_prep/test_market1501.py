@@ -2,6 +2,7 @@ import gzip
 
 import pytest
 
+from data_prep import lint
 from data_prep.builders.base import Item
 from data_prep.builders.market1501 import Market1501
 from data_prep.check.rules import identities
@@ -66,3 +67,46 @@ def test_every_wrong_name_is_listed():
     assert all(name in str(error.value) for name in wrong)
     assert "0001_c1s1" not in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def scanned(*names):
+    listing = Market1501.scan(names)
+    return {split: [item.filename for item in items] for split, items in listing.splits.items()}, listing
+
+
+def test_prepared_copies_are_read_by_their_folders():
+    """layumi's Person_reID_baseline_pytorch: an identity is a folder, and `train_all` is `train` with `val`."""
+    train, junk = "0002_c1s1_000451_03.jpg", "-1_c1s1_000401_03.jpg"
+    query, gallery = "0003_c1s6_015971_00.jpg", "0003_c3s3_064744_00.jpg"
+    names = [f"train_all/0002/{train}", f"train/0002/{train}", f"val/0002/{train}", f"query/0003/{query}"]
+    found, listing = scanned(*names, f"gallery/0003/{gallery}", f"gallery/-1/{junk}", f"multi-query/0003/{query}")
+    assert found == {"train": [names[0]], "query": [names[3]], "gallery": [f"gallery/0003/{gallery}"]}
+    assert listing.junk == 1
+    assert scanned(*names[1:3])[0] == {"train": [names[1]], "val": [names[2]]}
+    found, _ = scanned(f"train/{train}", f"Query/{query}", f"test/{gallery}")
+    assert found == {"train": [f"train/{train}"], "query": [f"Query/{query}"], "gallery": [f"test/{gallery}"]}
+
+
+def test_an_image_in_the_folder_of_another_identity_is_named():
+    with pytest.raises(DataError, match=r"1 images are not named .*: query/0004/0003_c1s6_015971_00.jpg"):
+        scanned("query/0004/0003_c1s6_015971_00.jpg")
+
+
+def test_what_is_beside_the_data_set_is_told_and_what_is_in_it_is_a_warning(tmp_path):
+    for name in (
+        "bounding_box_train/0002_c1s1_000451_03.jpg",
+        "bounding_box_train/0002_c1s1_000452_03.heic",
+        "gt_bbox/0002_c1s1_000451_00.jpg",
+        "gt_bbox/0002_c1s1_000452_00.jpg",
+        "readme.txt",
+        "bounding_box_train/Thumbs.db",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    report = lint.lint_source("market1501", tmp_path, images=False)
+    warning = "1 files in the folders of the data set are left out: 1 in bounding_box_train (e.g. "
+    [found] = [f.text for f in report.findings if "left out" in f.text]
+    assert found == f"{warning}bounding_box_train/0002_c1s1_000452_03.heic)"
+    [note] = report.notes
+    assert note.startswith("3 files are no part of the data set and left out: 2 in gt_bbox (e.g. gt_bbox/")
+    assert note.endswith("readme.txt")

@@ -1,3 +1,4 @@
+import os
 import pathlib
 import subprocess
 import sys
@@ -99,3 +100,30 @@ def test_unusable_place_is_one_line(tmp_path):
         staging.staging(tmp_path / "file", "a"),
     ):
         pass
+
+
+def test_a_stage_left_behind_a_published_data_set_is_swept(tmp_path):
+    """Killed between the move to its place and the removal of the stage."""
+    stage = tmp_path / ".set.incomplete"
+    (stage / "done").mkdir(parents=True)
+    staging.sweep(tmp_path, "set", "dataset")
+    assert not stage.exists()
+    staging.sweep(tmp_path, "set")
+    # What is still to be moved is of another conversion, which goes on.
+    (stage / "dataset").mkdir(parents=True)
+    staging.sweep(tmp_path, "set", "dataset")
+    assert (stage / "dataset").exists()
+    with staging.staging(tmp_path, "set", keep=True):
+        staging.sweep(tmp_path, "set")
+        assert (stage / "dataset").exists()
+
+
+def test_content_is_on_the_disk_before_a_data_set_has_its_name(tmp_path, monkeypatch):
+    synced, target = [], tmp_path / "data" / "set" / "1.0.0"
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append((os.fstat(handle).st_ino, target.exists())))
+    with staging.staging(tmp_path / "data", "set") as stage:
+        (stage / "new").mkdir()
+        (stage / "new" / "shard").write_text("x")
+        number = (stage / "new" / "shard").stat().st_ino
+        staging.publish(stage / "new", target)
+    assert (number, False) in synced

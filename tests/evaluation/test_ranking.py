@@ -164,3 +164,22 @@ def test_errors(rng):
     distance[20, 4] = np.inf
     with pytest.raises(DataError, match="queries 16 to 31 are not finite"):
         ranking.evaluate(None, None, *labels, distance=distance, block=16)
+
+
+def test_queries_without_identity_are_never_valid_and_match_nobody(rng):
+    query_ids, gallery_ids = np.array([-1, 5, -1], np.int32), np.array([-1, 5, -1, -1], np.int32)
+    query_cams, gallery_cams = np.zeros(3, np.int32), np.ones(4, np.int32)
+    distance = rng.random((3, 4)).astype(np.float32)
+    found = ranking.evaluate(None, None, query_ids, gallery_ids, query_cams, gallery_cams, distance=distance)
+    assert found["num_valid_query"] == 1
+    assert np.isnan(found.average_precision).tolist() == [True, False, True]
+    alone = ranking.evaluate(
+        None, None, query_ids[1:2], gallery_ids, query_cams[1:2], gallery_cams, distance=distance[1:2]
+    )
+    assert found["mAP"] == alone["mAP"]
+    lists = ranking.ranking_lists(
+        None, None, query_ids, gallery_ids, query_cams, gallery_cams, queries=np.arange(3), distance=distance
+    )
+    assert lists.match.sum() == 1
+    with pytest.raises(DataError, match="none of 1 queries"):
+        ranking.evaluate(None, None, query_ids[:1], gallery_ids, query_cams[:1], gallery_cams, distance=distance[:1])

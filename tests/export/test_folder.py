@@ -12,6 +12,7 @@ import pytest
 from dmosnet_jax import models
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.export import folder, torch_import
+from dmosnet_jax.export.weights import open_weights
 from tests.models.drawn import draw_tree
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -182,3 +183,36 @@ def test_no_folder(tmp_path):
     assert not folder.is_folder(tmp_path)
     with pytest.raises(DataError, match=r"config\.json: can't be read"):
         folder.load(tmp_path)
+
+
+def test_a_card_that_was_changed_is_found_whatever_was_changed(exported):
+    path, *_ = exported
+    values = json.loads((path / "config.json").read_text())
+    for change in ({"mean": [0.5, 0.4, 0.2]}, {"interpolation": "bilinear"}, {"licence": "none"}, {"source": ""}):
+        (path / "config.json").write_text(json.dumps(values | change))
+        with pytest.raises(DataError, match=r"config\.json: is damaged, or was changed"):
+            folder.load(path)
+    # Written in another way, it is the same.
+    (path / "config.json").write_text(json.dumps(values))
+    folder.load(path)
+
+
+def test_a_folder_that_lost_its_weights_is_told_so(exported):
+    path, *_ = exported
+    (path / "model.safetensors").unlink()
+    assert folder.is_folder(path)
+    with pytest.raises(DataError, match=r"is damaged \(model\.safetensors: No such file"):
+        open_weights(path)
+
+
+def test_an_earlier_export_is_replaced_where_that_is_said(exported):
+    path, params, stats, card = exported
+    folder.save(path, params, stats, dataclasses.replace(card, source="other"), overwrite=True)
+    assert folder.load(path)[2].source == "other"
+    assert [p.name for p in path.parent.iterdir()] == ["model"]
+    (path / "config.json").unlink()
+    (path / "model.safetensors").unlink()
+    (path / "mine.txt").write_text("")
+    with pytest.raises(DataError, match="something else than an earlier result"):
+        folder.save(path, params, stats, card, overwrite=True)
+    assert [p.name for p in path.iterdir()] == ["mine.txt"]

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import pickle
 import subprocess
 import sys
 import zipfile
@@ -113,7 +115,8 @@ def test_pictures_that_are_none_are_named(extractor, arrays, tmp_path):
         "gone.jpg": [arrays[0], tmp_path / "gone.jpg"],
         "broken.jpg": [arrays[0], tmp_path / "broken.jpg"],
         "float32[4, 4, 3]": [arrays[0], np.zeros((4, 4, 3), np.float32)],
-        "uint8[4, 4]": [arrays[0], np.zeros((4, 4), np.uint8)],
+        "uint8[4]": [arrays[0], np.zeros(4, np.uint8)],
+        "uint8[4, 4, 4]": [arrays[0], np.zeros((4, 4, 4), np.uint8)],
         "empty image": [arrays[0], np.zeros((0, 4, 3), np.uint8)],
         "NoneType": [arrays[0], None],
         "mode I;16": [arrays[0], Image.fromarray(np.zeros((4, 4), np.uint16))],
@@ -237,3 +240,96 @@ def test_real_weights_score_what_they_scored_in_pytorch(shared, weights, wanted)
     scores = ranking.evaluate(features, features, ids, ids, cameras, cameras)
     for field, value in wanted.items():
         assert 100 * scores[field] == pytest.approx(value, abs=0.2), field
+
+
+def test_grey_encoded_and_jax_images_are_the_same_image(extractor, arrays, tmp_path):
+    expected = extractor(arrays[0])
+    out = io.BytesIO()
+    Image.fromarray(arrays[0]).save(out, "png")
+    jax_array = jax.numpy.asarray(arrays[0])
+    for image in (out.getvalue(), bytearray(out.getvalue()), memoryview(out.getvalue()), jax_array, [jax_array]):
+        np.testing.assert_array_equal(extractor(image), expected)
+    grey = np.array(arrays[0][..., 0])
+    np.testing.assert_array_equal(extractor(grey), extractor(np.stack([grey] * 3, axis=2)))
+    np.testing.assert_allclose(extractor([grey, grey])[1:], extractor(Image.fromarray(grey)), rtol=1e-3, atol=1e-3)
+
+
+def test_bgr_is_turned_and_rgb_files_are_not(extractor, arrays, tmp_path):
+    expected = extractor(arrays[0])
+    np.testing.assert_array_equal(extractor(arrays[0][..., ::-1], order="bgr"), expected)
+    Image.fromarray(arrays[0]).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(extractor([tmp_path / "a.png"], order="bgr"), expected)
+    with pytest.raises(ConfigError, match="order='brg' is not known: use one of rgb, bgr"):
+        extractor(arrays[0], order="brg")
+
+
+def test_people_in_boxes_of_a_frame(extractor, rng):
+    frame = rng.integers(0, 256, size=(120, 100, 3), dtype=np.uint8)
+    boxes = [(10, 20, 50, 110), (60.2, 5.7, 99.5, 88.1), (-20, -5, 30, 300)]
+    expected = extractor([frame[20:110, 10:50], frame[5:89, 60:100], frame[:, :30]])
+    np.testing.assert_array_equal(extractor(frame, boxes=boxes), expected)
+    np.testing.assert_array_equal(extractor([frame[..., ::-1]], boxes=np.array(boxes), order="bgr"), expected)
+    np.testing.assert_allclose(extractor(frame, boxes=boxes[0]), expected[:1], rtol=1e-3, atol=1e-3)
+    assert extractor(frame, boxes=[]).shape == (0, extractor.feature_dim)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([(50, 20, 10, 110)], r"boxes\[0\]: \[50\.0, 20\.0, 10\.0, 110\.0\] .* is no part of an image of 40 x 90"),
+        ([(0, 0, 10, 10), (200, 0, 210, 10)], r"boxes\[1\]: "),
+        ([(0, 0, float("nan"), 10)], "are not finite numbers"),
+        ([(0, 0, 10)], r"boxes \[1, 3\]: give numbers \[N, 4\]: left, top, right, bottom"),
+        ("all", "boxes of type str: give numbers"),
+    ],
+)
+def test_boxes_that_are_none(extractor, arrays, boxes, message):
+    with pytest.raises(DataError, match=message):
+        extractor(arrays[0], boxes=boxes)
+    with pytest.raises(ConfigError, match="boxes are of one image, and 3 are given"):
+        extractor(arrays, boxes=boxes)
+
+
+def test_an_extractor_pickles_for_spawned_workers(extractor, arrays):
+    again = pickle.loads(pickle.dumps(extractor))
+    np.testing.assert_array_equal(again(arrays), extractor(arrays))
+    assert (again.model, again.feature_dim, again.mean) == (extractor.model, extractor.feature_dim, extractor.mean)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nothing": 1}, "nothing: no such option: use some of name"),
+        ({"image_size": 64}, r"image_size=64 must be \(height, width\)"),
+        ({"image_size": (64, 32, 3)}, "image_size="),
+        ({"image_size": (64.5, 32)}, "image_size="),
+        ({"batch_size": 2.5}, "batch_size=2.5 must be a whole number"),
+        ({"batch_size": None}, "batch_size=None must be a whole number"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"dtype": 8}, "dtype"),
+        ({"attention": 7}, "option is of another type|attention"),
+        ({"interpolation": "nearest"}, "interpolation='nearest' is not known"),
+    ],
+)
+def test_wrong_arguments_are_config_errors(saved, options, message):
+    with pytest.raises(ConfigError, match=message):
+        dmosnet_jax.load(saved[0], **options)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"weights.pth"])
+def test_a_path_that_is_none(path):
+    with pytest.raises(ConfigError, match="give the path of weights"):
+        dmosnet_jax.load(path)
+
+
+def test_odd_paths_of_images_are_one_line(extractor, tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in ("a\0b.jpg", tmp_path / "pipe.jpg", tmp_path, "\udcff.jpg", "x" * 5000):
+        with pytest.raises(DataError, match=r"images\[0\]: .*can't be read") as error:
+            extractor(path)
+        assert str(error.value).isprintable()
+
+
+def test_weights_in_the_home_folder(saved, monkeypatch):
+    monkeypatch.setenv("HOME", str(saved[0].parent))
+    assert dmosnet_jax.load("~/model").feature_dim == saved[1].feature_dim

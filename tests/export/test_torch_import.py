@@ -1,16 +1,20 @@
 """Layouts, the both-way check, and the real files against the weights they were drawn from."""
 
 import dataclasses
+import io
 import json
+import zipfile
 import zlib
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dmosnet_jax import models
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.export import identify, layouts, torch_import
+from dmosnet_jax.export.weights import open_weights
 
 
 def _drawn(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -282,3 +286,121 @@ def test_result_does_not_alias_the_state_dict(small_weights, small_model):
     before = params["conv1"]["bn"]["scale"].copy()
     weights["backbone.conv1.bn.weight"][:] = -1
     np.testing.assert_array_equal(params["conv1"]["bn"]["scale"], before)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["model.", "net.", "base.", "student.", "module.model.", "0.", "encoder_q.", "a.b.c.d."]
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_any_common_prefix_is_taken_off(writer, put, small_weights, small_model, prefix, wrapped):
+    plain = small_weights()
+    body, storages = writer.state({prefix + name: value for name, value in plain.items()})
+    path = put(writer.zipped(writer.mapping({"state_dict": body}) if wrapped else body, storages))
+    found = torch_import.load(path)
+    assert found.keys() == plain.keys()
+    torch_import.convert(found, small_model())
+
+
+def _pair(writer, small_weights, first="student", second="teacher"):
+    """A file with two networks, of which the second has other values."""
+    states, storages = {}, {}
+    for number, key in enumerate((first, second)):
+        weights = {name: value + number for name, value in small_weights().items()}
+        index = len(storages)
+        own = {str(index + at): array for at, array in enumerate(weights.values())}
+        storages |= own
+        states[key] = writer.mapping(
+            {name: writer.dense(at, array) for (at, array), name in zip(own.items(), weights, strict=True)}
+        )
+    return writer.zipped(writer.mapping(states), storages)
+
+
+def test_of_several_networks_one_is_chosen(writer, put, small_weights):
+    path = put(_pair(writer, small_weights))
+    with pytest.raises(DataError, match=r"several state dicts: choose one by PATH#ENTRY, .* of student, teacher"):
+        torch_import.load(path)
+    student, teacher = (torch_import.load(f"{path}#{entry}") for entry in ("student", "teacher"))
+    name = "backbone.conv1.conv.weight"
+    np.testing.assert_array_equal(student[name] + 1, teacher[name])
+    with pytest.raises(DataError, match="has no entry 'ema' with tensors; it has student, teacher"):
+        torch_import.load(f"{path}#ema")
+
+
+@pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "ema", "module_ema"])
+def test_averaged_weights_are_taken_by_choice(writer, put, small_weights, key):
+    path = put(_pair(writer, small_weights, "state_dict", key))
+    name = "backbone.conv1.conv.weight"
+    np.testing.assert_array_equal(torch_import.load(path)[name], small_weights()[name])
+    np.testing.assert_array_equal(torch_import.load(f"{path}#{key}")[name], small_weights()[name] + 1)
+
+
+@pytest.mark.parametrize("key", ["teacher", "student", "ema", "weights_of_mine"])
+def test_a_single_network_under_any_key_is_found(writer, put, small_weights, key):
+    body, storages = writer.state(small_weights())
+    path = put(writer.zipped(writer.mapping({"epoch": writer.integer(3), key: body}), storages))
+    assert torch_import.load(path).keys() == small_weights().keys()
+
+
+def test_parts_of_a_larger_model_are_chosen_by_their_prefix(writer, put, small_weights, tmp_path):
+    weights = {f"encoder_q.{name}": value for name, value in small_weights().items()}
+    weights |= {f"encoder_k.{name}": value for name, value in small_weights().items()} | {
+        "queue": np.ones((4, 8), "f4")
+    }
+    for path in (put(writer.zipped(*writer.state(weights))), tmp_path / "w.safetensors"):
+        if path.suffix == ".safetensors":
+            save_file(weights, path)
+        with pytest.raises(DataError) as error:
+            open_weights(path)
+        assert str(error.value).startswith(f"{path}: ")
+        assert all(f"PATH#encoder_{key}" in str(error.value) for key in "qk")
+        assert torch_import.load(f"{path}#encoder_k").keys() == small_weights().keys()
+
+
+def test_a_file_with_a_hash_in_its_name_is_that_file(writer, put, small_weights):
+    path = put(writer.zipped(*writer.state(small_weights())), "run#3.pth")
+    assert torch_import.load(path).keys() == small_weights().keys()
+
+
+def test_what_is_found_instead_of_weights_is_said(writer, put):
+    path = put(writer.zipped(writer.mapping({"epoch": writer.integer(3), "lr": writer.integer(1)}), {}))
+    with pytest.raises(DataError, match=r"no state dict with named tensors \(its keys are epoch, lr\)"):
+        torch_import.load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n", "is a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html><head>", "is a web page"),
+        (b"\x1f\x8b\x08\x00", "is compressed: unpack it"),
+    ],
+)
+def test_what_stands_in_the_place_of_weights(put, content, part):
+    with pytest.raises(DataError, match=part):
+        torch_import.load(put(content))
+
+
+def test_a_torchscript_program_is_called_so(put):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("net/data.pkl", b"\x80\x02}.")
+        archive.writestr("net/code/__torch__.py", "class Net(Module):\n" * 50)
+        archive.writestr("net/constants.pkl", b"\x80\x02).")
+    with pytest.raises(DataError, match="is a TorchScript program, and programs are not run: save its weights"):
+        torch_import.load(put(out.getvalue()))
+
+
+def test_weights_that_are_no_numbers_say_why(writer, put, small_weights, small_model):
+    weights = small_weights()
+    weights["backbone.conv1.conv.weight"][0] = np.nan
+    state = torch_import.load(put(writer.zipped(*writer.state(weights))))
+    with pytest.raises(DataError, match=r"not finite: .*; its training diverged, or the file is damaged") as error:
+        torch_import.convert(state, small_model())
+    assert "model.neck" not in str(error.value)
+
+
+def test_thousands_of_foreign_names_are_a_bounded_message(small_weights, small_model):
+    weights = small_weights() | {f"backbone.other{i}.weight": np.zeros(1, np.float32) for i in range(5000)}
+    with pytest.raises(DataError, match=r"5000 unexpected; .* and 4,970 more") as error:
+        torch_import.convert(weights, small_model())
+    assert len(str(error.value)) < 3000
