@@ -5,7 +5,6 @@ a minute), and loses the handler's exception where it interrupts a callback of t
 a thread watches too: it repeats a signal that was lost, and ends the process where the main thread does not come back.
 """
 
-import _thread
 import contextlib
 import os
 import select
@@ -20,8 +19,10 @@ from dmosnet_jax.core import files
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 # Seconds: between two looks of the thread, until it ends the process, and that clean-up may take.
 _LOOK, _AT_ONCE, _CLEAN_UP = 0.1, 1.0, 60.0
-# Functions that others call and whose exceptions they print and drop.
+# Functions whose exceptions their callers print and drop; and the pipe of `startup`, whose caller would take
+# what was written for not written, and write it again.
 _CALLBACKS = {"_xla_gc_callback", "__del__"}
+_WRITING = "_Lasting.write"
 
 
 class StoppedExit(SystemExit):
@@ -86,7 +87,7 @@ def _flush() -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     while frame is not None:
-        if frame.f_code.co_name in _CALLBACKS:
+        if frame.f_code.co_name in _CALLBACKS or frame.f_code.co_qualname == _WRITING:
             # The thread repeats it.
             return
         frame = frame.f_back
@@ -120,12 +121,13 @@ def _watch(source: int) -> None:
                 _say(1, f"{signal.Signals(first).name}: finishes {_state.finishing}; a second signal stops it at once")
         elif not _state.raised and waited < _AT_ONCE:
             _state.repeats += 1
-            _thread.interrupt_main(signal.Signals(first))
+            # A real one, which also ends a wait of the main thread.
+            signal.pthread_kill(threading.main_thread().ident or 0, first)
         elif not _state.raised or waited > _CLEAN_UP:
             _end(first)
         elif waited >= _AT_ONCE and not told:
             told = True
-            _say(1, f"{signal.Signals(first).name}: cleans up first; a second signal stops it at once")
+            _say(2, f"{signal.Signals(first).name}: cleans up first; a second signal stops it at once")
 
 
 def _end(number: int) -> None:
