@@ -1,7 +1,8 @@
 """The layout of Market-1501, which other data sets share.
 
 Folders `bounding_box_train`, `query` and `bounding_box_test`; the file's name tells identity and camera. A copy may
-have the first alone, to train on, or the other two alone, to evaluate on.
+have the first alone, to train on, or the other two alone, to evaluate on. Of `gt_bbox`, where there is one, the images
+are kept that show a query's person under the query's camera: they are for evaluation with multiple queries.
 """
 
 import os
@@ -16,6 +17,7 @@ from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data import records
 
 FOLDERS = {"bounding_box_train": records.TRAIN, "query": records.QUERY, "bounding_box_test": records.GALLERY}
+MULTIPLE = "gt_bbox"
 _IMAGE = re.compile(r".*\.(jpe?g|png|bmp|webp|gif|tiff?)", re.IGNORECASE | re.DOTALL)
 _INT32 = 2**31
 
@@ -41,18 +43,21 @@ def scan(
       DataError: images are not named so; the message names them.
     """
     splits: dict[str, list[Item]] = {split: [] for split in FOLDERS.values()}
+    multiple: list[Item] = []
     junk = 0
     wrong = []
     for name in names:
         folder, _, file = name.removeprefix(root).rpartition("/")
-        if not name.startswith(root) or folder not in FOLDERS:
+        if not name.startswith(root) or folder not in (*FOLDERS, MULTIPLE):
             continue
         match = pattern.fullmatch(file)
         if match is None:
             wrong += [name] if is_image(file) else []
             continue
         pid, camid = int(match[1]), int(match[2])
-        if reserved and pid == -1:
+        if folder == MULTIPLE:
+            multiple.append(Item(name, pid, camid))
+        elif reserved and pid == -1:
             junk += 1
         elif max(pid, camid) >= _INT32 or (reserved and pid == 0 and FOLDERS[folder] != records.GALLERY):
             wrong.append(name)
@@ -61,6 +66,8 @@ def scan(
     if wrong:
         only = ", with pid 0 only in bounding_box_test" if reserved else ""
         raise DataError(f"{len(wrong)} images are not named {form}{only}; rename or remove them: {some(wrong)}")
+    queries = {item[1:] for item in splits[records.QUERY]}
+    splits[records.MULTI_QUERY] = [item for item in multiple if item[1:] in queries]
     return Listing({split: items for split, items in splits.items() if items}, junk)
 
 

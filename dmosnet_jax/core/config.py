@@ -13,6 +13,8 @@ JOIN = "+"
 CRITERIA = ("cfs",)
 _EXAMPLE = '("cfs", "runs/cfs/scores.npz", 0.5)'
 RECIPES = ("quickstart", "spcl", "spcl_uda", "supervised", "evaluate", "extract", "export", "cfs")
+# Those that rank a gallery.
+RANKING = ("quickstart", "spcl", "spcl_uda", "supervised", "evaluate")
 _CHOICES = {
     "optim.name": ("adam", "sgd"),
     "optim.schedule": ("step", "cosine", "constant"),
@@ -73,6 +75,7 @@ def validate(config: Any) -> None:
         config,
         "must not be negative",
         *("seed", "data.threads", "data.workers", "augment.pad", "eval.rank_lists", "spcl.refresh_every_steps"),
+        *("eval.query_expansion", "eval.expansion_alpha"),
         *("optim.weight_decay", "optim.warmup_steps", "optim.warmup_epochs", "optim.clip_norm", "loss.triplet_weight"),
     )
     _check_numbers(
@@ -91,12 +94,26 @@ def validate(config: Any) -> None:
         # No filter means the one that the weights were trained with.
         if value not in (None, *known) and (field, value) != ("data.interpolation", ""):
             raise ConfigError(f"{field}={value!r} is not known: use one of {', '.join(known)}")
+    _check_test_time(config, recipe)
     _check_selection(config, recipe)
     _check_domains(config, recipe)
     _check_image_size(config)
     _check_sampler(config)
     _check_groups(config, recipe)
     _check_radii(config)
+
+
+def _check_test_time(config: Any, recipe: str) -> None:
+    """Of choices that only a ranking has."""
+    for field in ("eval.flip", "eval.multi_query", "eval.query_expansion", "eval.expansion_alpha", "eval.rerank"):
+        value = read(config, field)
+        if value and recipe not in RANKING:
+            raise ConfigError(f"{field}={value} is for a ranking, which the {recipe} recipe has not: leave it out")
+    alpha = read(config, "eval.expansion_alpha")
+    if alpha and not read(config, "eval.query_expansion"):
+        raise ConfigError(
+            f"eval.expansion_alpha={alpha} weights the images of eval.query_expansion=0, which are none: give how many"
+        )
 
 
 def _check_selection(config: Any, recipe: str) -> None:
