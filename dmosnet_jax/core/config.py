@@ -13,8 +13,6 @@ JOIN = "+"
 CRITERIA = ("cfs",)
 _EXAMPLE = '("cfs", "runs/cfs/scores.npz", 0.5)'
 RECIPES = ("quickstart", "spcl", "spcl_uda", "supervised", "evaluate", "extract", "export", "cfs")
-# Those that rank a gallery.
-RANKING = ("quickstart", "spcl", "spcl_uda", "supervised", "evaluate")
 _CHOICES = {
     "optim.name": ("adam", "sgd"),
     "optim.schedule": ("step", "cosine", "constant"),
@@ -31,6 +29,10 @@ _NUMBERS: dict[str, Callable[[Any], bool]] = {
     "must lie between 0 and 1": lambda value: 0 <= value <= 1,
     "must be at least 0 and less than 1": lambda value: 0 <= value < 1,
 }
+
+
+# Recipes that rank a gallery.
+_RANKING = ("quickstart", "spcl", "spcl_uda", "supervised", "evaluate")
 
 
 def _check_numbers(config: Any, rule: str, *fields: str) -> None:
@@ -107,7 +109,7 @@ def _check_test_time(config: Any, recipe: str) -> None:
     """Of choices that only a ranking has."""
     for field in ("eval.flip", "eval.multi_query", "eval.query_expansion", "eval.expansion_alpha", "eval.rerank"):
         value = read(config, field)
-        if value and recipe not in RANKING:
+        if value and recipe not in _RANKING:
             raise ConfigError(f"{field}={value} is for a ranking, which the {recipe} recipe has not: leave it out")
     alpha = read(config, "eval.expansion_alpha")
     if alpha and not read(config, "eval.query_expansion"):

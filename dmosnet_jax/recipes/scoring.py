@@ -194,11 +194,12 @@ def publish(
 
 
 def _results(scores: Scores, config: Any) -> dict[str, Any]:
-    results = {**scores.ranking.results(), "interpolation": config.data.interpolation, "test_time": scores.choices}
+    results = {**scores.ranking.results(), "interpolation": config.data.interpolation}
     if config.eval.rerank:
         distance = rerank(scores.query_features, scores.gallery_features)
         again = ranking.evaluate(None, None, *scores.labels, distance=distance)
         results |= {f"reranked_{name}": float(again[name]) for name in METRICS}
+    results["test_time"] = dict(scores.choices)
     return results
 
 

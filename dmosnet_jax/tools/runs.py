@@ -25,8 +25,9 @@ from dmosnet_jax.tools.experiments import Row, Table
 
 MAIN = (sys.executable, "-m", "dmosnet_jax.main")
 TRAIN, SCORE, NOTE = "train", "score", "run.json"
-# Fields of the scoring too, and those on which no result depends.
+# Fields of the scoring too; those of it that change no score; those on which no training's result depends.
 _SCORING = ("eval.*", "data.threads", "data.workers", "data.cache_mib")
+_NO_SCORE = ("eval.batch_size", "eval.report", "eval.rank_lists")
 _FREE = (*_SCORING, "data_dir", "train.log_every_steps", "train.checkpoint_every_steps", "train.keep")
 _OVERRIDE = re.compile(r"(?:(?P<row>[\w-]+):)?(?P<field>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
 
@@ -115,7 +116,8 @@ class Run:
     @property
     def scoring(self) -> dict[str, str]:
         """Fields of the evaluation that its result depends on."""
-        return {field: value for field, value in self.overrides.items() if _matches(field, ("eval.*",))}
+        chosen = {field: value for field, value in self.overrides.items() if _matches(field, ("eval.*",))}
+        return {field: value for field, value in chosen.items() if field not in _NO_SCORE}
 
     def train_command(self) -> list[str]:
         """The command that trains, and goes on where it was stopped; empty for a row that is only scored."""

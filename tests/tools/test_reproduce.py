@@ -293,7 +293,7 @@ def test_a_table(command):
     assert (command.table / "scratch" / "seed0" / "train.log").read_bytes() == before
     results = json.loads((command.table / "scratch" / "seed0" / "score" / "results.json").read_text())
     assert results["test_time"] == {"flip": True}
-    assert "scratch: with eval.report=False, eval.flip=True" in (command.table / "table.md").read_text()
+    assert "scratch: with eval.flip=True" in (command.table / "table.md").read_text()
 
 
 @pytest.mark.slow
@@ -331,7 +331,7 @@ def test_a_stopped_table_goes_on(command):
     second = note(command.table / "spcl" / "seed0")
     assert second["trained"]
     assert second["seconds"] > first["seconds"]
-    assert note(command.table / "tuned" / "seed0")["scored"] == {"eval.report": "False"}
+    assert note(command.table / "tuned" / "seed0")["scored"] == {}
     assert "starts from" in (command.table / "tuned" / "seed0" / "train.log").read_text()
 
 
