@@ -98,7 +98,23 @@ def base(recipe: str, model_name: str | None = None) -> ConfigDict:
             "subset": config_dict.placeholder(tuple),
         }
     )
-    config.eval = ConfigDict({"batch_size": 128, "rerank": False, "report": True, "rank_lists": 10})
+    config.eval = ConfigDict(
+        {
+            "batch_size": 128,
+            # A feature is the mean of the image's and of its mirror image's.
+            "flip": False,
+            # A query is the mean of all images of its identity from its camera: those of gt_bbox where the data set was
+            # converted with them (Market-1501's protocol), else the query images.
+            "multi_query": False,
+            # Nearest gallery images that are added to each query, 0 for none; weighted by their similarity to this
+            # power (alpha-QE, 3 in its paper), 0 weights all alike (average query expansion).
+            "query_expansion": 0,
+            "expansion_alpha": 0.0,
+            "rerank": False,
+            "report": True,
+            "rank_lists": 10,
+        }
+    )
     return config
 
 

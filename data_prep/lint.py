@@ -161,7 +161,7 @@ def _converted(split: Split) -> Part:
 
 
 def _position(split: str) -> tuple[int, str]:
-    order = (records.TRAIN, records.VAL, records.TRAINVAL, records.QUERY, records.GALLERY)
+    order = (records.TRAIN, records.VAL, records.TRAINVAL, records.QUERY, records.GALLERY, records.MULTI_QUERY)
     return (order.index(split) if split in order else len(order)), split
 
 

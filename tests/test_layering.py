@@ -41,7 +41,7 @@ def level(name: str) -> int | None:
     if parts[0] != "dmosnet_jax":
         return None
     room = parts[1] if len(parts) > 1 else ""
-    return {"main": MAIN, "benchmarks": ANYTHING}.get(room, ROOMS.get(room, -1))
+    return {"main": MAIN, "benchmarks": ANYTHING, "tools": ANYTHING}.get(room, ROOMS.get(room, -1))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -59,7 +59,7 @@ def test_a_file_imports_only_from_below(path):
         assert {name.split(".")[1] for name in names if name.startswith("dmosnet_jax.")} <= {"core"}
         return
     assert "configs" not in tops
-    if parts[1] in ("benchmarks", "__init__.py"):
+    if parts[1] in ("benchmarks", "tools", "__init__.py"):
         return
     assert "torch" not in tops
     own = MAIN if parts[1] == "main.py" else ROOMS[parts[1]]
@@ -73,7 +73,7 @@ def test_a_file_imports_only_from_below(path):
 
 def test_every_room_is_known_and_described():
     rooms = {p.name for p in (ROOT / "dmosnet_jax").iterdir() if p.is_dir() and p.name != "__pycache__"}
-    assert rooms == {*ROOMS, "benchmarks"}
+    assert rooms == {*ROOMS, "benchmarks", "tools"}
     for path in FILES:
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path.relative_to(ROOT)}: no docstring"
 

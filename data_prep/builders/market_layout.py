@@ -3,7 +3,8 @@
 Folders `bounding_box_train`, `query` and `bounding_box_test`; the file's name tells identity and camera. A copy may
 have the first alone, to train on, or the other two alone, to evaluate on. Copies that were prepared for other programs
 have `train_all` (or `train` and `val`), `query` and `gallery` instead, with a folder for each identity (layumi's
-Person_reID_baseline_pytorch), or `train`, `query` and `test`.
+Person_reID_baseline_pytorch), or `train`, `query` and `test`. Of `gt_bbox`, where there is one, the images are kept
+that show a query's person under the query's camera: they are for evaluation with multiple queries.
 """
 
 import os
@@ -26,6 +27,7 @@ NAMES = {
     records.GALLERY: ("bounding_box_test", "gallery", "test", "testing"),
 }
 _WITH_VAL = ("bounding_box_train", "train_all", "trainval")
+MULTIPLE = "gt_bbox"
 _IMAGE = re.compile(r".*\.(jpe?g|png|bmp|webp|gif|tiff?)", re.IGNORECASE | re.DOTALL)
 _INT32 = 2**31
 
@@ -76,18 +78,21 @@ def scan(
     tops = {name.removeprefix(root).split("/")[0] for name in names if name.startswith(root)}
     folders = FOLDERS if not prepared else splits_of(tops)
     splits: dict[str, list[Item]] = {split: [] for split in folders.values()}
+    multiple: list[Item] = []
     junk, wrong = [], []
     for name in names:
         top, _, rest = name.removeprefix(root).partition("/")
         *inside, file = rest.split("/")
-        if not name.startswith(root) or top not in folders or len(inside) > prepared:
+        if not name.startswith(root) or top not in (*folders, MULTIPLE) or len(inside) > prepared:
             continue
         match = pattern.fullmatch(file)
         if match is None:
             wrong += [name] if is_image(file) else []
             continue
         pid, camid = int(match[1]), int(match[2])
-        if inside and inside[0].lstrip("0") != match[1].lstrip("0"):
+        if top == MULTIPLE:
+            multiple.append(Item(name, pid, camid))
+        elif inside and inside[0].lstrip("0") != match[1].lstrip("0"):
             wrong.append(name)
         elif reserved and pid == -1:
             junk.append(name)
@@ -98,7 +103,10 @@ def scan(
     if wrong:
         only = ", with pid 0 only in bounding_box_test" if reserved else ""
         raise DataError(f"{len(wrong)} images are not named {form}{only}; rename or remove them: {some(wrong)}")
-    return Listing({split: items for split, items in splits.items() if items}, len(junk), known=frozenset(junk))
+    queries = {item[1:] for item in splits.get(records.QUERY, ())}
+    splits[records.MULTI_QUERY] = [item for item in multiple if item[1:] in queries]
+    known = frozenset([*junk, *(item.filename for item in multiple)])
+    return Listing({split: items for split, items in splits.items() if items}, len(junk), known=known)
 
 
 class MarketLayoutBuilder(ReidBuilder, skip_registration=True):  # type: ignore[call-arg]

@@ -191,7 +191,8 @@ def _check_sizes(parts: Sequence[Part], contents: Mapping[str, Contents]) -> lis
 def _check_duplicates(parts: Mapping[str, Part], contents: dict[str, Contents]) -> list[Finding]:
     """One finding for each kind of equal images, since there may be thousands."""
     kinds: dict[str, list[list[tuple[str, int]]]] = {}
-    for group in duplicates(contents):
+    # Images for multiple queries are other boxes of the queries' own frames, or the same.
+    for group in duplicates({split: found for split, found in contents.items() if split != records.MULTI_QUERY}):
         sides = {split in _TRAINING for split, _ in group}
         pids = {int(parts[split].pids[row]) for split, row in group}
         if len(sides) > 1:

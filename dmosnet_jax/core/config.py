@@ -99,6 +99,10 @@ def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
+# Recipes that rank a gallery.
+_RANKING = ("quickstart", "spcl", "spcl_uda", "supervised", "evaluate")
+
+
 def _check_numbers(config: Any, rule: str, *fields: str) -> None:
     for field in fields:
         value = read(config, field)
@@ -144,6 +148,7 @@ def validate(config: Any) -> None:
         config,
         "must not be negative",
         *("seed", "data.threads", "data.workers", "augment.pad", "eval.rank_lists", "spcl.refresh_every_steps"),
+        *("eval.query_expansion", "eval.expansion_alpha"),
         *("optim.weight_decay", "optim.warmup_steps", "optim.warmup_epochs", "optim.clip_norm", "loss.triplet_weight"),
     )
     _check_numbers(
@@ -168,12 +173,26 @@ def validate(config: Any) -> None:
             "data.placement='device' keeps decoded images, which AutoAugment changes before they are resized: use "
             "data.placement=host or augment.autoaugment=0"
         )
+    _check_test_time(config, recipe)
     _check_selection(config, recipe)
     _check_domains(config, recipe)
     _check_image_size(config)
     _check_sampler(config)
     _check_groups(config, recipe)
     _check_radii(config)
+
+
+def _check_test_time(config: Any, recipe: str) -> None:
+    """Of choices that only a ranking has."""
+    for field in ("eval.flip", "eval.multi_query", "eval.query_expansion", "eval.expansion_alpha", "eval.rerank"):
+        value = read(config, field)
+        if value and recipe not in _RANKING:
+            raise ConfigError(f"{field}={value} is for a ranking, which the {recipe} recipe has not: leave it out")
+    alpha = read(config, "eval.expansion_alpha")
+    if alpha and not read(config, "eval.query_expansion"):
+        raise ConfigError(
+            f"eval.expansion_alpha={alpha} weights the images of eval.query_expansion=0, which are none: give how many"
+        )
 
 
 def _check_selection(config: Any, recipe: str) -> None:

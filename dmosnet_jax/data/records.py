@@ -21,6 +21,8 @@ TRAIN, QUERY, GALLERY = "train", "query", "gallery"
 SPLITS = (TRAIN, QUERY, GALLERY)
 # MSMT17's validation images, which some train on too, and training images where the two are not told apart.
 VAL, TRAINVAL = "val", "trainval"
+# More images of each query's person from its camera (Market-1501's gt_bbox).
+MULTI_QUERY = "multi_query"
 
 FILE_FORMAT = "tfrecord"
 INFO_FILE = "dataset_info.json"

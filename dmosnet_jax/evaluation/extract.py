@@ -110,15 +110,32 @@ class Extractor:
         threads: int = 2,
         workers: int = 0,
         interpolation: str = DEFAULT_FILTER,
+        flip: bool = False,
         mean: Sequence[float] = augment.IMAGENET_MEAN,
         std: Sequence[float] = augment.IMAGENET_STD,
     ):
-        """Prepares the program: `mean` and `std` per channel in [0, 1] units, otherwise as `BatchProgram`."""
+        """Prepares the program.
+
+        Args:
+            model: the network.
+            mesh: as `BatchProgram`, and so are those that are not named here.
+            batch_size: see there.
+            threads: see there.
+            workers: see there.
+            interpolation: see there.
+            flip: a feature is the mean of the image's and of its mirror image's, as in fast-reid's flip test.
+            mean: per channel, in [0, 1] units.
+            std: likewise.
+        """
 
         def forward(weights, images):
             params, stats = weights
-            outputs, _ = model.apply(params, stats, augment.normalise(images, mean, std), train=False)
-            return outputs["feature"]
+            pixels = augment.normalise(images, mean, std)
+
+            def feature(pixels):
+                return model.apply(params, stats, pixels, train=False)[0]["feature"]
+
+            return (feature(pixels) + feature(pixels[:, :, ::-1])) / 2 if flip else feature(pixels)
 
         self._forward = BatchProgram(
             forward,

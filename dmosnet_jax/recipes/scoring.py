@@ -19,6 +19,7 @@ from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.evaluation.report_charts import charts_from_metrics
 from dmosnet_jax.evaluation.rerank import rerank
 from dmosnet_jax.models import Model
+from dmosnet_jax.recipes import query_features
 from dmosnet_jax.train.metrics import METRICS_FILE, read_rows, write_json
 
 RESULTS, REPORT = "results.json", "report.html"
@@ -28,13 +29,14 @@ _TITLES = {"mAP": "mAP", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-1
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Features and ranking of one set of weights on one data set."""
+    """Features and ranking of one set of weights on one data set; `choices` says what the query features are."""
 
     query: Split
     gallery: Split
     query_features: np.ndarray
     gallery_features: np.ndarray
     ranking: ranking.Ranking
+    choices: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def labels(self) -> tuple[np.ndarray, ...]:
@@ -67,16 +69,22 @@ class Scorer:
             model: the network.
             mesh: the devices.
             names: of the data sets.
-            extractor: None: one with the config's sizes.
+            extractor: None: one with the config's sizes; not used where mirror images are asked for.
             keep_images: keep decoded images in host memory, where they fit.
 
         Raises:
-            DataError: a data set is not there.
+            ConfigError: choices at test time that do not fit a data set.
+            DataError: a data set is not there, or has not the images that the choices need.
         """
-        self._extract = extractor or make_extractor(config, model, mesh)
+        if extractor is None or config.eval.flip:
+            extractor = make_extractor(config, model, mesh, flip=config.eval.flip)
+        self._extract = extractor
         self._splits = {
             name: [load_split(config.data_dir, name, split) for split in (QUERY, GALLERY)] for name in names
         }
+        self._queries = {name: query_features.QueryFeatures(config, *splits) for name, splits in self._splits.items()}
+        for name, chosen in self._queries.items():
+            self._splits[name] += chosen.more
         self._caches = {
             name: [image_cache(config, split) if keep_images else None for split in splits]
             for name, splits in self._splits.items()
@@ -87,18 +95,19 @@ class Scorer:
         return {name: self._score(name, params, stats) for name in self._splits}
 
     def _score(self, name: str, params: Any, stats: Any) -> Scores:
-        query, gallery = self._splits[name]
+        query, gallery, *_ = self._splits[name]
         prefix = f"{name} " if len(self._splits) > 1 else ""
-        first, second = (
+        first, second, *more = (
             self._extract(params, stats, split, label=prefix + split.split, cache=cache)
-            for split, cache in zip((query, gallery), self._caches[name], strict=True)
+            for split, cache in zip(self._splits[name], self._caches[name], strict=True)
         )
+        first = self._queries[name](first, second, *more)
         ranked = ranking.evaluate(first, second, query.pids, gallery.pids, query.camids, gallery.camids)
-        return Scores(query, gallery, first, second, ranked)
+        return Scores(query, gallery, first, second, ranked, self._queries[name].choices)
 
 
-def make_extractor(config: Any, model: Model, mesh: Mesh) -> Extractor:
-    """An extractor with the config's sizes."""
+def make_extractor(config: Any, model: Model, mesh: Mesh, *, flip: bool = False) -> Extractor:
+    """An extractor with the config's sizes; with `flip` of mirror images too."""
     return Extractor(
         model,
         mesh,
@@ -106,6 +115,7 @@ def make_extractor(config: Any, model: Model, mesh: Mesh) -> Extractor:
         threads=config.data.threads,
         workers=config.data.workers,
         interpolation=config.data.interpolation,
+        flip=flip,
         mean=config.pixel_mean,
         std=config.pixel_std,
     )
@@ -131,6 +141,8 @@ def summary(scores: Mapping[str, Scores]) -> str:
     """One line with mAP and rank-1, and those of each data set where there are several."""
     found = metrics(scores)
     text = f"mAP {100 * found['mAP']:.2f}  rank-1 {100 * found['rank1']:.2f}"
+    choices = next(iter(scores.values())).choices
+    text += f"  [{query_features.describe(choices)}]" if choices else ""
     if len(scores) == 1:
         return text
     each = (f"{name} {100 * found[f'{name}/mAP']:.2f} / {100 * found[f'{name}/rank1']:.2f}" for name in scores)
@@ -141,7 +153,8 @@ def describe(results: Mapping[str, Any]) -> str:
     """One line with the usual figures of a data set in percent, and the numbers of images."""
     parts = [f"{title} {100 * results[metric]:.2f}" for metric, title in _TITLES.items()]
     counts = f"{results['num_valid_query']} of {results['num_query']} queries, {results['num_gallery']} gallery images"
-    return f"{'  '.join(parts)}  ({counts})"
+    chosen = query_features.describe(results.get("test_time", {}))
+    return f"{'  '.join(parts)}  ({counts})" + (f"  [{chosen}]" if chosen else "")
 
 
 def describe_thresholds(found: Mapping[str, Any]) -> str:
@@ -203,6 +216,7 @@ def _results(scores: Scores, config: Any) -> dict[str, Any]:
         distance = rerank(scores.query_features, scores.gallery_features)
         again = ranking.evaluate(None, None, *scores.labels, distance=distance)
         results |= {f"reranked_{name}": float(again[name]) for name in METRICS}
+    results["test_time"] = dict(scores.choices)
     return results
 
 

@@ -50,6 +50,18 @@ def both_ways(capsys, raw, dataset="market1501"):
     return status, lines
 
 
+def test_images_for_multiple_queries_are_a_split_and_no_duplicates(raw, capsys):
+    shutil.copytree(raw / "query", raw / "gt_bbox")
+    extra = next((raw / "bounding_box_train").glob("*.jpg"))
+    shutil.copy(extra, raw / "gt_bbox")
+    status, lines = both_ways(capsys, raw)
+    assert status == 0
+    # The training image is of no query.
+    query = len(list((raw / "query").iterdir()))
+    assert lines[5].split()[:3] == ["multi_query", str(query), "3"]
+    assert not [line for line in lines if "by content" in line]
+
+
 def test_clean_copy(raw, capsys):
     status, lines = both_ways(capsys, raw)
     assert status == 0

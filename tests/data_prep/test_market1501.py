@@ -54,6 +54,20 @@ def test_names_are_read():
     assert listing.splits["query"] == [Item("query/0001_c2s1_000301_00.jpg", 1, 2)]
 
 
+def test_images_for_multiple_queries_are_those_of_a_query():
+    kept = ["gt_bbox/0001_c2s1_000301_00.jpg", "gt_bbox/0001_c2s3_000901_00.jpg"]
+    files = [
+        *("gt_bbox/0001_c3s1_000301_00.jpg", "gt_bbox/0002_c2s1_000301_00.jpg", "gt_bbox/Thumbs.db", *kept),
+        *("query/0001_c2s1_000301_00.jpg", "bounding_box_test/0001_c3s1_000401_03.jpg"),
+    ]
+    listing = Market1501.scan(files)
+    assert listing.splits["multi_query"] == [Item(name, 1, 2) for name in kept]
+    assert [len(listing.splits[split]) for split in ("query", "gallery")] == [1, 1]
+    assert "multi_query" not in Market1501.scan([name for name in files if not name.startswith("query")]).splits
+    with pytest.raises(DataError, match="1 images are not named"):
+        Market1501.scan([*files, "gt_bbox/me.png"])
+
+
 def test_every_wrong_name_is_listed():
     wrong = [
         "bounding_box_train/0000_c1s1_000451_03.jpg",

@@ -59,6 +59,16 @@ def test_every_image_once_and_in_order(split, weights, expected, devices, batch_
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_flipped_feature_is_the_mean_of_both_sides(split, weights, expected, devices):
+    images = np.stack([load(split.record(row).image, SIZE)[:, ::-1] for row in range(len(split))])
+    pixels = augment.normalise(jnp.asarray(images), (0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
+    mirrored = np.asarray(Linear().apply(*weights, pixels, train=False)[0]["feature"])
+    assert np.abs(mirrored - expected).max() > 1
+    found = extractor(devices, flip=True)(*weights, split)
+    np.testing.assert_allclose(found, (expected + mirrored) / 2, rtol=1e-4, atol=1e-4)
+
+
 def test_weights_may_be_anywhere_and_change(split, weights, expected):
     extract = extractor(8)
     placed = jax.device_put(weights, jax.devices()[3])

@@ -1,14 +1,19 @@
 """One network on several data sets: evaluation side by side, and training on their union."""
 
 import functools
+import importlib
 import json
+import re
 
 import jax
+import numpy as np
 import optax
 import pytest
 
 from dmosnet_jax import models
 from dmosnet_jax.core.parallel import make_mesh
+from dmosnet_jax.data.splits import load_split
+from dmosnet_jax.evaluation import queries, ranking
 from dmosnet_jax.recipes import scoring
 from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train.checkpoints import Checkpoints
@@ -144,6 +149,113 @@ def test_training_on_the_union(cli, flags, data_dir, tmp_path):
     finished = cli.forked(*flags("finetune", dataset="other+tiny+crowd", **fields), f"--workdir={workdir}")
     assert finished.status == 1
     assert "dataset='other+tiny+crowd' (was 'tiny+other+crowd')" in finished.err
+
+
+@pytest.fixture(scope="module")
+def many_boxes(tmp_path_factory, tiny_writer):
+    """A data set with further images of its queries, and one whose queries have one image of a person and camera."""
+    folder = tmp_path_factory.mktemp("boxes")
+    tiny_writer(folder, "tiny", splits=("train", "query", "gallery", "multi_query"))
+    tiny_writer(folder, "single", splits=("train", "query", "gallery"), cameras=3, images=1)
+    return folder
+
+
+class _Eval:
+    """Features that a test gives, in place of a network's."""
+
+    def __init__(self, *features):
+        self._features = list(features)
+
+    def __call__(self, *args, **options):
+        return self._features.pop(0)
+
+
+def evaluated(cli, flags, checkpoint, workdir, **fields):
+    finished = cli.forked(*flags("evaluate", checkpoint=checkpoint, **fields), f"--workdir={workdir}")
+    assert finished.status == 0, finished.err
+    assert finished.errors == []
+    return results_in(workdir), finished.out
+
+
+def test_choices_at_test_time_are_named(cli, flags, many_boxes, data_dir, checkpoint, tmp_path):
+    plain, out = evaluated(cli, flags, checkpoint, tmp_path / "plain")
+    assert plain["test_time"] == {}
+    assert "[" not in out
+    found, words = {}, {}
+    for name, fields in {
+        "flip": {"eval.flip": True},
+        "multi_query": {"eval.multi_query": True},
+        "boxes": {"eval.multi_query": True, "data_dir": many_boxes},
+        "average": {"eval.query_expansion": 5},
+        "alpha": {"eval.query_expansion": 5, "eval.expansion_alpha": 3.0, "eval.flip": True},
+    }.items():
+        results, out = evaluated(cli, flags, checkpoint, tmp_path / name, **fields)
+        found[name], words[name] = results, out
+        assert results["num_query"] == plain["num_query"] == 48
+    assert {name: results["test_time"] for name, results in found.items()} == {
+        "flip": {"flip": True},
+        "multi_query": {"multi_query": {"images_of": "query", "pooled_queries": 48}},
+        "boxes": {"multi_query": {"images_of": "multi_query", "pooled_queries": 48}},
+        "average": {"query_expansion": {"neighbours": 5, "alpha": 0.0}},
+        "alpha": {"flip": True, "query_expansion": {"neighbours": 5, "alpha": 3.0}},
+    }
+    assert "gallery images)  [mirror images]\n" in words["flip"]
+    assert "gallery images)  [mirror images, alpha-QE (alpha 3) of 5]\n" in words["alpha"]
+    assert "[average QE of 5]" in words["average"]
+    assert "[multi-query (48 by images of multi_query)]" in words["boxes"]
+    assert words["multi_query"].count("tiny has no images for multiple queries (gt_bbox): a query's feature is") == 1
+    assert "gt_bbox" not in words["boxes"]
+
+
+def test_ranked_features_are_the_chosen_ones(many_boxes, rng):
+    """The scorer against `multi_query` and `expand` one after the other."""
+    config = importlib.import_module("configs.evaluate").get_config()
+    config.update({"data_dir": str(many_boxes), "eval": {"multi_query": True, "query_expansion": 4}})
+    first, second, more = (rng.normal(size=(48, 8)).astype(np.float32) for _ in range(3))
+    scorer = scoring.Scorer(config, None, make_mesh(), ["tiny"], extractor=_Eval(first, second, more))
+    scores = scorer(None, None)["tiny"]
+    query, gallery = scores.query, scores.gallery
+    boxes = load_split(many_boxes, "tiny", "multi_query")
+    pooled = queries.multi_query(first, query.pids, query.camids, more, boxes.pids, boxes.camids)
+    expected = queries.expand(pooled, second, neighbours=4)
+    np.testing.assert_array_equal(scores.query_features, expected)
+    np.testing.assert_array_equal(scores.gallery_features, second)
+    assert scores.ranking.mAP == ranking.evaluate(expected, second, *scores.labels).mAP
+    assert len(gallery) == len(boxes) == 48
+    assert scoring.summary({"tiny": scores}).endswith("[multi-query (48 by images of multi_query), average QE of 4]")
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_mirror_images_are_for_scores_alone(data_dir, monkeypatch, flip):
+    """Training's own extractor, whose features SpCL clusters, is not used for them."""
+    config = importlib.import_module("configs.evaluate").get_config()
+    config.update({"data_dir": str(data_dir), "eval": {"flip": flip}})
+    made = []
+    monkeypatch.setattr(scoring, "Extractor", lambda *args, **options: made.append(options["flip"]) or _Eval())
+    own = _Eval()
+    scorer = scoring.Scorer(config, None, make_mesh(), ["tiny"], extractor=own)
+    assert made == ([True] if flip else [])
+    assert (scorer._extract is own) is not flip
+    assert scoring.make_extractor(config, None, make_mesh())
+    assert made[-1] is False
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields", "status", "part"),
+    [
+        ("evaluate", {"eval.multi_query": True, "dataset": "single"}, 1, "single in .* would be single query: convert"),
+        ("evaluate", {"eval.query_expansion": 49}, 2, "eval.query_expansion=49: tiny has 48 gallery images: use fewer"),
+        ("evaluate", {"eval.query_expansion": -1}, 2, "eval.query_expansion=-1 must not be negative"),
+        ("evaluate", {"eval.expansion_alpha": 3.0}, 2, "eval.expansion_alpha=3.0 weights the images of eval.query"),
+        ("extract", {"eval.flip": True}, 2, "eval.flip=True is for a ranking, which the extract recipe has not"),
+        ("extract", {"eval.rerank": True}, 2, "eval.rerank=True is for a ranking, which the extract recipe has not"),
+    ],
+)
+def test_choices_that_make_no_sense(cli, flags, many_boxes, checkpoint, tmp_path, recipe, fields, status, part):
+    command = flags(recipe, **{"checkpoint": checkpoint, "data_dir": many_boxes} | fields)
+    finished = cli.forked(*command, f"--workdir={tmp_path / 'run'}")
+    assert (finished.status, len(finished.errors)) == (status, 1), finished.err
+    assert re.search(part, finished.errors[0])
 
 
 @pytest.mark.parametrize(

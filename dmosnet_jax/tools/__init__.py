@@ -1,0 +1,1 @@
+"""Commands that run others: several experiments and what comes of them."""
