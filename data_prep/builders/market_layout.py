@@ -3,8 +3,8 @@
 Folders `bounding_box_train`, `query` and `bounding_box_test`; the file's name tells identity and camera. A copy may
 have the first alone, to train on, or the other two alone, to evaluate on. Copies that were prepared for other programs
 have `train_all` (or `train` and `val`), `query` and `gallery` instead, with a folder for each identity (layumi's
-Person_reID_baseline_pytorch), or `train`, `query` and `test`. Of `gt_bbox`, where there is one, the images are kept
-that show a query's person under the query's camera: they are for evaluation with multiple queries.
+Person_reID_baseline_pytorch), or `train`, `query` and `test`. Of `gt_bbox` (there `multi-query`), where there is one,
+the images are kept that show a query's person under the query's camera: for evaluation with multiple queries.
 """
 
 import os
@@ -27,7 +27,8 @@ NAMES = {
     records.GALLERY: ("bounding_box_test", "gallery", "test", "testing"),
 }
 _WITH_VAL = ("bounding_box_train", "train_all", "trainval")
-MULTIPLE = "gt_bbox"
+# Images for multiple queries; of several, the first that is there counts.
+MULTIPLE = ("gt_bbox", "multi-query")
 _IMAGE = re.compile(r".*\.(jpe?g|png|bmp|webp|gif|tiff?)", re.IGNORECASE | re.DOTALL)
 _INT32 = 2**31
 
@@ -78,22 +79,23 @@ def scan(
     tops = {name.removeprefix(root).split("/")[0] for name in names if name.startswith(root)}
     folders = FOLDERS if not prepared else splits_of(tops)
     splits: dict[str, list[Item]] = {split: [] for split in folders.values()}
+    more = next((folder for folder in MULTIPLE if folder in tops), None)
     multiple: list[Item] = []
     junk, wrong = [], []
     for name in names:
         top, _, rest = name.removeprefix(root).partition("/")
         *inside, file = rest.split("/")
-        if not name.startswith(root) or top not in (*folders, MULTIPLE) or len(inside) > prepared:
+        if not name.startswith(root) or top not in (*folders, more) or len(inside) > prepared:
             continue
         match = pattern.fullmatch(file)
         if match is None:
             wrong += [name] if is_image(file) else []
             continue
         pid, camid = int(match[1]), int(match[2])
-        if top == MULTIPLE:
-            multiple.append(Item(name, pid, camid))
-        elif inside and inside[0].lstrip("0") != match[1].lstrip("0"):
+        if inside and inside[0].lstrip("0") != match[1].lstrip("0"):
             wrong.append(name)
+        elif top == more:
+            multiple.append(Item(name, pid, camid))
         elif reserved and pid == -1:
             junk.append(name)
         elif max(pid, camid) >= _INT32 or (reserved and pid == 0 and folders[top] != records.GALLERY):
@@ -104,8 +106,9 @@ def scan(
         only = ", with pid 0 only in bounding_box_test" if reserved else ""
         raise DataError(f"{len(wrong)} images are not named {form}{only}; rename or remove them: {some(wrong)}")
     queries = {item[1:] for item in splits.get(records.QUERY, ())}
-    splits[records.MULTI_QUERY] = [item for item in multiple if item[1:] in queries]
-    known = frozenset([*junk, *(item.filename for item in multiple)])
+    kept = splits[records.MULTI_QUERY] = [item for item in multiple if item[1:] in queries]
+    # Those of other people are no part of the split by its nature; without any of it, nothing of the folder is.
+    known = frozenset([*junk, *(item.filename for item in multiple if kept)])
     return Listing({split: items for split, items in splits.items() if items}, len(junk), known=known)
 
 

@@ -26,8 +26,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import dmosnet_jax
-from dmosnet_jax.core import files
-from dmosnet_jax.core.errors import ConfigError, DataError, UserError
+from dmosnet_jax.core import files, startup
+from dmosnet_jax.core.errors import ConfigError, DataError, UserError, one_line, refusal
 from dmosnet_jax.tools import outcome
 from dmosnet_jax.tools.experiments import TABLES
 from dmosnet_jax.tools.runs import SCORE, TRAIN, Places, Run, chosen, parse_overrides, runs_of
@@ -216,7 +216,7 @@ def _do(runs: Sequence[Run], children: _Children, publish: Any) -> list[str]:
         except _StoppedError as error:
             raise _StoppedError(f"{where}: {error}; the same command goes on") from None
         except UserError as error:
-            print(f"error: {where}: {error}", file=sys.stderr, flush=True)
+            print(f"error: {where}: {one_line(error)}", file=sys.stderr, flush=True)
             failed.append(run.name)
         if children.stopped:
             raise _StoppedError(f"stopped by {children.stopped.name} after {run.name}; the same command goes on")
@@ -282,11 +282,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     try:
         run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+    except (UserError, OSError) as error:
+        failure = refusal(error) if isinstance(error, OSError) else error
+        if failure is None:
+            raise
+        print(f"error: {one_line(failure)}", file=sys.stderr)
+        return failure.exit_status
     return 0
 
 
 if __name__ == "__main__":
+    startup.outlast_readers()
     sys.exit(main())

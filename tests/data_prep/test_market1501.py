@@ -66,6 +66,12 @@ def test_images_for_multiple_queries_are_those_of_a_query():
     assert "multi_query" not in Market1501.scan([name for name in files if not name.startswith("query")]).splits
     with pytest.raises(DataError, match="1 images are not named"):
         Market1501.scan([*files, "gt_bbox/me.png"])
+    # A copy prepared with a folder for each identity.
+    moved = {"query/0001_c2s1_000301_00.jpg": "query/0001", "gt_bbox/0001_c2s1_000301_00.jpg": "multi-query/0001"}
+    other = "multi-query/0001/0001_c3s1_000301_00.jpg"
+    listing = Market1501.scan([*(f"{folder}/{name.split('/')[1]}" for name, folder in moved.items()), other])
+    assert listing.splits["multi_query"] == [Item("multi-query/0001/0001_c2s1_000301_00.jpg", 1, 2)]
+    assert other in listing.known
 
 
 def test_every_wrong_name_is_listed():
@@ -94,7 +100,8 @@ def test_prepared_copies_are_read_by_their_folders():
     query, gallery = "0003_c1s6_015971_00.jpg", "0003_c3s3_064744_00.jpg"
     names = [f"train_all/0002/{train}", f"train/0002/{train}", f"val/0002/{train}", f"query/0003/{query}"]
     found, listing = scanned(*names, f"gallery/0003/{gallery}", f"gallery/-1/{junk}", f"multi-query/0003/{query}")
-    assert found == {"train": [names[0]], "query": [names[3]], "gallery": [f"gallery/0003/{gallery}"]}
+    several = {"multi_query": [f"multi-query/0003/{query}"]}
+    assert found == {"train": [names[0]], "query": [names[3]], "gallery": [f"gallery/0003/{gallery}"]} | several
     assert listing.junk == 1
     assert scanned(*names[1:3])[0] == {"train": [names[1]], "val": [names[2]]}
     found, _ = scanned(f"train/{train}", f"Query/{query}", f"test/{gallery}")

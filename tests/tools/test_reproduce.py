@@ -246,7 +246,7 @@ def test_a_table(command):
     status, out, err = command("--override=spcl:spcl.nonsense=1")
     assert status == 1
     assert len(err) == 4, err
-    assert err[0].startswith("error: [2/5] spcl/0: exit status 2: bad command line: ")
+    assert err[0].startswith("error: [2/5] spcl/0: exit status 2: --config.spcl.nonsense")
     assert "train.log" in err[0]
     assert err[1] == "error: [3/5] tuned/0: left out, since spcl/0, which it starts from, failed"
     assert err[2] == "error: [4/5] zoo/0: needs zoo.pth: give its folder as --weights=DIR"
@@ -333,6 +333,16 @@ def test_a_stopped_table_goes_on(command):
     assert second["seconds"] > first["seconds"]
     assert note(command.table / "tuned" / "seed0")["scored"] == {}
     assert "starts from" in (command.table / "tuned" / "seed0" / "train.log").read_text()
+
+
+def test_a_workdir_that_cannot_be_made_is_one_line(tmp_path, tiny_data, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setitem(reproduce.TABLES, "tiny", TINY)
+    monkeypatch.setattr(reproduce, "_device", lambda: "none")
+    status = reproduce.main(["tiny", f"--workdir={tmp_path / 'file'}", f"--data_dir={tiny_data}", "--only=scratch/0"])
+    err = capsys.readouterr().err.splitlines()
+    assert (status, len(err)) == (1, 1)
+    assert str(tmp_path / "file") in err[0]
 
 
 def test_a_damaged_note_is_told(tmp_path):
