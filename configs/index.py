@@ -21,6 +21,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.output = options["output"]
     # Of the features on disk: float16 (half the size, cosines to 3 digits) or float32.
     config.dtype = "float16"
+    # Leave out images that can't be read, which are counted and named.
+    config.skip_broken = False
     # Regular expression whose first group in a file's name is the number of its camera, e.g. _c(\d+); "" for none.
     config.camera_pattern = ""
     return config

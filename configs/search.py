@@ -21,6 +21,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.checkpoint = ""
     common.as_trained(config)
     config.output = options["output"]
+    # Replace an earlier result.
+    config.overwrite = False
     config.top_k = 10
     # Matches below this cosine similarity are left out; None: none is.
     config.threshold = config_dict.placeholder(float)

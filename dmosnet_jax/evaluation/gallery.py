@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int32
 
+from dmosnet_jax.core import safe_json
 from dmosnet_jax.core.errors import ConfigError, DataError, printable
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.unit import unit_rows_np
@@ -97,13 +98,11 @@ class Gallery:
         """
         file = pathlib.Path(path).absolute() / MANIFEST
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
+            values = safe_json.read_object(file, fix=_OPEN_AGAIN)
+        except FileNotFoundError as error:
             raise DataError(
                 f"{path}: is no gallery ({MANIFEST}: {error.strerror}): make one with configs/index.py"
             ) from error
-        except ValueError as error:
-            raise DataError(f"{file}: is damaged ({' '.join(str(error).split())}); {_OPEN_AGAIN}") from error
         problem = _wrong(values)
         if problem:
             raise DataError(f"{file}: {problem}; {_OPEN_AGAIN}")

@@ -1,12 +1,11 @@
 """Weights of any kind, in and out: a run's checkpoint, a PyTorch file or a folder of ours; and out only, ONNX."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Any
 
-from dmosnet_jax.core import files
+from dmosnet_jax.core import files, safe_json
 from dmosnet_jax.core.errors import ConfigError, DataError, printable
 from dmosnet_jax.core.parallel import print_once
 from dmosnet_jax.export import folder, model_card, onnx_file, torch_export
@@ -16,7 +15,7 @@ from dmosnet_jax.recipes.network import options_of, require_paths
 
 # One in a thousand pairs of different people is taken for one.
 FALSE_ACCEPT_RATE = 1e-3
-FILES = (*torch_export.SUFFIXES, onnx_file.SUFFIX)
+_FILES = (*torch_export.SUFFIXES, onnx_file.SUFFIX)
 
 
 def run(config: Any, workdir: pathlib.Path) -> None:
@@ -59,11 +58,11 @@ def check_target(target: str | os.PathLike[str], *, overwrite: bool = False) -> 
     """
     # The points of a version, as in `osnet_x0.25`, begin no suffix.
     suffix = pathlib.Path(target).suffix
-    is_file = suffix in FILES
+    is_file = suffix in _FILES
     if not is_file and not suffix[1:].isdigit() and suffix:
         raise ConfigError(
-            f"{target}: {suffix} is no form that is written: use one of {', '.join(FILES)} for a file, "
-            "or a name without suffix for a folder"
+            f"{target}: {suffix} is no form that is written: use one of {', '.join(_FILES)} for a file, or a name "
+            "without suffix for a folder"
         )
     files.refuse_existing(target, overwrite=overwrite, may_replace=os.path.isfile if is_file else folder.is_folder)
     return is_file
@@ -115,14 +114,15 @@ def convert(
         ConfigError: the network isn't told, the layout has no such network, or the target is of another kind.
         DataError: the source can't be read or belongs to another network, or the target can't be written.
     """
-    is_file, suffix = check_target(target, overwrite=overwrite), pathlib.Path(target).suffix
+    check_target(target, overwrite=overwrite)
     weights = open_weights(source)
     model = weights.model(**options, num_classes=weights.num_classes if keep_classifier else 0)
     params, stats = weights.arrays(model)
     own = weights.card or folder.Card(model, weights.mean, weights.std, source=str(source))
     interpolation = interpolation or weights.interpolation
     origin, licence = origin or own.source, licence or own.licence
-    if is_file and suffix != onnx_file.SUFFIX:
+    suffix = pathlib.Path(target).suffix
+    if suffix in torch_export.SUFFIXES:
         _check_name(target, model)
         layout = layout or _usual_layout(model)
         arrays = torch_export.to_state_dict(params, stats, model, layout=layout, batches=weights.batches)
@@ -153,20 +153,18 @@ def _with_threshold(
     """
     if results is not None:
         try:
-            found = json.loads(files.read(results))
-        except OSError as error:
+            found = safe_json.read_object(results, fix="give the results.json of an evaluation")
+        except FileNotFoundError as error:
             raise DataError(f"{results}: can't be read ({error.strerror}); give a results.json") from error
-        except ValueError as error:
-            raise DataError(f"{results}: is damaged ({' '.join(str(error).split())}); evaluate again") from error
-        evaluations = model_card.scores_of(found if isinstance(found, dict) else None, str(results))
+        evaluations = model_card.scores_of(found, str(results))
         if found.get("model") != card.model.name:
             raise DataError(
                 f"{results}: was made with model {printable(found.get('model'))}, not {card.model.name}: give that of "
                 "an evaluation of these weights"
             )
-        found = model_card.threshold_at(evaluations, rate, str(results))
+        at_rate = model_card.threshold_at(evaluations, rate, str(results))
         card = dataclasses.replace(
-            card, evaluations=evaluations, threshold=found, false_accept_rate=None if found is None else rate
+            card, evaluations=evaluations, threshold=at_rate, false_accept_rate=None if at_rate is None else rate
         )
     if threshold is not None:
         card = dataclasses.replace(card, threshold=threshold, false_accept_rate=None)

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.core.parallel import make_mesh
+from dmosnet_jax.core.parallel import make_mesh, print_once
 from dmosnet_jax.evaluation.gallery import Gallery
 from dmosnet_jax.export.weights import fingerprint
-from dmosnet_jax.recipes.extract import ImageFiles, find_images
+from dmosnet_jax.recipes.extract import ImageFiles, find_images, without_broken
 from dmosnet_jax.recipes.network import Network, open_network, require_paths
 from dmosnet_jax.recipes.scoring import make_extractor
 
@@ -30,6 +30,8 @@ def run(config: Any, workdir: pathlib.Path) -> Gallery:
     network = open_network(config, config.checkpoint)
     gallery = _open(config, network)
     images = _new(images, gallery)
+    if config.skip_broken:
+        images = without_broken(images, config.data.threads)
     features = make_extractor(network.config, network.model, make_mesh())(network.params, network.stats, images)
     cameras = [_camera(pattern, name) for name in images.files]
     if jax.process_index() == 0:
@@ -76,8 +78,8 @@ def _new(images: ImageFiles, gallery: Gallery) -> ImageFiles:
     if not left:
         raise DataError(f"{images.root}: all {len(images)} images are in the gallery already; nothing to add")
     if len(left) < len(images):
-        print(f"{len(images) - len(left)} images are in the gallery already")
-    return ImageFiles(images.root, left)
+        print_once(f"{len(images) - len(left)} images are in the gallery already")
+    return ImageFiles(images.root, left, images.left_out)
 
 
 def _camera_pattern(text: str) -> re.Pattern[str] | None:

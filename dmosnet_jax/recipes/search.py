@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.evaluation import report
@@ -27,6 +28,8 @@ def run(config: Any, workdir: pathlib.Path) -> list[dict[str, Any]]:
     """
     del workdir
     require_paths(config, "index", "images", "output")
+    for target in filter(None, (config.output, config.page)):
+        files.refuse_existing(target, overwrite=config.overwrite)
     gallery = Gallery.open(config.index)
     checkpoint = config.checkpoint or gallery.checkpoint
     if not checkpoint:

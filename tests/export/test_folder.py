@@ -11,7 +11,7 @@ import pytest
 
 from dmosnet_jax import models
 from dmosnet_jax.core.errors import DataError
-from dmosnet_jax.export import folder, torch_import
+from dmosnet_jax.export import folder, torch_export, torch_import
 from dmosnet_jax.export.weights import open_weights
 from tests.models.drawn import draw_tree
 
@@ -163,7 +163,10 @@ def test_cards_that_do_not_fit(exported, change, message):
 
 def test_folders_from_before_the_threshold_have_none(exported):
     path, *_ = exported
+    # They do not hold the checksum of the card either.
+    torch_export.save(path / "model.safetensors", torch_import.load(path / "model.safetensors"))
     values = json.loads((path / "config.json").read_text())
+    values["sha256"] = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
     for name in ("threshold", "false_accept_rate", "evaluations"):
         del values[name]
     (path / "config.json").write_text(json.dumps(values))
@@ -212,6 +215,7 @@ def test_an_earlier_export_is_replaced_where_that_is_said(exported):
     assert [p.name for p in path.parent.iterdir()] == ["model"]
     (path / "config.json").unlink()
     (path / "model.safetensors").unlink()
+    (path / "README.md").unlink()
     (path / "mine.txt").write_text("")
     with pytest.raises(DataError, match="something else than an earlier result"):
         folder.save(path, params, stats, card, overwrite=True)

@@ -165,8 +165,8 @@ def test_a_threshold_of_ones_own_and_other_rates(exported, tmp_path):
     ("content", "message"),
     [
         ("{", "is damaged"),
-        ("[]", "holds no results of an evaluation"),
-        ("3", "holds no results of an evaluation"),
+        ("[]", "is damaged, or of another kind"),
+        ("3", "is damaged, or of another kind"),
         (json.dumps(RESULTS | {"mAP": "high"}), "mAP: missing or of another kind"),
         (json.dumps(RESULTS | {"mAP": float("nan")}), "mAP: missing or of another kind"),
         (json.dumps(RESULTS | {"thresholds": 3}), "thresholds: missing or of another kind"),

@@ -29,16 +29,15 @@ FORMS = {
 
 
 def drawn(name, **options):
-    """A network with drawn weights; attention is not saturated, where last digits would decide which place it sees."""
+    """A network with drawn weights whose maps neither grow nor fade, so that its last digits decide nothing."""
     model = models.build(name, **{"image_size": SIZE} | options)
     rng = np.random.default_rng(3)
     params, stats = (draw_tree(tree, rng) for tree in model.shapes())
 
-    def softened(path, leaf):
-        of_attention = len(path) > 2 and path[-2].key in ("qkv", "q", "kv") and path[-1].key == "kernel"
-        return leaf * np.float32(0.1) if of_attention else leaf
+    def smaller(path, leaf):
+        return leaf * np.float32(0.7) if path[-1].key == "kernel" else leaf
 
-    return model, jax.tree_util.tree_map_with_path(softened, params), stats
+    return model, jax.tree_util.tree_map_with_path(smaller, params), stats
 
 
 def ours(model, params, stats, images, mean=augment.IMAGENET_MEAN, std=augment.IMAGENET_STD):
@@ -197,13 +196,11 @@ def test_only_the_last_value_is_an_output():
 @pytest.mark.parametrize("name", models.names())
 def test_every_network(name, tmp_path):
     """At batches of one person, of a frame and of a server, in the three input forms; the benchmark has full size."""
-    network = drawn(name, image_size=(128, 64))
-    images = np.random.default_rng(0).integers(0, 256, (64, 128, 64, 3), dtype=np.uint8)
-    forward = jax.jit(lambda p, s, x: network[0].apply(p, s, augment.normalise(x), train=False)[0]["feature"])
-    weights = jax.device_put(network[1:], jax.devices()[0])
-    wanted = {count: unit_rows_np(np.asarray(forward(*weights, images[:count]))) for count in (1, 3, 64)}
+    network = drawn(name)
+    images = np.random.default_rng(0).integers(0, 256, (64, *SIZE, 3), dtype=np.uint8)
+    wanted = unit_rows_np(ours(*network, images))
     for form in onnx_file.INPUTS:
         run = session(saved(tmp_path, network, input=form, normalise=True))
-        for count, expected in wanted.items():
+        for count in (1, 3, 64):
             (found,) = run.run(None, {"images": fed(images[:count], form)})
-            np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0, err_msg=f"{form} {count}")
+            np.testing.assert_allclose(found, wanted[:count], atol=1e-5, rtol=0, err_msg=f"{form} {count}")

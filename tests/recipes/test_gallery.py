@@ -116,6 +116,7 @@ def test_matches_below_a_threshold_are_left_out(cli, photos, gallery, tmp_path):
         ("index", {"camera_pattern": "("}, 2, "camera_pattern='(' is no regular expression"),
         ("index", {"camera_pattern": "c"}, 2, "camera_pattern='c' has no group"),
         ("search", {"checkpoint": "b.safetensors"}, 1, "was made by other weights"),
+        ("search", {"output": "."}, 1, "is something else than an earlier result"),
         ("search", {"top_k": 0}, 2, "top_k=0 must be greater than 0"),
         ("search", {"index": "nowhere"}, 1, "is no gallery"),
         ("search", {"index": ""}, 2, "index is not set: give --config.index=PATH"),
