@@ -28,12 +28,14 @@ from dmosnet_jax.train.steps import Step
 # Steps dispatched ahead of the devices: enough to hide the host's work, few enough to stop soon and to bound the
 # batches held in memory.
 _IN_FLIGHT = 2
+_SAME_SIGNAL_SECONDS = 1.0
 
 
 class StoppedError(UserError):
     """The run was asked to stop (SIGTERM, SIGINT) and has saved its state; 128 + SIGTERM, as shells report it."""
 
     exit_status = 143
+    everywhere = True
 
 
 class NonFiniteLossError(UserError):
@@ -154,10 +156,14 @@ def train(
 
 
 class _StopFlag:
-    """Notes SIGTERM and SIGINT; the loop saves and stops at the next step. A second signal acts at once."""
+    """Notes SIGTERM and SIGINT; the loop saves and stops at the next step. A second signal acts at once.
+
+    In a job a scheduler may signal both this process and its parent, which passes it on: within a second they are one.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._since = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "_StopFlag":
@@ -169,8 +175,14 @@ class _StopFlag:
 
     def _note(self, number: int, frame: Any) -> None:
         del frame
-        self.signal = signal.Signals(number)
-        signal.signal(number, self._previous[number])
+        if self.signal is None:
+            self.signal, self._since = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._since > _SAME_SIGNAL_SECONDS:
+            signal.signal(number, self._previous[number])
+            signal.raise_signal(number)
+        if jax.process_count() == 1:
+            # The system then acts by itself, also where native code is blocked.
+            signal.signal(number, self._previous[number])
 
     def agree(self) -> bool:
         """Whether to stop, the same on every process: one that stopped alone would leave the others waiting for it."""
