@@ -26,7 +26,7 @@ SILENCE_SECONDS = 60
 # Waiting for the others is told at such intervals.
 _TELL_SECONDS = 10.0
 # Files of another host appear after its network file system's caches are outdated.
-_SHARED_SECONDS = 15.0
+_SHARED_SECONDS = 10.0
 _END, _SEEN, _SHARED, _TOKEN = (f"dmosnet/{name}" for name in ("end", "seen", "shared", "token"))
 _DONE = "done"
 _HELLO_BYTES = 4096

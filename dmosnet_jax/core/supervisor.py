@@ -145,8 +145,8 @@ def describe_loss(text: str, hosts: list[str]) -> str | None:
 
 
 def _say(line: str) -> None:
-    end_bar = "\n" if sys.stderr.isatty() else ""
-    print(f"{end_bar}error: {line}", file=sys.stderr, flush=True)
+    # A progress bar may stand unfinished in the last line.
+    print(f"\nerror: {line}", file=sys.stderr, flush=True)
 
 
 def leave(line: str, status: int) -> NoReturn:

@@ -91,7 +91,7 @@ def ends(started, seconds):
     until, found = time.monotonic() + seconds, []
     for process in started:
         out, err = process.communicate(timeout=max(0.1, until - time.monotonic()))
-        found.append((process.returncode, out.splitlines(), err.splitlines()))
+        found.append((process.returncode, out.splitlines(), [line for line in err.splitlines() if line]))
     return found
 
 
