@@ -168,7 +168,9 @@ def training(config: ConfigDict) -> ConfigDict:
             # None: as many as the data set fills.
             "steps_per_epoch": config_dict.placeholder(int),
             "log_every_steps": 20,
-            "checkpoint_every_steps": 500,
+            # Whichever is due first; None for never. Minutes save at a step that `spcl.refresh_every_steps` divides.
+            "checkpoint_every_steps": config_dict.FieldReference(500, field_type=int),
+            "checkpoint_every_minutes": config_dict.placeholder(float),
             "eval_every_epochs": 1,
             "keep": 3,
         }
@@ -221,8 +223,9 @@ def spcl(config: ConfigDict) -> ConfigDict:
             "reextract": False,
             # Neighbours on accelerators: exact, or bfloat16 (candidates by that, then exact scores; recall is logged).
             "search": "exact",
-            # Steps between two exact rebuilds of the class sums, beside the one at each epoch's start; 0 for none.
-            "refresh_every_steps": 5000,
+            # Steps between two exact rebuilds of the class sums, beside the one at each epoch's start; 0 for none. A
+            # checkpoint between two steps of which the later one rebuilds them does without them: half of its bytes.
+            "refresh_every_steps": 500,
             # Most classes there will ever be; None allows as many as images. Fewer save memory and time.
             "max_classes": config_dict.placeholder(int),
         }

@@ -25,6 +25,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     # A person's images are from one video, which the records have as the camera: an image of another video in a cluster
     # is an error of the clustering, and must not be preferred.
     config.sampler.cameras = False
+    # Tables of 4 GiB at each epoch's end, and every half an hour.
+    config.train.checkpoint_every_steps = None
+    config.train.checkpoint_every_minutes = 30.0
     config.train.epochs = options["epochs"]
     config.optim.decay_epochs = (10, 20)
     config.optim.warmup_factor = 1.0

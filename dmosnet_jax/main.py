@@ -1,7 +1,7 @@
 """Command line: `python -m dmosnet_jax.main --config=configs/<file>.py[:arguments] --workdir=DIR [--config.field=...]`.
 
 Exit status: 0 done, 1 bad data, 2 bad command or config, 143 stopped by a signal (during training with its state
-saved), 130 interrupted elsewhere.
+saved), 130 interrupted elsewhere, 75 another process of the job was lost. All processes of a job end with the same.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from dmosnet_jax.core import files, signals, startup
+from dmosnet_jax.core import files, processes, signals, startup, supervisor
 from dmosnet_jax.core.config import read, unknown_field, validate
 from dmosnet_jax.core.errors import ConfigError, UserError, one_line, refusal
 
@@ -27,6 +27,13 @@ _DISTRIBUTED = flags.DEFINE_boolean("distributed", False, "Join the other proces
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where the cluster does not tell.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, where the cluster does not tell.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, where the cluster does not tell.")
+_JOIN_SECONDS = flags.DEFINE_integer("join_seconds", 300, "How long to wait for the other processes of the job.", 1)
+_SAVE_SECONDS = flags.DEFINE_integer(
+    "save_seconds", 100, "How long a process of a job that is told to stop may take to save its state and end.", 1
+)
+
+# Their workdir is read by every process, or written by all of them.
+_SHARING = ("spcl", "spcl_uda", "supervised", "cfs")
 
 _INTERRUPTED = "interrupted; the same command goes on from the last checkpoint, if there is one"
 # The folder `configs` lies beside this file where the package is installed, and beside the package in a checkout.
@@ -105,30 +112,27 @@ def _workdir() -> pathlib.Path:
     return pathlib.Path(files.tidy(_WORKDIR.value or os.path.join("runs", pathlib.Path(config_file).stem)))
 
 
-def _join_cluster() -> None:
-    """Connects the processes of a job; on TPU pods, SLURM and GKE JAX finds the addresses by itself."""
-    import jax
-
-    if _COORDINATOR.value and (_PROCESSES.value is None or _PROCESS.value is None):
-        raise ConfigError("--coordinator needs --num_processes and --process_id too")
-    try:
-        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"--distributed: the processes did not connect ({reason}): give --coordinator=HOST:PORT, --num_processes "
-            "and --process_id where the cluster does not tell them"
-        ) from error
-
-
 def _run() -> None:
     config: Any = _CONFIG.value
     validate(config)
+    workdir = _workdir()
+    if _DISTRIBUTED.value:
+        if _COORDINATOR.value and (_PROCESSES.value is None or _PROCESS.value is None):
+            raise ConfigError("--coordinator needs --num_processes and --process_id too")
+        supervisor.supervise(save_seconds=_SAVE_SECONDS.value)
     # Only now: a wrong config must not wait for the devices.
     recipe = importlib.import_module(f"dmosnet_jax.recipes.{config.recipe}")
-    if _DISTRIBUTED.value:
-        _join_cluster()
-    recipe.run(config, _workdir())
+    if not _DISTRIBUTED.value:
+        recipe.run(config, workdir)
+        return
+    try:
+        processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, seconds=_JOIN_SECONDS.value)
+        if config.recipe in _SHARING:
+            processes.check_shared(workdir)
+        recipe.run(config, workdir)
+        processes.finish()
+    except Exception as error:
+        processes.end(error)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@
 set -euo pipefail
 processes=$1
 shift
+python launch/check.py "$@"
 port=${PORT:-29500}
 pids=()
 trap 'kill "${pids[@]}" 2>/dev/null || true' EXIT
@@ -12,5 +13,8 @@ for ((id = 0; id < processes; id++)); do
     --process_id="$id" "$@" &
   pids+=($!)
 done
-for pid in "${pids[@]}"; do wait "$pid"; done
+# All of them end with the same status.
+status=0
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
 trap - EXIT
+exit "$status"

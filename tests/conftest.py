@@ -224,11 +224,13 @@ class CommandLine:
         self._server: subprocess.Popen | None = None
         self._jobs = 0
 
-    def start(self, *args: str, devices: int = 1, script: str | None = None, **environment: str) -> subprocess.Popen:
-        """Starts a command; `script` runs instead of the module."""
+    def start(
+        self, *args: str, devices: int = 1, script: str | None = None, before: tuple[str, ...] = (), **environment: str
+    ) -> subprocess.Popen:
+        """Starts a command; `script` runs instead of the module, and `before` is put in front."""
         what = ["-m", "dmosnet_jax.main"] if script is None else ["-c", script]
         return subprocess.Popen(
-            [sys.executable, *what, *args],
+            [*before, sys.executable, *what, *args],
             cwd=self.folder,
             env=_environment(devices) | environment,
             stdout=subprocess.PIPE,

@@ -140,7 +140,7 @@ def validate(config: Any) -> None:
         "must be greater than 0",
         *("batch_size", "eval.batch_size", "sampler.instances", "optim.learning_rate"),
         *("train.epochs", "train.steps_per_epoch", "train.keep", "train.log_every_steps"),
-        *("train.checkpoint_every_steps", "train.eval_every_epochs"),
+        *("train.checkpoint_every_steps", "train.checkpoint_every_minutes", "train.eval_every_epochs"),
         *("spcl.temperature", "spcl.eps", "spcl.k1", "spcl.k2", "spcl.min_samples", "spcl.max_classes"),
         *("loss.circle_scale", "loss.circle_margin", "cfs.chunk_images", "cfs.sheet_columns", "top_k"),
     )
@@ -362,6 +362,7 @@ ON_RESUME = (
     ("eval.*", FREE),
     ("train.log_every_steps", FREE),
     ("train.checkpoint_every_steps", FREE),
+    ("train.checkpoint_every_minutes", FREE),
     ("train.eval_every_epochs", FREE),
     ("train.keep", FREE),
     # Compared by their outcome instead: the network, the selected images, the steps of an epoch.

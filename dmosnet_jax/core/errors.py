@@ -26,6 +26,8 @@ class UserError(Exception):
     """A problem with what the user gave: the message says what, where, the value and the fix, in one line."""
 
     exit_status = 1
+    # Whether all processes of a job raise it together; elsewhere the one that does tells the others.
+    everywhere = False
 
 
 class ConfigError(UserError):
@@ -38,6 +40,13 @@ class DataError(UserError):
     """A file, record, image or checkpoint is missing, damaged or of another kind (exit status 1)."""
 
     exit_status = 1
+
+
+class LostProcessError(UserError):
+    """Another process of the job failed, ended or can't be reached; the same command goes on (exit status 75)."""
+
+    # EX_TEMPFAIL of <sysexits.h>.
+    exit_status = 75
 
 
 def refusal(error: OSError) -> DataError | None:

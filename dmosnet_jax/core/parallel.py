@@ -1,4 +1,4 @@
-"""The device mesh, the shardings, and what processes tell each other: no other module speaks to several processes.
+"""The device mesh, the shardings, and the arrays that processes give each other; `processes` has what is no array.
 
 There is one axis, `data`: batches and memory rows are split over it, parameters are the same on every device. A batch
 is always the global batch, so no result depends on the number of devices.
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dmosnet_jax.core.errors import ConfigError, UserError
+from dmosnet_jax.core.errors import ConfigError, LostProcessError
 
 AXIS = "data"
 
@@ -95,7 +95,7 @@ def agree(work: Callable[[], _Result]) -> _Result | None:
     """Does something on process 0, the result there and None elsewhere; a failure there is one everywhere.
 
     Raises:
-        UserError: on the other processes, whatever the failure on process 0 was.
+        LostProcessError: on the other processes, whatever the failure on process 0 was; `processes.end` has its line.
     """
     result: _Result | None = None
     failure: Exception | None = None
@@ -106,7 +106,7 @@ def agree(work: Callable[[], _Result]) -> _Result | None:
             # The others wait: they must learn of it before this process ends.
             failure = error
     if not int(from_first(np.int32(failure is None))) and failure is None:
-        raise UserError("process 0 failed, and its message says why")
+        raise LostProcessError("process 0 failed, and its message says why")
     if failure is not None:
         raise failure
     return result

@@ -8,6 +8,8 @@ Tables are padded, so another number of classes in the next epoch is the same pr
 part, nor do the rows beyond `num_rows`.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -45,6 +47,14 @@ class Memory(flax.struct.PyTreeNode):
     momentum: float = flax.struct.field(pytree_node=False)
     temperature: float = flax.struct.field(pytree_node=False)
     mesh: Mesh = flax.struct.field(pytree_node=False)
+
+    def completed(self, like: Any) -> "Memory":
+        """With class sums and counts as long as another memory's, where a checkpoint left them out."""
+        return _with_class_tables(self, like.class_counts.shape[0]) if self.class_sums is None else self
+
+    def compacted(self) -> "Memory":
+        """Without class sums and counts, which follow from features and labels; for checkpoints."""
+        return self.replace(class_sums=None, class_counts=None)
 
 
 def shapes(

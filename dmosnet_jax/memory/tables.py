@@ -173,6 +173,9 @@ def class_sums(
     def local(rows: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         # Negative indices would count from the end; past the end they are dropped.
         labels = jnp.where(labels < 0, classes, labels)
+        if mesh.size == 1:
+            sums = jnp.zeros((classes, rows.shape[1]), jnp.float32).at[labels].add(rows, mode="drop")
+            return sums, jnp.zeros((classes,), jnp.float32).at[labels].add(1.0, mode="drop")
         columns = rows.shape[1]
         while columns * classes > PARTIAL_SUMS and columns % 2 == 0:
             columns //= 2

@@ -50,7 +50,7 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     epochs = Epochs(experiment, memory, own)
     step = spcl_step(experiment.model, experiment.optimiser, experiment.config, memory=memory)
     step = with_refresh(step, memory, settings.refresh_every_steps, experiment.lengths.steps_per_epoch)
-    results = train(experiment, step, epochs.begin, prepare=epochs.prepare)
+    results = train(experiment, step, epochs.begin, **epochs.hooks())
     feature_pass.clear(workdir)
     return results
 
@@ -96,6 +96,23 @@ class Epochs:
     def fixed(self) -> int:
         """Classes that are known and stay; each has one row of the memory, before those of images."""
         return 0
+
+    def hooks(self) -> dict[str, Any]:
+        """What `training.train` asks of a recipe beside its epochs."""
+        return {"prepare": self.prepare, "end_epoch": self.end, "compact": self.compact}
+
+    def end(self, run: RunState) -> Mapping[str, float]:
+        """Figures of the memory at the end of an epoch."""
+        return self.memory.diagnostics(run.state.memory)
+
+    def compact(self, state: TrainState) -> TrainState:
+        """Without class sums, in a state before a step, or an epoch, that rebuilds them anyway.
+
+        Elsewhere they are kept: their rounding would make the run another one.
+        """
+        every, number = self.experiment.config.spcl.refresh_every_steps, int(state.step)
+        rebuilt = number % self.experiment.lengths.steps_per_epoch == 0 or (every and number % every == 0)
+        return state.replace(memory=state.memory.compacted()) if state.memory is not None and rebuilt else state
 
     def prepare(self, state: TrainState, kept: Mapping[str, Any] | None) -> tuple[TrainState, Mapping[str, Any]]:
         """Adds the memory as shapes: a checkpoint is restored into them, or the first epoch fills them."""
@@ -164,7 +181,6 @@ class Epochs:
         """New pseudo-labels: the run with its memory set to them, the labels, and what to log."""
         experiment, settings = self.experiment, self.experiment.config.spcl
         since, memory = time.perf_counter(), run.state.memory
-        notes = self.memory.diagnostics(memory) if epoch else {}
         stored = self.memory.stored_features(memory) if epoch and not settings.reextract else None
         if stored is None:
             rows = fresh = self.rows(run, epoch)
@@ -183,7 +199,7 @@ class Epochs:
         except ConfigError as error:
             raise ConfigError(f"{error}: --config.spcl.max_classes={settings.max_classes} is too low") from error
         pids, camids = self.clustered.pids, self.clustered.camids
-        notes |= pseudo_labels.report(found, labels, pids, camids, epoch=epoch, eps=eps, since=since)
+        notes = pseudo_labels.report(found, labels, pids, camids, epoch=epoch, eps=eps, since=since)
         kept = HostValues(self._capacity, found.indep_threshold)
         return run.replace(state=run.state.replace(memory=memory), **dataclasses.asdict(kept)), labels, notes
 

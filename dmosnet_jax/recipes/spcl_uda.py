@@ -38,7 +38,7 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     step = spcl_uda_step(experiment.model, experiment.optimiser, experiment.config)
     every, steps_per_epoch = experiment.config.spcl.refresh_every_steps, experiment.lengths.steps_per_epoch
     step = spcl.with_refresh(step, hybrid, every, steps_per_epoch)
-    results = train(experiment, step, epochs.begin, prepare=epochs.prepare)
+    results = train(experiment, step, epochs.begin, **epochs.hooks())
     feature_pass.clear(workdir)
     return results
 

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dmosnet_jax.core.config import REFUSED, TOLD, changes, dataset_names, joined
+from dmosnet_jax.core.config import REFUSED, TOLD, changes, dataset_names, joined, read
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.files import make_folder
 from dmosnet_jax.core.parallel import check_batch, make_mesh, print_once
@@ -179,6 +179,9 @@ def _lengths(config: Any, images: Rows) -> Lengths:
         log_every=config.train.log_every_steps,
         checkpoint_every=config.train.checkpoint_every_steps,
         eval_every_epochs=config.train.eval_every_epochs,
+        checkpoint_minutes=config.train.checkpoint_every_minutes,
+        # Where class sums are rebuilt they need not be saved; agreeing on the time waits for a step, as logging does.
+        checkpoint_multiple=read(config, "spcl.refresh_every_steps") or config.train.log_every_steps,
     )
 
 
@@ -186,7 +189,14 @@ BeginEpoch = Callable[[RunState, int, int], tuple[RunState, Batches, Mapping[str
 Prepare = Callable[[TrainState, Mapping[str, Any] | None], tuple[TrainState, Mapping[str, Any]]]
 
 
-def train(experiment: Experiment, step: Step, begin_epoch: BeginEpoch, *, prepare: Prepare | None = None) -> dict:
+def train(
+    experiment: Experiment,
+    step: Step,
+    begin_epoch: BeginEpoch,
+    *,
+    prepare: Prepare | None = None,
+    **hooks: Callable[[Any], Any],
+) -> dict:
     """Trains from the newest checkpoint, or from the start, to the end; returns the contents of `results.json`.
 
     Args:
@@ -195,6 +205,7 @@ def train(experiment: Experiment, step: Step, begin_epoch: BeginEpoch, *, prepar
         begin_epoch: see `loop.Recipe`.
         prepare: (state, host values of the checkpoint or None for a fresh run) -> (state, host values): adds what is
             the recipe's own to the state, as arrays or as shapes to restore into.
+        **hooks: `end_epoch` and `compact` of `loop.Recipe`.
 
     Raises:
         DataError: the workdir holds another run.
@@ -217,8 +228,8 @@ def train(experiment: Experiment, step: Step, begin_epoch: BeginEpoch, *, prepar
         run = _start_or_resume(experiment, store, prepare or (lambda state, kept: (state, {})))
         if jax.process_index() == 0:
             write_json(workdir / "config.json", as_json(config))
-        step = experiment.place(compile_step(step, run.state, mesh))
-        recipe = loop.Recipe(step, begin_epoch, evaluate, experiment.images.filenames)
+        compiled = experiment.place(compile_step(step, run.state, mesh))
+        recipe = loop.Recipe(compiled, begin_epoch, evaluate, experiment.images.filenames, **hooks)
         run = loop.train(
             run, recipe, experiment.lengths, store, mesh=mesh, workdir=workdir, batch_size=config.batch_size
         )

@@ -1,9 +1,10 @@
 """Checkpoints: one unit of train state, memory, pseudo-labels and loop state. Training's only way to Orbax.
 
 A checkpoint is a folder `checkpoints/<step>` with the items `model` (parameters and statistics), `train` (step,
-optimiser, key, memory, a source domain's norms), `meta` (JSON: model, config, loop state) and, where the state was
-evaluated, `metrics`. Orbax writes to a temporary folder and renames it when done; an old one is renamed before it is
-deleted. So a folder that is named by its step is complete, whenever the process was killed.
+optimiser, key, a source domain's norms), `memory` (its tables; those that follow from others may be left out), `meta`
+(JSON: model, config, loop state) and, where the state was evaluated, `metrics`. Orbax writes to a temporary folder and
+renames it when done; an old one is renamed before it is deleted. So a folder that is named by its step is complete,
+whenever the process was killed.
 """
 
 import contextlib
@@ -23,16 +24,16 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from dmosnet_jax.core.errors import DataError, first
 from dmosnet_jax.core.trees import differences
-from dmosnet_jax.train import checksums
+from dmosnet_jax.train import checksums, table_files
 from dmosnet_jax.train.state import TrainState, shardings
 
 FOLDER = "checkpoints"
 BEST = "best"
 _ARRAYS = ("model", "train")
-_META, _METRICS = "meta", "metrics"
+_MEMORY, _META, _METRICS = "memory", "meta", "metrics"
 _ITEMS = (*_ARRAYS, _META, _METRICS)
 _TRASH = ".old"
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
+_UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, TypeError)
 
 
 class OtherShapesError(DataError):
@@ -43,17 +44,26 @@ def _split(state: TrainState) -> dict[str, Any]:
     """The state as nested dicts of arrays, free of library types, so that old checkpoints stay readable."""
     leaves = jax.tree.leaves(state.opt_state)
     train = {"step": state.step, "key": state.key, "opt": {str(i): leaf for i, leaf in enumerate(leaves)}}
-    if state.memory is not None:
-        train["memory"] = flax.serialization.to_state_dict(state.memory)
     if state.source is not None:
         train["source"] = state.source
     return {"model": {"params": state.params, "stats": state.stats}, "train": train}
 
 
-def _join(like: TrainState, model: Mapping[str, Any], train: Mapping[str, Any]) -> TrainState:
+def _tables(memory: Any) -> dict[str, Any]:
+    """A memory's tables by name, without those that are left out."""
+    found = {} if memory is None else flax.serialization.to_state_dict(memory)
+    return {name: table for name, table in found.items() if table is not None}
+
+
+def _join(
+    like: TrainState, model: Mapping[str, Any], train: Mapping[str, Any], tables: Mapping[str, Any]
+) -> TrainState:
     leaves, structure = jax.tree.flatten(like.opt_state)
     opt_state = jax.tree.unflatten(structure, [train["opt"][str(i)] for i in range(len(leaves))])
-    memory = None if like.memory is None else like.memory.replace(**train["memory"])
+    memory = None
+    if like.memory is not None:
+        left_out = dict.fromkeys(_tables(like.memory).keys() - tables.keys())
+        memory = like.memory.replace(**tables, **left_out).completed(like.memory)
     return TrainState(
         train["step"], model["params"], model["stats"], opt_state, train["key"], memory, train.get("source")
     )
@@ -70,6 +80,9 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
         arrays = ocp.StandardCheckpointHandler()
         registry.add(item, ocp.args.StandardSave, arrays)
         registry.add(item, ocp.args.StandardRestore, arrays)
+    tables = table_files.Handler()
+    registry.add(_MEMORY, table_files.Save, tables)
+    registry.add(_MEMORY, table_files.Restore, tables)
     values = ocp.JsonCheckpointHandler()
     registry.add(_META, ocp.args.JsonSave, values)
     registry.add(_META, ocp.args.JsonRestore, values)
@@ -143,6 +156,8 @@ class Checkpoints:
             return
         parts = _split(state)
         items = {name: ocp.args.StandardSave(parts[name]) for name in _ARRAYS}
+        if state.memory is not None:
+            items[_MEMORY] = table_files.Save(_tables(state.memory))
         args = ocp.args.Composite(meta=ocp.args.JsonSave(dict(meta)), **items)
         values = {"mAP": float(metrics["mAP"])} if metrics is not None else None
         self.wait()
@@ -153,7 +168,7 @@ class Checkpoints:
     def _add_checksums(self) -> None:
         # Called by Orbax in the background, on process 0, when all is written and nothing is renamed yet.
         temporary = next(self._folder.glob(f"{self._saving}.*"))
-        checksums.write(temporary, _ITEMS)
+        checksums.write(temporary, _ITEMS, also=[f"{_MEMORY}/{table_files.PARTS}"])
 
     def _empty_trash(self) -> None:
         if jax.process_index() == 0:
@@ -185,22 +200,39 @@ class Checkpoints:
             DataError: the checkpoint is of another model or optimiser, or damaged.
         """
         where = self._folder / str(step)
-        wanted, targets = _split(like), {}
-        placement = _split(shardings(like, mesh))
-        _check_files(where, _ARRAYS)
+        places = shardings(like, mesh)
+        wanted, placement = _split(like), _split(places)
+        wanted[_MEMORY], placement[_MEMORY] = _tables(like.memory), _tables(places.memory)
+        _check_files(where, (*_ARRAYS, _MEMORY))
+        targets: dict[str, Any] = {}
         with _reading(where):
-            for item in _ARRAYS:
-                problems = differences(wanted[item], _shapes(self._manager, step, item))
+            saved: dict[str, Any] = {item: dict(_shapes(self._manager, step, item)) for item in _ARRAYS}
+            # Earlier versions saved the memory with the optimiser.
+            early = saved["train"].pop(_MEMORY, None)
+            saved[_MEMORY] = early or table_files.shapes(where / _MEMORY)
+            if like.memory is not None and not wanted[_MEMORY].keys() <= saved[_MEMORY].keys():
+                wanted[_MEMORY] = _tables(like.memory.compacted())
+            for item in wanted:
+                problems = differences({_MEMORY: wanted[item]}, {_MEMORY: saved[item]})
+                if item != _MEMORY:
+                    problems = differences(wanted[item], saved[item])
                 if problems:
                     raise OtherShapesError(f"{where}: checkpoint of another model or setting: {first(problems)}")
                 shapes = jax.tree.map(
                     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                     wanted[item],
-                    placement[item],
+                    {name: placement[item][name] for name in wanted[item]},
                 )
-                targets[item] = ocp.args.StandardRestore(shapes)
-            items = self._manager.restore(step, args=ocp.args.Composite(**targets))
-        return _join(like, items["model"], items["train"])
+                targets[item] = shapes
+            tables = targets.pop(_MEMORY)
+            if early:
+                targets["train"][_MEMORY] = tables
+            args = {item: ocp.args.StandardRestore(shapes) for item, shapes in targets.items()}
+            if tables and not early:
+                args[_MEMORY] = table_files.Restore(tables)
+            items = self._manager.restore(step, args=ocp.args.Composite(**args))
+        tables = items["train"].pop(_MEMORY) if early else items.get(_MEMORY) or {}
+        return _join(like, items["model"], items["train"], tables)
 
     def wait(self) -> None:
         """Blocks until every save is complete.
@@ -229,6 +261,10 @@ def _reading(where: pathlib.Path, kinds: tuple[type[Exception], ...] = _UNREADAB
     """Turns what Orbax raises about damaged files into one line."""
     try:
         yield
+    except table_files.DamagedTableError as error:
+        raise DataError(
+            f"{where}: checkpoint is damaged ({error}); remove this folder to go on from an earlier one"
+        ) from error
     except kinds as error:
         raise DataError(
             f"{where}: checkpoint can't be read ({_reason(error)}); remove this folder to go on from an earlier one"

@@ -16,9 +16,16 @@ FILE = "checksums.json"
 _CHUNK_BYTES = 1 << 22
 
 
-def write(folder: pathlib.Path, parts: Iterable[str]) -> None:
-    """Writes `checksums.json` into a folder: size in bytes and CRC32C of every file below its sub-folders `parts`."""
+def write(folder: pathlib.Path, parts: Iterable[str], *, also: Iterable[str] = ()) -> None:
+    """Writes `checksums.json` into a folder: size in bytes and CRC32C of files.
+
+    Args:
+        folder: of a checkpoint.
+        parts: sub-folders, of which every file is taken.
+        also: patterns of further files.
+    """
     files = sorted(path for part in parts for path in (folder / part).rglob("*") if path.is_file())
+    files += sorted(path for pattern in also for path in folder.glob(pattern))
     sums = {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path)] for path in files}
     (folder / FILE).write_text(json.dumps(sums, indent=0), encoding="utf-8")
 

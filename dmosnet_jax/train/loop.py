@@ -19,22 +19,24 @@ from jax.sharding import Mesh
 
 from dmosnet_jax.core import signals
 from dmosnet_jax.core.errors import UserError
-from dmosnet_jax.core.parallel import by_process, to_devices, to_host
+from dmosnet_jax.core.parallel import by_process, from_first, to_devices, to_host
 from dmosnet_jax.data.pipeline import Batches
 from dmosnet_jax.train.checkpoints import Checkpoints
 from dmosnet_jax.train.metrics import MetricsWriter, progress_bar, write_json
-from dmosnet_jax.train.state import RunState
+from dmosnet_jax.train.state import RunState, TrainState
 from dmosnet_jax.train.steps import Step
 
 # Steps dispatched ahead of the devices: enough to hide the host's work, few enough to stop soon and to bound the
 # batches held in memory.
 _IN_FLIGHT = 2
+_SAME_SIGNAL_SECONDS = 1.0
 
 
 class StoppedError(UserError):
     """The run was asked to stop (SIGTERM, SIGINT) and has saved its state; 128 + SIGTERM, as shells report it."""
 
     exit_status = 143
+    everywhere = True
 
 
 class NonFiniteLossError(UserError):
@@ -43,13 +45,18 @@ class NonFiniteLossError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Lengths and intervals of a run, in steps unless the name says epochs."""
+    """Lengths and intervals of a run, in steps unless the name says something else.
+
+    With `checkpoint_minutes` the first step after so long is saved whose number `checkpoint_multiple` divides.
+    """
 
     steps_per_epoch: int
     epochs: int
     log_every: int
-    checkpoint_every: int
+    checkpoint_every: int | None
     eval_every_epochs: int
+    checkpoint_minutes: float | None = None
+    checkpoint_multiple: int = 1
 
     @property
     def total_steps(self) -> int:
@@ -67,12 +74,16 @@ class Recipe:
             with an offset > 0 the rest of one, whose batches start at the offset.
         evaluate: (run, finished epochs) -> metrics, or None where no data set has queries.
         files: file names of training images, for messages.
+        end_epoch: run -> metrics to log after the last step of an epoch.
+        compact: state -> the state without what a run that goes on computes anew, to the same numbers.
     """
 
     step: Step
     begin_epoch: Callable[[RunState, int, int], tuple[RunState, Batches, Mapping[str, float]]]
     evaluate: Callable[[RunState, int], Mapping[str, float] | None]
     files: Callable[[np.ndarray], list[str]]
+    end_epoch: Callable[[RunState], Mapping[str, float]] = lambda run: {}
+    compact: Callable[[TrainState], TrainState] = lambda state: state
 
 
 def train(
@@ -109,6 +120,7 @@ def train(
         bar = at_the_end.enter_context(progress_bar(total * batch_size, label="train", initial=number * batch_size))
         stop = at_the_end.enter_context(_StopFlag())
         at_the_end.callback(signals.finish_first, "")
+        clock = _Clock(lengths.checkpoint_minutes)
         while number < total:
             epoch, offset = divmod(number, lengths.steps_per_epoch)
             run, stream, notes = recipe.begin_epoch(run, epoch, offset)
@@ -137,9 +149,13 @@ def train(
                     # Agreeing with other processes waits for the step to finish, as logging does.
                     may_stop = jax.process_count() == 1 or number % lengths.log_every == 0
                     stopping = may_stop and stop.agree()
-                    if stopping or number % lengths.checkpoint_every == 0:
+                    due = lengths.checkpoint_every is not None and number % lengths.checkpoint_every == 0
+                    if number % lengths.checkpoint_multiple == 0:
+                        due |= clock.agree()
+                    if stopping or due:
                         window.flush()
-                        store.save(run.state, run.meta)
+                        store.save(recipe.compact(run.state), run.meta)
+                        clock.restart()
                     if stopping:
                         _stop(number, stop, store, workdir)
             window.flush()
@@ -147,22 +163,47 @@ def train(
             # A pending stop waits for the evaluation: the checkpoint of an epoch's end is saved with its scores, and a
             # resumed run would start with the next epoch.
             done = epoch + 1
+            notes = recipe.end_epoch(run)
+            if notes:
+                writer.write(number, {"epoch": epoch, **notes})
             scores = None
             if number == total or done % lengths.eval_every_epochs == 0:
                 scores = recipe.evaluate(run, done)
                 if scores is not None:
                     writer.write(number, {"epoch": epoch, **scores})
-            store.save(run.state, run.meta, metrics=scores)
+            store.save(recipe.compact(run.state), run.meta, metrics=scores)
+            clock.restart()
             if number < total and stop.agree():
                 _stop(number, stop, store, workdir)
     return run
 
 
+class _Clock:
+    """Minutes since the last checkpoint, by the clock of process 0: others may run a little earlier or later."""
+
+    def __init__(self, minutes: float | None):
+        self._seconds = None if minutes is None else 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._since = time.monotonic()
+
+    def agree(self) -> bool:
+        """Whether it is time, the same on every process."""
+        if self._seconds is None:
+            return False
+        return bool(from_first(np.int32(time.monotonic() - self._since >= self._seconds)))
+
+
 class _StopFlag:
-    """Notes SIGTERM and SIGINT; the loop saves and stops at the next step. A second signal acts at once."""
+    """Notes SIGTERM and SIGINT; the loop saves and stops at the next step. A second signal acts at once.
+
+    In a job a scheduler may signal both this process and its parent, which passes it on: within a second they are one.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._since = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "_StopFlag":
@@ -174,8 +215,14 @@ class _StopFlag:
 
     def _note(self, number: int, frame: Any) -> None:
         del frame
-        self.signal = signal.Signals(number)
-        signal.signal(number, self._previous[number])
+        if self.signal is None:
+            self.signal, self._since = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - self._since > _SAME_SIGNAL_SECONDS:
+            signal.signal(number, self._previous[number])
+            signal.raise_signal(number)
+        if jax.process_count() == 1:
+            # The system then acts by itself, also where native code is blocked.
+            signal.signal(number, self._previous[number])
 
     def agree(self) -> bool:
         """Whether to stop, the same on every process: one that stopped alone would leave the others waiting for it."""

@@ -11,7 +11,7 @@ import pytest
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.memory import hybrid
-from dmosnet_jax.train import checkpoints
+from dmosnet_jax.train import checkpoints, table_files
 from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train.checkpoints import Checkpoints
 
@@ -229,8 +229,8 @@ def test_damage_to_any_file_is_one_line(tmp_path, capfd, harm):
             resume(workdir, like, mesh)
         assert str(name) in str(error.value) or name.name == "checksums.json"
         assert "\n" not in str(error.value)
-        # Loading a model looks neither at the optimiser's files nor at their checksums.
-        if name.parts[0] != "train" and name.name != "checksums.json":
+        # Loading a model looks neither at the files of optimiser and memory nor at their checksums.
+        if name.parts[0] not in ("train", "memory") and name.name != "checksums.json":
             with pytest.raises(DataError, match=r"checkpoints/5: checkpoint is damaged"):
                 checkpoints.load_model(workdir)
         shutil.rmtree(workdir)
@@ -256,7 +256,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeyp
     save(tmp_path, make_state(mesh, step=5))
     store = Checkpoints(tmp_path)
 
-    def full(*unused):
+    def full(*unused, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints.checksums, "write", full)
@@ -266,6 +266,71 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeyp
     monkeypatch.undo()
     assert checkpoints.find(tmp_path)[1] == 5
     assert checkpoints.load_model(tmp_path).step == 5
+
+
+def memories(found):
+    return {
+        name: np.asarray(getattr(found.memory, name)) for name in ("features", "labels", "class_sums", "class_counts")
+    }
+
+
+@pytest.mark.parametrize(("saved_on", "restored_on"), [(1, 8), (8, 1), (4, 2)])
+def test_class_sums_that_were_left_out_follow_from_features_and_labels(tmp_path, saved_on, restored_on):
+    state = make_state(make_mesh(jax.devices()[:saved_on]), memory=True)
+    whole, compact = tmp_path / "whole", tmp_path / "compact"
+    save(whole, state)
+    save(compact, state.replace(memory=state.memory.compacted()))
+    sizes = [sum(path.stat().st_size for path in w.rglob("memory/*.bin")) for w in (whole, compact)]
+    rows = state.memory.features.shape[0]
+    # Sums have the shape of the features; counts and labels are 4 bytes a row.
+    assert sizes == [rows * (2 * 4 * 4 + 8), rows * (4 * 4 + 4)]
+    mesh = make_mesh(jax.devices()[:restored_on])
+    like = make_state(mesh, seed=1, memory=True)
+    expected = memories(state)
+    for workdir in (whole, compact):
+        restored = resume(workdir, like, mesh)
+        places = train_state.shardings(like, mesh).memory
+        for name, value in memories(restored).items():
+            np.testing.assert_allclose(value, expected[name], rtol=1e-6, err_msg=name)
+            assert getattr(restored.memory, name).sharding.is_equivalent_to(getattr(places, name), value.ndim)
+
+
+def test_a_memory_that_was_saved_with_the_optimiser_is_read(tmp_path, monkeypatch):
+    mesh = make_mesh()
+    state = make_state(mesh, memory=True)
+    split, tables = checkpoints._split, checkpoints._tables
+    monkeypatch.setattr(checkpoints, "_tables", lambda memory: {})
+
+    def early(given):
+        found = split(given)
+        return {**found, "train": found["train"] | {"memory": tables(given.memory)}}
+
+    monkeypatch.setattr(checkpoints, "_split", early)
+    save(tmp_path, state)
+    monkeypatch.undo()
+    assert not list(tmp_path.rglob("*.bin"))
+    assert_same(resume(tmp_path, make_state(mesh, seed=1, memory=True), mesh), state)
+
+
+def test_a_process_reads_only_the_blocks_of_its_rows(tmp_path, monkeypatch):
+    rows = np.arange(40, dtype=np.float32).reshape(20, 2)
+    monkeypatch.setattr(table_files, "BLOCK_BYTES", 3 * 8)
+    table_files.write(tmp_path, {"t": ((20, 2), [(0, rows[:10]), (10, rows[10:])])})
+    content = bytearray((tmp_path / "t.10.bin").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "t.10.bin").write_bytes(content)
+    parts = table_files._descriptions(tmp_path)[0]["t"]["parts"]
+
+    def read(start, stop):
+        found = table_files._aligned((stop - start, 2), np.float32)
+        assert sum(table_files._fill(tmp_path, part, found, start) for part in parts) == stop - start
+        np.testing.assert_array_equal(found, rows[start:stop])
+
+    for start in range(20):
+        for stop in range(start + 1, 20):
+            read(start, stop)
+    with pytest.raises(table_files.DamagedTableError, match=r"the checksum of .*/t\.10\.bin differs"):
+        read(18, 20)
 
 
 def test_meta_is_plain_json(tmp_path):

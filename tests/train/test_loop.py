@@ -68,7 +68,7 @@ def add(state, batch):
     return state.replace(step=state.step + 1, params=params), {"loss": value * jnp.float32(0.5)}
 
 
-def run(workdir, recipe, *, epochs=3, log_every=1, checkpoint_every=3, eval_every=1, on_step=None):
+def run(workdir, recipe, *, epochs=3, log_every=1, checkpoint_every=3, eval_every=1, on_step=None, **more):
     mesh = make_mesh()
     workdir.mkdir(exist_ok=True)
     state = train_state.create({"sum": np.float32(0)}, {}, optax.identity(), seed=0, mesh=mesh)
@@ -82,7 +82,7 @@ def run(workdir, recipe, *, epochs=3, log_every=1, checkpoint_every=3, eval_ever
             on_step(int(state.step) + 1)
         return compiled(state, batch)
 
-    lengths = loops.Lengths(recipe.steps_per_epoch, epochs, log_every, checkpoint_every, eval_every)
+    lengths = loops.Lengths(recipe.steps_per_epoch, epochs, log_every, checkpoint_every, eval_every, **more)
     bound = loops.Recipe(step, recipe.begin_epoch, recipe.evaluate, recipe.files)
     begun = train_state.RunState(state, {"loop": {}})
     first = int(state.step)
@@ -93,6 +93,22 @@ def run(workdir, recipe, *, epochs=3, log_every=1, checkpoint_every=3, eval_ever
     if first < int(run.state.step):
         assert run.meta["loop"] == {"epoch": epochs - 1}
     return run.state
+
+
+def test_checkpoints_by_the_clock_are_at_the_steps_that_may_be(tmp_path):
+    options = {"checkpoint_every": None, "checkpoint_multiple": 3, "epochs": 2}
+    run(tmp_path / "often", Recipe(steps_per_epoch=10, scores=False), checkpoint_minutes=1e-9, **options)
+    # The latest three are kept.
+    assert saved(tmp_path / "often") == [15, 18, 20]
+    run(tmp_path / "seldom", Recipe(steps_per_epoch=10, scores=False), checkpoint_minutes=60.0, **options)
+    assert saved(tmp_path / "seldom") == [10, 20]
+    run(
+        tmp_path / "both",
+        Recipe(steps_per_epoch=10, scores=False),
+        checkpoint_minutes=60.0,
+        **options | {"checkpoint_every": 7},
+    )
+    assert saved(tmp_path / "both") == [10, 14, 20]
 
 
 def metrics(workdir):
