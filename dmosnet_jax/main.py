@@ -119,7 +119,9 @@ def _run() -> None:
     if _DISTRIBUTED.value:
         if _COORDINATOR.value and (_PROCESSES.value is None or _PROCESS.value is None):
             raise ConfigError("--coordinator needs --num_processes and --process_id too")
+        signals.uninstall()
         supervisor.supervise(save_seconds=_SAVE_SECONDS.value)
+        signals.install(_INTERRUPTED)
     # Only now: a wrong config must not wait for the devices.
     recipe = importlib.import_module(f"dmosnet_jax.recipes.{config.recipe}")
     if not _DISTRIBUTED.value:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from types import FrameType
+from typing import Any
 
 from dmosnet_jax.core import files
 
@@ -40,6 +41,10 @@ class _State:
         # Signals of our own that are still to be seen by the thread.
         self.repeats = 0
         self.installed = False
+        # What `uninstall` undoes: earlier handlers, the thread, and the end of its pipe that signals write to.
+        self.handlers: dict[int, Any] = {}
+        self.thread: threading.Thread | None = None
+        self.sink = -1
 
 
 _state = _State()
@@ -58,11 +63,25 @@ def install(message: str) -> None:
     for number in _STOPPING:
         # A shell starts background jobs with SIGINT ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _interrupt)
-    source, sink = os.pipe()
-    os.set_blocking(sink, False)
-    signal.set_wakeup_fd(sink, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(source,), name="signals", daemon=True).start()
+            _state.handlers[number] = signal.signal(number, _interrupt)
+    source, _state.sink = os.pipe()
+    os.set_blocking(_state.sink, False)
+    signal.set_wakeup_fd(_state.sink, warn_on_full_buffer=False)
+    _state.thread = threading.Thread(target=_watch, args=(source,), name="signals", daemon=True)
+    _state.thread.start()
+
+
+def uninstall() -> None:
+    """Ends the watch, so that the process can be forked: the child would have no thread, and share its pipe."""
+    if not _state.installed:
+        return
+    signal.set_wakeup_fd(-1)
+    for number, handler in _state.handlers.items():
+        signal.signal(number, handler)
+    os.close(_state.sink)
+    assert _state.thread is not None
+    _state.thread.join()
+    vars(_state).update(vars(_State()))
 
 
 def finish_first(what: str) -> None:
@@ -103,7 +122,11 @@ def _watch(source: int) -> None:
     first, since, told = 0, 0.0, False
     while True:
         ready, _, _ = select.select([source], [], [], _LOOK if first else None)
-        for number in os.read(source, 64) if ready else b"":
+        numbers = os.read(source, 64) if ready else b""
+        if ready and not numbers:
+            os.close(source)
+            return
+        for number in numbers:
             if number not in _STOPPING or signal.getsignal(number) is signal.SIG_IGN:
                 continue
             if _state.repeats:

@@ -156,3 +156,28 @@ def test_readers_that_leave_do_not_end_a_program(tmp_path):
     process.stderr.close()
     assert process.wait() == 0
     assert (tmp_path / "done").exists()
+
+
+def test_the_watch_ends_and_begins_again():
+    program = (
+        "import os, signal, sys, threading, time\n"
+        "from dmosnet_jax.core import signals\n"
+        "signals.install('first')\n"
+        "signals.uninstall()\n"
+        "assert threading.active_count() == 1\n"
+        "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
+        "if os.fork():\n"
+        "    os.wait()\n"
+        "    sys.exit('the parent goes on')\n"
+        "signals.install('second')\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    (child,) = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (1, "", "the parent goes on\n")
