@@ -1,21 +1,26 @@
 """Files by path or by URL (`gs://`, `s3://`, ... through fsspec), and the one way to write them whole or not at all.
 
 fsspec is imported when the first URL is met, so that local data never need it. Every function raises `OSError` with a
-reason and the path, whatever the storage raises, and `ConfigError` where the storage's package is not installed;
-`atomic_write`, for files that a user asked for, raises `DataError` instead. Only regular files are read and replaced:
-a pipe would be waited for, and a device lost.
+reason and the path, whatever the storage raises, and `ConfigError` where the storage's package is not installed. A read
+of a URL is tried again, and what fails every time is a `DataError`; so is what `atomic_write`, for files that a user
+asked for, can't write. Only regular files are read and replaced: a pipe would be waited for, and a device lost.
 """
 
+import concurrent.futures
 import contextlib
 import errno
+import functools
+import itertools
 import os
 import pathlib
 import posixpath
+import random
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from dmosnet_jax.core.errors import ConfigError, DataError, UserError
 
@@ -28,6 +33,14 @@ PART = ".part"
 MAX_IMAGE_BYTES = 2**26
 # What this process is writing just now.
 _unfinished: set[pathlib.Path] = set()
+
+# Requests of a process to remote storages at once, tries of each, and seconds between them: half a minute in all.
+REQUESTS, TRIES = 32, 8
+_FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0
+_AT_ONCE = 1024
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 _FILE = "file://"
 _INSTALL = "pip install 'dmosnet_jax[remote]'"
 
@@ -122,8 +135,7 @@ def read(location: Path, *, most: int | None = None) -> bytes:
             if most is not None and os.fstat(file.fileno()).st_size > most:
                 raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", os.fspath(location))
             return file.read()
-    with _remote(location) as (files, path):
-        return files.cat_file(path)
+    return _request(location, lambda files, path: files.cat_file(path))
 
 
 def read_range(location: Path, offset: int, size: int) -> bytes:
@@ -134,8 +146,7 @@ def read_range(location: Path, offset: int, size: int) -> bytes:
         with open_local(location) as file:
             file.seek(offset)
             return file.read(size)
-    with _remote(location) as (files, path):
-        return files.cat_file(path, start=offset, end=offset + size)
+    return _request(location, lambda files, path: files.cat_file(path, start=offset, end=offset + size))
 
 
 @contextlib.contextmanager
@@ -153,16 +164,14 @@ def size(location: Path) -> int:
     """Bytes in a file."""
     if not is_remote(location):
         return os.stat(tidy(location)).st_size
-    with _remote(location) as (files, path):
-        return int(files.info(path)["size"])
+    return _request(location, lambda files, path: int(files.info(path)["size"]))
 
 
 def is_file(location: Path) -> bool:
     """Whether a file is there."""
     if not is_remote(location):
         return os.path.isfile(tidy(location))
-    with _remote(location) as (files, path):
-        return bool(files.isfile(path))
+    return _request(location, lambda files, path: bool(files.isfile(path)))
 
 
 def entries(location: Path) -> list[Entry]:
@@ -170,9 +179,7 @@ def entries(location: Path) -> list[Entry]:
     if not is_remote(location):
         with os.scandir(tidy(location)) as found:
             return sorted(_local_entry(entry) for entry in found)
-    with _remote(location) as (files, path):
-        listed = files.ls(path, detail=True)
-    root = path.rstrip("/")
+    listed, root = _request(location, lambda files, path: (files.ls(path, detail=True), path.rstrip("/")))
     return sorted(
         Entry(posixpath.basename(info["name"].rstrip("/")), info["type"] == "directory", int(info["size"] or 0))
         for info in listed
@@ -188,6 +195,54 @@ def _local_entry(entry: os.DirEntry[str]) -> Entry:
         with contextlib.suppress(FileNotFoundError):
             size = entry.stat().st_size
     return Entry(entry.name, is_folder, size, is_link)
+
+
+def concurrently(work: Callable[[_Item], _Result], items: Iterable[_Item], location: Path) -> list[_Result]:
+    """What reads of a location give for each item, in order: remote ones wait for their answers together.
+
+    All threads of a process share `REQUESTS` of them at once, so that a slow storage hides its latency and is not
+    flooded. Work must not call this itself.
+    """
+    if not is_remote(location):
+        return [work(item) for item in items]
+    readers, left = _readers(os.getpid()), iter(items)
+    found: list[_Result] = []
+    # Not all of millions at once: each has a handle of its own.
+    while some := list(itertools.islice(left, _AT_ONCE)):
+        found += readers.map(work, some)
+    return found
+
+
+@functools.cache
+def _readers(process: int) -> concurrent.futures.ThreadPoolExecutor:
+    """The threads of a process; a fork has none of its parent's."""
+    del process
+    return concurrent.futures.ThreadPoolExecutor(REQUESTS, thread_name_prefix="remote")
+
+
+def _request(location: Path, request: Callable[[Any, str], _Result]) -> _Result:
+    """What a request to a URL's storage gives, asked again where it fails, after waits that double up to a cap.
+
+    Raises:
+      DataError: it failed every time.
+      OSError: there is no such file, or no permission.
+    """
+    since, last = time.monotonic(), ""
+    for attempt in range(TRIES):
+        if attempt:
+            # Not all at the same time: whoever failed together would fail together again.
+            time.sleep(min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0))
+        try:
+            with _remote(location) as (files, path):
+                return request(files, path)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            last = str(error.strerror)
+    raise DataError(
+        f"{os.fspath(location)}: {TRIES} requests in {time.monotonic() - since:.0f} s failed, the last by: {last}: see "
+        "that this machine reaches the storage (network, credentials, quota), then run the same command to go on"
+    )
 
 
 def write(location: Path, data: bytes) -> None:

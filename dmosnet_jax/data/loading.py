@@ -12,6 +12,7 @@ from PIL import Image
 from dmosnet_jax.core.errors import ConfigError, DataError, UserError
 from dmosnet_jax.data import transforms
 from dmosnet_jax.data.autoaugment import AutoAugment
+from dmosnet_jax.data.records import Record
 from dmosnet_jax.data.splits import Rows
 
 # What to do about an image that cannot be decoded, where the split does not say.
@@ -101,8 +102,13 @@ class BatchLoader:
         changes = self._augmented(step, len(batch))
         mask = np.ones(len(rows), bool) if self._mask is None else self._local(self._mask[step])
         images = np.zeros((len(rows), *self._size, 3), np.uint8)
-        for position in map(int, np.flatnonzero(mask)):
-            images[position] = self._image(int(rows[position]), changes.get(position))
+        positions = [int(position) for position in np.flatnonzero(mask)]
+        cached = self._cache.filled[rows] if self._cache is not None else np.zeros(len(rows), bool)
+        missing = list(dict.fromkeys(int(rows[p]) for p in positions if p in changes or not cached[p]))
+        # Read before they are decoded: of a remote storage all of them wait for their answers together.
+        read = dict(zip(missing, self._split.read_many(missing), strict=True))
+        for position in positions:
+            images[position] = self._image(int(rows[position]), changes.get(position), read)
         minus_one = np.int32(-1)
         return {
             "image": images,
@@ -123,12 +129,14 @@ class BatchLoader:
             if chosen[position]
         }
 
-    def _image(self, row: int, change: Callable[[Image.Image], Image.Image] | None) -> np.ndarray:
+    def _image(
+        self, row: int, change: Callable[[Image.Image], Image.Image] | None, read: dict[int, Record]
+    ) -> np.ndarray:
         # What the policy changed must not be cached.
         cache = self._cache if change is None else None
         if cache is not None and cache.filled[row]:
             return cache.images[row]
-        record = self._split.record(row)
+        record = read[row]
         try:
             image = transforms.load(record.image, self._size, self._interpolation, change)
         except DataError as error:

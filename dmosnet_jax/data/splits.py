@@ -55,13 +55,23 @@ class Rows(abc.ABC):
         """The record of a row, for Grain and other readers of sequences; batching needs arrays, so `map` it first."""
         return self.record(index)
 
+    @property
+    def location(self) -> str:
+        """A file or URL that records are in: reads of a remote one are slow, but may wait together."""
+        return ""
+
+    def read_many(self, indices: Iterable[int]) -> list[records.Record]:
+        """The records of several rows, read concurrently where they are remote; see `record` for errors."""
+        return files.concurrently(self.record, map(int, indices), self.location)
+
     def filenames(self, indices: Iterable[int] | None = None) -> list[str]:
         """File names relative to the raw data set, of some images or of all.
 
         Raises:
           DataError: as `record`.
         """
-        return [self.record(int(index)).filename for index in (range(len(self)) if indices is None else indices)]
+        rows = map(int, range(len(self)) if indices is None else indices)
+        return files.concurrently(lambda row: self.record(row).filename, rows, self.location)
 
 
 class Split(Rows):
@@ -77,6 +87,11 @@ class Split(Rows):
     def __init__(self, name: str, split: str, source: RecordSource):
         super().__init__(name, split, source.pids, source.camids)
         self.source = source
+
+    @property
+    def location(self) -> str:
+        """See `Rows.location`."""
+        return self.source.paths[0]
 
     def record(self, index: int, /) -> records.Record:
         """See `Rows.record`."""
@@ -108,6 +123,11 @@ class Subset(Rows):
         super().__init__(base.name, base.split, base.pids[rows], base.camids[rows])
         self.base, self.rows = base, rows
 
+    @property
+    def location(self) -> str:
+        """See `Rows.location`."""
+        return self.base.location
+
     def record(self, index: int, /) -> records.Record:
         """See `Rows.record`."""
         return self.base.record(int(self.rows[index]))
@@ -133,6 +153,11 @@ class JointSplit(Rows):
         pids, camids = (combined([getattr(part, column) for part in self.parts]) for column in ("pids", "camids"))
         super().__init__(name, self.parts[0].split, pids, camids)
         self._firsts = [0, *np.cumsum([len(part) for part in self.parts]).tolist()]
+
+    @property
+    def location(self) -> str:
+        """See `Rows.location`."""
+        return next((part.location for part in self.parts if files.is_remote(part.location)), "")
 
     def record(self, index: int, /) -> records.Record:
         """See `Rows.record`; with the identity, camera and file name of the union."""

@@ -128,6 +128,11 @@ class _Naming(Rows):
         self.images = images
         self._names: dict[int, str] = {}
 
+    @property
+    def location(self) -> str:
+        """See `splits.Rows.location`."""
+        return self.images.location
+
     def record(self, index: int, /) -> Record:
         """See `splits.Split.record`."""
         found = self.images.record(index)

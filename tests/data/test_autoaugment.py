@@ -12,6 +12,7 @@ from dmosnet_jax.data.autoaugment import OPERATIONS, POLICY, AutoAugment
 from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.pipeline import train_batches
 from dmosnet_jax.data.records import Record
+from dmosnet_jax.data.splits import Rows
 
 
 @pytest.fixture
@@ -90,7 +91,7 @@ def test_an_image_depends_on_its_place_alone(photo):
 class Photos:
     """A split whose images are all the same photo."""
 
-    name = "photos"
+    name, location, read_many = "photos", "", Rows.read_many
 
     def __init__(self, data, count):
         self.data = data

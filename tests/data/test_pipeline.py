@@ -11,6 +11,7 @@ from PIL import Image
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import pipeline, samplers, transforms
 from dmosnet_jax.data.loading import ImageCache
+from dmosnet_jax.data.splits import Rows
 
 SIZE = (16, 8)
 
@@ -26,7 +27,7 @@ class Record:
 class MemorySplit:
     """What the pipeline needs of a split, with encoded images in memory; counts its reads."""
 
-    name = "market1501"
+    name, location, read_many = "market1501", "", Rows.read_many
 
     def __init__(self, images, pids, camids):
         self.source, self.pids, self.camids = images, pids, camids

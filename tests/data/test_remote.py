@@ -1,9 +1,14 @@
 """Data sets behind a URL, in an in-memory file system."""
 
+import concurrent.futures
+import functools
 import json
 import pickle
+import random
 import subprocess
 import sys
+import threading
+import time
 import uuid
 
 import numpy as np
@@ -159,10 +164,86 @@ def test_a_storage_that_fails_is_one_line(remote, monkeypatch):
 
     for name in ("cat_file", "ls"):
         monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, name, broken)
-    with pytest.raises(DataError, match=r"cannot be read at byte 0 .the network is away"):
+    waits = []
+    monkeypatch.setattr(files.time, "sleep", waits.append)
+    told = "8 requests in 0 s failed, the last by: the network is away: see that this machine reaches the storage"
+    with pytest.raises(DataError, match=told) as error:
         split.record(0)
-    with pytest.raises(DataError, match=r"cannot be read .the network is away.: check the name and the credentials"):
+    assert str(error.value).startswith(shard(remote, 0))
+    # Doubled up to a cap, each shortened by chance so that readers do not come back together.
+    assert len(waits) == 7
+    for number, wait in enumerate(waits):
+        longest = min(15.0, 0.2 * 2**number)
+        assert longest / 2 <= wait <= longest
+    with pytest.raises(DataError, match=told):
         splits.load_split(remote, "tiny", "train")
+
+
+class Distant:
+    """A storage that takes its time, fails now and then, and counts how many ask at once."""
+
+    def __init__(self, monkeypatch, seconds, failing=0.0):
+        self.most = self.asking = self.failed = self.asked = 0
+        lock, rng = threading.Lock(), random.Random(0)
+        system = fsspec.implementations.memory.MemoryFileSystem
+        original = system.cat_file
+
+        def distant(fs, path, start=None, end=None, **options):
+            with lock:
+                self.asking, self.asked = self.asking + 1, self.asked + 1
+                self.most = max(self.most, self.asking)
+                fails = rng.random() < failing
+                self.failed += fails
+            time.sleep(seconds)
+            with lock:
+                self.asking -= 1
+            if fails:
+                raise ConnectionResetError("connection reset by peer")
+            return original(fs, path, start=start, end=end, **options)
+
+        monkeypatch.setattr(system, "cat_file", distant)
+
+
+def test_records_of_a_batch_wait_for_a_distant_storage_together(local, remote, monkeypatch):
+    here, there = (splits.load_split(root, "tiny", "train") for root in (local, remote))
+    rows = [*range(30), *range(30)]
+    storage = Distant(monkeypatch, seconds=0.03)
+    since = time.perf_counter()
+    found = there.read_many(rows)
+    seconds = time.perf_counter() - since
+    assert found == [here.record(row) for row in rows]
+    assert storage.asked == 60
+    assert 8 < storage.most <= files.REQUESTS
+    # One after the other they take 1.8 s.
+    assert seconds < 60 * 0.03 / 4
+    assert splits.Subset(there, np.arange(5, 9)).read_many([1]) == [here.record(6)]
+    assert there.filenames([3, 29]) == here.filenames([3, 29])
+
+
+def test_requests_are_bounded_whoever_asks(remote, monkeypatch):
+    monkeypatch.setattr(files, "REQUESTS", 4)
+    monkeypatch.setattr(files, "_readers", functools.cache(files._readers.__wrapped__))
+    there = splits.load_split(remote, "tiny", "train")
+    storage = Distant(monkeypatch, seconds=0.01)
+    with concurrent.futures.ThreadPoolExecutor(6) as threads:
+        list(threads.map(lambda _: there.read_many(range(30)), range(6)))
+    assert (storage.asked, storage.most) == (180, 4)
+
+
+def test_requests_that_fail_now_and_then_do_not_end_an_epoch(local, remote, monkeypatch):
+    here, there = (splits.load_split(root, "tiny", "train") for root in (local, remote))
+    monkeypatch.setattr(files, "_FIRST_WAIT", 0.001)
+    storage = Distant(monkeypatch, seconds=0.0, failing=0.2)
+    for _ in range(10):
+        assert there.read_many(range(30)) == [here.record(row) for row in range(30)]
+    assert storage.failed > 20
+    assert storage.asked == 300 + storage.failed
+
+
+def test_what_is_not_there_is_not_asked_for_again(remote, monkeypatch):
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: pytest.fail("waited"))
+    with pytest.raises(FileNotFoundError):
+        files.read(f"{remote}/nowhere")
 
 
 def test_local_data_need_no_fsspec_and_remote_ones_say_so(local, remote, monkeypatch):
