@@ -28,12 +28,16 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0,
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes, where the cluster does not tell.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, where the cluster does not tell.")
 _JOIN_SECONDS = flags.DEFINE_integer("join_seconds", 300, "How long to wait for the other processes of the job.", 1)
+_DRY_RUN = flags.DEFINE_boolean(
+    "dry_run", False, "Print devices, settings, shapes, memory, disk, steps and time of a training run, and end."
+)
 _SAVE_SECONDS = flags.DEFINE_integer(
     "save_seconds", 100, "How long a process of a job that is told to stop may take to save its state and end.", 1
 )
 
 # Their workdir is read by every process, or written by all of them.
 _SHARING = ("spcl", "spcl_uda", "supervised", "cfs")
+_TRAINING = ("spcl", "spcl_uda", "supervised")
 
 _INTERRUPTED = "interrupted; the same command goes on from the last checkpoint, if there is one"
 # The folder `configs` lies beside this file where the package is installed, and beside the package in a checkout.
@@ -115,7 +119,11 @@ def _workdir() -> pathlib.Path:
 def _run() -> None:
     config: Any = _CONFIG.value
     validate(config)
-    workdir = _workdir()
+    workdir, options = _workdir(), {}
+    if _DRY_RUN.value:
+        if config.recipe not in _TRAINING:
+            raise ConfigError(f"--dry_run describes a training run ({', '.join(_TRAINING)}), not {config.recipe}")
+        options = {"dry": True}
     if _DISTRIBUTED.value:
         if _COORDINATOR.value and (_PROCESSES.value is None or _PROCESS.value is None):
             raise ConfigError("--coordinator needs --num_processes and --process_id too")
@@ -125,13 +133,13 @@ def _run() -> None:
     # Only now: a wrong config must not wait for the devices.
     recipe = importlib.import_module(f"dmosnet_jax.recipes.{config.recipe}")
     if not _DISTRIBUTED.value:
-        recipe.run(config, workdir)
+        recipe.run(config, workdir, **options)
         return
     try:
         processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, seconds=_JOIN_SECONDS.value)
         if config.recipe in _SHARING:
             processes.check_shared(workdir)
-        recipe.run(config, workdir)
+        recipe.run(config, workdir, **options)
         processes.finish()
     except Exception as error:
         processes.end(error)

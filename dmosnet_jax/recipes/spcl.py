@@ -24,6 +24,7 @@ from dmosnet_jax.data.splits import Rows
 from dmosnet_jax.memory import cluster, hybrid
 from dmosnet_jax.recipes import feature_pass, pseudo_labels
 from dmosnet_jax.recipes.datasets import training_images
+from dmosnet_jax.recipes.dry_run import describe
 from dmosnet_jax.recipes.network import settings_of
 from dmosnet_jax.recipes.training import Experiment, open_experiment, train
 from dmosnet_jax.train.state import RunState, TrainState
@@ -37,8 +38,10 @@ _MEMORIES: dict[str, tuple[ModuleType, dict[str, Any]]] = {
 }
 
 
-def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
+def run(config: Any, workdir: pathlib.Path, *, dry: bool = False) -> dict[str, Any]:
     """Runs the recipe; returns the contents of `results.json`, empty for a data set without queries.
+
+    A `dry` run only prints what the recipe needs.
 
     Raises:
         ConfigError: settings that do not fit the data or the devices.
@@ -50,6 +53,8 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     epochs = Epochs(experiment, memory, own)
     step = spcl_step(experiment.model, experiment.optimiser, experiment.config, memory=memory)
     step = with_refresh(step, memory, settings.refresh_every_steps, experiment.lengths.steps_per_epoch)
+    if dry:
+        return describe(experiment, step, epochs.begin, **epochs.hooks())
     results = train(experiment, step, epochs.begin, **epochs.hooks())
     feature_pass.clear(workdir)
     return results

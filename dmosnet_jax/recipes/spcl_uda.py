@@ -19,14 +19,17 @@ from dmosnet_jax.data.splits import Rows, Subset, relabel
 from dmosnet_jax.memory import hybrid
 from dmosnet_jax.recipes import feature_pass, spcl
 from dmosnet_jax.recipes.datasets import domain_images
+from dmosnet_jax.recipes.dry_run import describe
 from dmosnet_jax.recipes.training import open_experiment, train
 from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train.state import RunState, TrainState
 from dmosnet_jax.train.steps import spcl_uda_step
 
 
-def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
+def run(config: Any, workdir: pathlib.Path, *, dry: bool = False) -> dict[str, Any]:
     """Runs the recipe; returns the contents of `results.json`, empty for a target without queries.
+
+    A `dry` run only prints what the recipe needs.
 
     Raises:
         ConfigError: settings that do not fit the data or the devices.
@@ -38,6 +41,8 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     step = spcl_uda_step(experiment.model, experiment.optimiser, experiment.config)
     every, steps_per_epoch = experiment.config.spcl.refresh_every_steps, experiment.lengths.steps_per_epoch
     step = spcl.with_refresh(step, hybrid, every, steps_per_epoch)
+    if dry:
+        return describe(experiment, step, epochs.begin, **epochs.hooks())
     results = train(experiment, step, epochs.begin, **epochs.hooks())
     feature_pass.clear(workdir)
     return results

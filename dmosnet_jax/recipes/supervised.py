@@ -7,12 +7,15 @@ from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.data.samplers import identity_epoch
 from dmosnet_jax.data.splits import relabel
 from dmosnet_jax.recipes.datasets import training_images
+from dmosnet_jax.recipes.dry_run import describe
 from dmosnet_jax.recipes.training import open_experiment, train
 from dmosnet_jax.train.steps import supervised_step
 
 
-def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
+def run(config: Any, workdir: pathlib.Path, *, dry: bool = False) -> dict[str, Any]:
     """Runs the recipe; returns the contents of `results.json`, empty for a data set without queries.
+
+    A `dry` run only prints what the recipe needs.
 
     Raises:
         ConfigError: settings that do not fit the data or the devices.
@@ -39,4 +42,4 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
         return run, experiment.stream(batches, epoch=epoch, start=offset, labels=labels), {}
 
     step = supervised_step(experiment.model, experiment.optimiser, experiment.config)
-    return train(experiment, step, begin_epoch)
+    return (describe if dry else train)(experiment, step, begin_epoch)
