@@ -221,20 +221,35 @@ def _readers(process: int) -> concurrent.futures.ThreadPoolExecutor:
 
 
 def _request(location: Path, request: Callable[[Any, str], _Result]) -> _Result:
-    """What a request to a URL's storage gives, asked again where it fails, after waits that double up to a cap.
+    """What a request to a URL's storage gives; see `again`."""
+
+    def ask() -> _Result:
+        with _remote(location) as (files, path):
+            return request(files, path)
+
+    return again(ask, location)
+
+
+def again(read: Callable[[], _Result], location: Path) -> _Result:
+    """What a read of a location gives; of a remote one it is tried again, after waits that double up to a cap.
+
+    Args:
+      read: may fail with `OSError` in the middle.
+      location: what it reads.
 
     Raises:
       DataError: it failed every time.
       OSError: there is no such file, or no permission.
     """
+    if not is_remote(location):
+        return read()
     since, last = time.monotonic(), ""
     for attempt in range(TRIES):
         if attempt:
             # Not all at the same time: whoever failed together would fail together again.
             time.sleep(min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0))
         try:
-            with _remote(location) as (files, path):
-                return request(files, path)
+            return read()
         except OSError as error:
             if error.errno != errno.EIO:
                 raise

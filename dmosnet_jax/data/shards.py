@@ -100,7 +100,7 @@ def load_index(path: Path) -> Index:
             return index
         index = _read_index(sidecar, size, ends) if is_remote else None
         if index is None:
-            index = make_index(list(_scan(path, size)), size, ends)
+            index = make_index(files.again(lambda: list(_scan(path, size)), path), size, ends)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): {FIX}") from error
     # Where the folder cannot be written to, the next process builds the index again.

@@ -240,6 +240,22 @@ def test_requests_that_fail_now_and_then_do_not_end_an_epoch(local, remote, monk
     assert storage.asked == 300 + storage.failed
 
 
+def test_a_shard_without_an_index_is_read_again_where_it_fails(local, remote, monkeypatch):
+    monkeypatch.setattr(files, "_FIRST_WAIT", 0.001)
+    system, failures = fsspec.implementations.memory.MemoryFileSystem, [1, 1, 1]
+    original = system.open
+
+    def open_or_fail(fs, *arguments, **options):
+        if failures:
+            failures.pop()
+            raise ConnectionResetError("connection reset by peer")
+        return original(fs, *arguments, **options)
+
+    monkeypatch.setattr(system, "open", open_or_fail)
+    assert len(splits.load_split(remote, "tiny", "train")) == 30
+    assert not failures
+
+
 def test_what_is_not_there_is_not_asked_for_again(remote, monkeypatch):
     monkeypatch.setattr(files.time, "sleep", lambda seconds: pytest.fail("waited"))
     with pytest.raises(FileNotFoundError):
