@@ -143,6 +143,11 @@ def _run() -> None:
         processes.finish()
     except Exception as error:
         processes.end(error)
+    except (KeyboardInterrupt, signals.StoppedExit) as stopped:
+        # Where nothing is saved first: the training loop raises what all processes agreed on.
+        status = 130 if isinstance(stopped, KeyboardInterrupt) else int(stopped.code or 0)
+        processes.tell(f"{processes.here()} was stopped by a signal: {_INTERRUPTED}", status)
+        raise
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -119,6 +120,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None, *,
             process,
             local_device_ids=devices,
             initialization_timeout=seconds,
+            shutdown_timeout_seconds=SILENCE_SECONDS,
             heartbeat_timeout_seconds=SILENCE_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
@@ -127,6 +129,10 @@ def join(coordinator: str | None, processes: int | None, process: int | None, *,
             f"--distributed: the processes did not connect ({reason}): give --coordinator=HOST:PORT, --num_processes "
             "and --process_id where the cluster does not tell them"
         ) from error
+    # JAX's service for preemptions has taken SIGTERM to itself, and nobody asks it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if (handler := signal.getsignal(number)) is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(number, handler)
     _start_watch(hosts)
     kinds = ", ".join(sorted({device.device_kind for device in jax.local_devices()}))
     numbers = ", ".join(str(device.id) for device in jax.local_devices())
@@ -403,11 +409,14 @@ def end(error: BaseException) -> NoReturn:
             "last checkpoint"
         )
     if failure is not None and failure.everywhere:
-        # All processes raise it: each says its own.
+        # All processes raise it: each says its own, and none ends the service of process 0 before the others left it.
         with contextlib.suppress(Exception):
+            import jax
+
             finish(seconds=60)
+            jax.distributed.shutdown()
         supervisor.leave(str(failure), failure.exit_status)
-    where = f"process {job.index} on {job.hosts[job.index]}"
+    where = here()
     if failure is None:
         traceback.print_exception(error)
         line, status = f"{where} failed: {type(error).__name__}: {printable(error, 300)}", 1
@@ -415,17 +424,27 @@ def end(error: BaseException) -> NoReturn:
         line, status = str(failure), failure.exit_status
         if job.index and isinstance(failure, DataError):
             line += f" ({where})"
-    with job.lock:
-        try:
-            job.client.key_value_set(_END, json.dumps([line, status]))
-            job.ending = True
-        except Exception:
-            # Another process was first, and the watch has its line; or the connection is gone.
-            pass
+    tell(line, status)
     if not job.ending:
+        # Another process was first, and the watch has its line; or the connection is gone.
         time.sleep(SILENCE_SECONDS + 15)
-    _let_others_see(job)
     supervisor.leave(line, status)
+
+
+def tell(line: str, status: int) -> None:
+    """Ends the other processes, by a line and a status."""
+    job = _job
+    if job is None:
+        return
+    with job.lock, contextlib.suppress(Exception):
+        job.client.key_value_set(_END, json.dumps([line, status]))
+        job.ending = True
+    _let_others_see(job)
+
+
+def here() -> str:
+    """Number and host of this process, for messages."""
+    return "this process" if _job is None else f"process {_job.index} on {_job.hosts[_job.index]}"
 
 
 def _is_collective(error: BaseException) -> bool:

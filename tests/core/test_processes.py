@@ -152,6 +152,16 @@ def test_what_does_not_stop_when_it_is_told_to_is_ended(job):
     assert "process 1 on" in first[2][0]
 
 
+def test_a_signal_outside_of_training_ends_both(job):
+    started = job("1", "SIGCONT", "asleep")
+    while started[1].stdout.readline() != "at work\n":
+        assert started[1].poll() is None
+    started[1].send_signal(signal.SIGTERM)
+    first, second = ends(started, 60)
+    assert (first[0], second[0]) == (143, 143)
+    assert first[2][0].startswith(f"error: process 1 on {socket.gethostname()} was stopped by a signal: ")
+
+
 def test_a_workdir_that_is_not_shared_is_refused_by_all(job, tmp_path):
     first, second = ends(job("1", "damage", workdirs=("here", "there")), 90)
     assert (first[0], second[0]) == (2, 2)
