@@ -363,6 +363,9 @@ def check_shared(workdir: pathlib.Path) -> None:
     else:
         token = job.client.blocking_key_value_get(_TOKEN, wait)
         job.client.key_value_set(f"{_SHARED}/{job.index}", "yes" if _appears(workdir, token) else "no")
+    if job.index:
+        # Process 0 cleans up before anybody ends the job.
+        job.client.blocking_key_value_get(f"{_SHARED}/0", 2 * wait)
     answers = {n: job.client.blocking_key_value_get(f"{_SHARED}/{n}", wait) for n in range(1, job.count)}
     blind = [n for n, answer in answers.items() if answer != "yes"]
     if job.index == 0:
@@ -370,6 +373,7 @@ def check_shared(workdir: pathlib.Path) -> None:
         if blind and is_new:
             with contextlib.suppress(OSError):
                 workdir.rmdir()
+        job.client.key_value_set(f"{_SHARED}/0", "yes")
     if blind:
         named = ", ".join(f"process {n} on {job.hosts[n]}" for n in blind)
         raise ConfigError(
