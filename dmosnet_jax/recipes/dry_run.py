@@ -76,6 +76,9 @@ def describe(
         f"memory of each device: state {kept / _GIB:.2f} GiB (memory tables {tables / _GIB:.2f}), a step's scratch "
         f"{scratch / _GIB:.2f}: {(kept + scratch) / _GIB:.2f}{of} GiB"
     )
+    if config.data.placement == "device":
+        pixels = len(experiment.images) * 3 * int(np.prod(experiment.model.image_size))
+        print_once(f"images on the devices, beside that: {pixels / _GIB:.2f} GiB in all")
     saved = shapes if shapes.memory is None else shapes.replace(memory=shapes.memory.compacted())
     checkpoint = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(saved))
     cache = 0 if experiment.cache is None else experiment.cache.images.nbytes
@@ -100,7 +103,11 @@ def _read(experiment: Experiment) -> tuple[float, dict[str, np.ndarray]]:
     batch = next(stream)
     since = time.perf_counter()
     count = sum(1 for _ in stream)
-    return (time.perf_counter() - since) / count, batch
+    seconds = (time.perf_counter() - since) / count
+    if "image" not in batch:
+        # The devices have the images; a step takes its batch from them.
+        batch = {**batch, "image": np.zeros((len(batch["index"]), *experiment.model.image_size, 3), np.uint8)}
+    return seconds, batch
 
 
 def _run(

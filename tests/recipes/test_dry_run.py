@@ -36,6 +36,15 @@ def test_a_dry_run_says_what_a_run_needs_and_leaves_nothing(cli, tiny_flags, tmp
     assert ("extraction of all features; clustering is not counted" in out) == (recipe != "finetune")
 
 
+@pytest.mark.slow
+def test_a_dry_run_of_images_on_the_devices(cli, tiny_flags, tmp_path):
+    flags = tiny_flags("finetune", **{"model.name": small.NAME, "model.neck": "bnneck", "data.placement": "device"})
+    finished = cli.forked(*flags, "--dry_run", f"--workdir={tmp_path / 'dry'}")
+    assert finished.status == 0, finished.err
+    assert "images on the devices, beside that: 0.00 GiB in all" in finished.out
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_recipes_have_no_dry_run(cli, tiny_flags, tmp_path):
     finished = cli.forked(*tiny_flags("evaluate", checkpoint="x"), "--dry_run", f"--workdir={tmp_path}")
     assert finished.status == 2
