@@ -67,10 +67,11 @@ def read_tensors(path: str | os.PathLike[str], choose: Choose) -> dict[str, np.n
             start = file.read(512)
             if start.startswith(_ZIP_MAGIC):
                 return _read_zip(file, where, choose)
+            # Before the pickle: the length of the header, which comes first, may begin with any byte.
+            if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32:
+                return _read_safetensors(file, where)
             if start.startswith(b"\x80"):
                 return _read_legacy(file, where, choose)
-            if start[8:9] == b"{":
-                return _read_safetensors(file, where)
     except IsADirectoryError as error:
         raise DataError(f"{where}: is a directory; give a .pth, .pth.tar, .pt or .safetensors file") from error
     except OSError as error:

@@ -150,7 +150,7 @@ def test_bad_searches(gallery, no_array_checks):
     [
         ("gallery.json", None, "is no gallery"),
         ("gallery.json", b"{", "is damaged"),
-        ("gallery.json", b"[]", "is not of format 1"),
+        ("gallery.json", b"[]", "is damaged, or of another kind"),
         ("features-00001.npy", None, "can't be read"),
         ("features-00001.npy", b"", "is damaged"),
         ("features-00001.npy", b"\x93NUMPY\x01\x00", "is damaged"),

@@ -404,3 +404,14 @@ def test_thousands_of_foreign_names_are_a_bounded_message(small_weights, small_m
     with pytest.raises(DataError, match=r"5000 unexpected; .* and 4,970 more") as error:
         torch_import.convert(weights, small_model())
     assert len(str(error.value)) < 3000
+
+
+def test_a_safetensors_file_that_begins_as_a_pickle_does(tmp_path):
+    """The first byte is of the header's length, and 0x80 begins a pickle too."""
+    for fill in range(0, 4096, 8):
+        save_file({"weight": np.arange(6.0, dtype=np.float32)}, tmp_path / "w.safetensors", metadata={"a": "b" * fill})
+        if (tmp_path / "w.safetensors").read_bytes()[:1] == b"\x80":
+            break
+    else:
+        raise AssertionError("no header of such a length")
+    np.testing.assert_array_equal(torch_import.load(tmp_path / "w.safetensors")["weight"], np.arange(6.0))

@@ -46,17 +46,21 @@ def test_inference(name, accelerator):
 
 @pytest.mark.parametrize("name", NAMES[:2])
 def test_training(name, accelerator):
-    model, params, stats, images = _network(name)
+    """In float64: in float32 the maps of drawn weights magnify the last digits, in which the forms differ."""
+    with jax.enable_x64(True):
+        model, params, stats, images = _network(name, dtype="float64")
+        params, images = jax.tree.map(np.float64, params), images.astype(np.float64)
 
-    def loss(params):
-        outputs, moved = model.apply(params, stats, images, train=True)
-        return jnp.sum(jnp.sin(outputs["logits"] * 10)), moved
+        def loss(params):
+            outputs, moved = model.apply(params, stats, images, train=True)
+            return jnp.sum(jnp.sin(outputs["logits"] * 10)), moved
 
-    expected = jax.value_and_grad(loss, has_aux=True)(params)
-    accelerator()
-    found = jax.value_and_grad(loss, has_aux=True)(params)
+        expected = jax.value_and_grad(loss, has_aux=True)(params)
+        accelerator()
+        found = jax.value_and_grad(loss, has_aux=True)(params)
+    top = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=5e-3, atol=5e-4 * max(1, np.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7 * top)
 
 
 def test_operations_are_those_of_the_two_convolutions(accelerator):
