@@ -1,4 +1,4 @@
-"""Pillow's resize of RGB images, bit for bit, in a fifth of its time.
+"""Pillow's resize of RGB images, bit for bit, in a third to a fifth of its time.
 
 The arithmetic is that of Pillow (`src/libImaging/Resample.c`): weights rounded to 22 bits; along the rows first, down
 the columns then, each pass rounded to whole levels. Both passes sum whole rows of the array, which compilers turn into

@@ -7,7 +7,7 @@ to know where it comes from: see `VARIANTS`.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -86,10 +86,6 @@ class HalfInstanceNorm(nnx.Module):
         y = jnp.concatenate([self.IN(first), self.BN(second, train=train)], axis=-1)
         return rectify(y) if relu else y
 
-    def after(self, convolve: Callable[[jax.Array], jax.Array], kernel: jax.Array, *, train: bool, relu: bool):
-        """As `BatchNorm.after`."""
-        return (self(convolve(kernel), train=train, relu=relu),)
-
 
 class Bottleneck(nnx.Module):
     """1x1, 3x3 and 1x1 convolutions with a residual."""
@@ -121,6 +117,8 @@ class Bottleneck(nnx.Module):
 
 def _both(conv: Any, norm: Any, x: jax.Array, **options: Any) -> jax.Array:
     """A convolution and the norm behind it."""
+    if isinstance(norm, HalfInstanceNorm):
+        return norm(conv(x), **options)
     return norm.after(functools.partial(conv.convolve, x), conv.kernel[...], **options)[0]
 
 

@@ -32,6 +32,8 @@ def run(config, workdir):
     class Stopped(UserError):
         exit_status, everywhere = 143, True
     parallel.by_process(np.int32(1))
+    if action == "deaf" and str(jax.process_index()) == actor:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("at work", flush=True)
     if actor == "all":
         raise Stopped("all stopped together")
@@ -47,7 +49,6 @@ def run(config, workdir):
     if action == "defect":
         raise TypeError("a defect\\nin two lines")
     if action == "deaf":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(300)
     os.kill(os.getpid(), getattr(signal, action))
     time.sleep(300)
