@@ -328,6 +328,7 @@ def _watch(job: _Job) -> None:
                 return
             job.ending = True
         line, status = json.loads(told)
+        supervisor.tell_end(line, status)
         with contextlib.suppress(Exception):
             job.client.key_value_set(f"{_SEEN}/{job.index}", "yes")
         _let_others_see(job)
@@ -428,22 +429,28 @@ def end(error: BaseException) -> NoReturn:
         line, status = str(failure), failure.exit_status
         if job.index and isinstance(failure, DataError):
             line += f" ({where})"
-    tell(line, status)
-    if not job.ending:
-        # Another process was first, and the watch has its line; or the connection is gone.
+    if not tell(line, status):
+        # The watch has the line of who was first; or the connection is gone.
         time.sleep(SILENCE_SECONDS + 15)
     supervisor.leave(line, status)
 
 
-def tell(line: str, status: int) -> None:
-    """Ends the other processes, by a line and a status."""
+def tell(line: str, status: int) -> bool:
+    """Ends the other processes, by a line and a status; false where another process's were first, or nobody hears."""
     job = _job
     if job is None:
-        return
-    with job.lock, contextlib.suppress(Exception):
-        job.client.key_value_set(_END, json.dumps([line, status]))
+        return False
+    with job.lock:
+        if job.ending:
+            return False
+        supervisor.tell_end(line, status)
+        try:
+            job.client.key_value_set(_END, json.dumps([line, status]))
+        except Exception:
+            return False
         job.ending = True
     _let_others_see(job)
+    return True
 
 
 def here() -> str:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 from dmosnet_jax.core.errors import LostProcessError
 
@@ -58,8 +58,20 @@ def supervise(*, save_seconds: float) -> None:
 
 def tell_hosts(hosts: list[str]) -> None:
     """Tells the parent, where there is one, on which host each process is, for its messages."""
+    _tell({"hosts": hosts})
+
+
+def tell_end(line: str, status: int) -> None:
+    """Tells the parent, where there is one, how this process is about to end.
+
+    Once the others know too, the service of process 0 may be gone first, and JAX aborts this process on its way.
+    """
+    _tell({"end": [line, status]})
+
+
+def _tell(note: dict[str, Any]) -> None:
     if _supervised:
-        os.write(2, f"{_NOTE}{json.dumps(hosts)}\n".encode())
+        os.write(2, f"{_NOTE}{json.dumps(note)}\n".encode())
 
 
 class Relay(threading.Thread):
@@ -71,6 +83,7 @@ class Relay(threading.Thread):
         self._held = False
         self.about_job = ""
         self.hosts: list[str] = []
+        self.end: tuple[str, int] | None = None
 
     def run(self) -> None:
         """Reads until nobody can write any more."""
@@ -80,7 +93,9 @@ class Relay(threading.Thread):
     def take(self, line: str) -> None:
         """Passes a line on, unless it belongs to a message about the job."""
         if line.startswith(_NOTE):
-            self.hosts = json.loads(line[len(_NOTE) :])
+            note = json.loads(line[len(_NOTE) :])
+            self.hosts = note.get("hosts", self.hosts)
+            self.end = note.get("end", self.end)
             return
         message = _MESSAGE.match(line)
         if message:
@@ -124,6 +139,10 @@ def _follow(child: int, reading: int, save_seconds: float) -> int:
     if status >= 0:
         return status
     ended_by = signal.Signals(-status)
+    if ended_by == signal.SIGABRT and relay.end is not None:
+        line, status = relay.end
+        _say(line)
+        return status
     lost = describe_loss(relay.about_job, relay.hosts)
     if ended_by == signal.SIGABRT and lost:
         _say(lost)

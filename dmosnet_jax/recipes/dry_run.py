@@ -34,7 +34,7 @@ def describe(
     begin_epoch: BeginEpoch,
     *,
     prepare: Prepare | None = None,
-    **hooks: Callable[[Any], Any],
+    **hooks: Callable[..., Any],
 ) -> dict[str, Any]:
     """Prints what `training.train` of the same arguments would need; returns no results.
 

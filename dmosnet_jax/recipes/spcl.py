@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from jax import lax
 
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.data.loading import ImageCache
@@ -28,7 +27,7 @@ from dmosnet_jax.recipes.dry_run import describe
 from dmosnet_jax.recipes.network import settings_of
 from dmosnet_jax.recipes.training import Experiment, open_experiment, train
 from dmosnet_jax.train.state import RunState, TrainState
-from dmosnet_jax.train.steps import Batch, Metrics, Step, spcl_step
+from dmosnet_jax.train.steps import spcl_step
 
 # Values of `spcl.memory`: the module of the memory, and settings of its own.
 _MEMORIES: dict[str, tuple[ModuleType, dict[str, Any]]] = {
@@ -52,7 +51,6 @@ def run(config: Any, workdir: pathlib.Path, *, dry: bool = False) -> dict[str, A
     memory, own = _MEMORIES[settings.memory]
     epochs = Epochs(experiment, memory, own)
     step = spcl_step(experiment.model, experiment.optimiser, experiment.config, memory=memory)
-    step = with_refresh(step, memory, settings.refresh_every_steps, experiment.lengths.steps_per_epoch)
     if dry:
         return describe(experiment, step, epochs.begin, **epochs.hooks())
     results = train(experiment, step, epochs.begin, **epochs.hooks())
@@ -104,7 +102,7 @@ class Epochs:
 
     def hooks(self) -> dict[str, Any]:
         """What `training.train` asks of a recipe beside its epochs."""
-        return {"prepare": self.prepare, "end_epoch": self.end, "compact": self.compact}
+        return {"prepare": self.prepare, "before_step": self.refresh, "end_epoch": self.end, "compact": self.compact}
 
     def end(self, run: RunState) -> Mapping[str, float]:
         """Figures of the memory at the end of an epoch."""
@@ -115,9 +113,26 @@ class Epochs:
 
         Elsewhere they are kept: their rounding would make the run another one.
         """
-        every, number = self.experiment.config.spcl.refresh_every_steps, int(state.step)
-        rebuilt = number % self.experiment.lengths.steps_per_epoch == 0 or (every and number % every == 0)
-        return state.replace(memory=state.memory.compacted()) if state.memory is not None and rebuilt else state
+        if state.memory is None or not (self._starts_epoch(int(state.step)) or self._refreshes(int(state.step))):
+            return state
+        return state.replace(memory=state.memory.compacted())
+
+    def refresh(self, state: TrainState, number: int) -> TrainState:
+        """With class sums rebuilt at intervals, so that rounding does not accumulate over long epochs.
+
+        A program of its own: within a step, in a branch that is seldom taken, its sums over the devices and those of
+        the step may wait for each other on CPUs.
+        """
+        if self._starts_epoch(number) or not self._refreshes(number):
+            return state
+        return state.replace(memory=self.memory.refresh(state.memory))
+
+    def _starts_epoch(self, number: int) -> bool:
+        return number % self.experiment.lengths.steps_per_epoch == 0
+
+    def _refreshes(self, number: int) -> bool:
+        every = self.experiment.config.spcl.refresh_every_steps
+        return bool(every) and number % every == 0
 
     def prepare(self, state: TrainState, kept: Mapping[str, Any] | None) -> tuple[TrainState, Mapping[str, Any]]:
         """Adds the memory as shapes: a checkpoint is restored into them, or the first epoch fills them."""
@@ -207,22 +222,3 @@ class Epochs:
         notes = pseudo_labels.report(found, labels, pids, camids, epoch=epoch, eps=eps, since=since)
         kept = HostValues(self._capacity, found.indep_threshold)
         return run.replace(state=run.state.replace(memory=memory), **dataclasses.asdict(kept)), labels, notes
-
-
-def with_refresh(step: Step, memory: ModuleType, every: int, steps_per_epoch: int) -> Step:
-    """The step with class sums rebuilt at intervals before it, so that rounding does not accumulate over long epochs.
-
-    Args:
-        step: a pure step.
-        memory: module of the state's memory.
-        every: steps between two rebuilds, 0 for none. An epoch starts with new sums anyway.
-        steps_per_epoch: where epochs start.
-    """
-    if not every:
-        return step
-
-    def refresh_and_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        due = (state.step % every == 0) & (state.step % steps_per_epoch != 0)
-        return step(state.replace(memory=lax.cond(due, memory.refresh, lambda kept: kept, state.memory)), batch)
-
-    return refresh_and_step

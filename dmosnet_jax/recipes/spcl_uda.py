@@ -39,8 +39,6 @@ def run(config: Any, workdir: pathlib.Path, *, dry: bool = False) -> dict[str, A
     experiment = open_experiment(config, workdir, images, num_classes=0)
     epochs = Epochs(experiment, hybrid, {}, source)
     step = spcl_uda_step(experiment.model, experiment.optimiser, experiment.config)
-    every, steps_per_epoch = experiment.config.spcl.refresh_every_steps, experiment.lengths.steps_per_epoch
-    step = spcl.with_refresh(step, hybrid, every, steps_per_epoch)
     if dry:
         return describe(experiment, step, epochs.begin, **epochs.hooks())
     results = train(experiment, step, epochs.begin, **epochs.hooks())

@@ -195,7 +195,7 @@ def train(
     begin_epoch: BeginEpoch,
     *,
     prepare: Prepare | None = None,
-    **hooks: Callable[[Any], Any],
+    **hooks: Callable[..., Any],
 ) -> dict:
     """Trains from the newest checkpoint, or from the start, to the end; returns the contents of `results.json`.
 
@@ -205,7 +205,7 @@ def train(
         begin_epoch: see `loop.Recipe`.
         prepare: (state, host values of the checkpoint or None for a fresh run) -> (state, host values): adds what is
             the recipe's own to the state, as arrays or as shapes to restore into.
-        **hooks: `end_epoch` and `compact` of `loop.Recipe`.
+        **hooks: `before_step`, `end_epoch` and `compact` of `loop.Recipe`.
 
     Raises:
         DataError: the workdir holds another run.

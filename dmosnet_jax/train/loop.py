@@ -74,6 +74,7 @@ class Recipe:
             with an offset > 0 the rest of one, whose batches start at the offset.
         evaluate: (run, finished epochs) -> metrics, or None where no data set has queries.
         files: file names of training images, for messages.
+        before_step: (state, steps taken) -> the state that the next step starts from.
         end_epoch: run -> metrics to log after the last step of an epoch.
         compact: state -> the state without what a run that goes on computes anew, to the same numbers.
     """
@@ -82,6 +83,7 @@ class Recipe:
     begin_epoch: Callable[[RunState, int, int], tuple[RunState, Batches, Mapping[str, float]]]
     evaluate: Callable[[RunState, int], Mapping[str, float] | None]
     files: Callable[[np.ndarray], list[str]]
+    before_step: Callable[[TrainState, int], TrainState] = lambda state, number: state
     end_epoch: Callable[[RunState], Mapping[str, float]] = lambda run: {}
     compact: Callable[[TrainState], TrainState] = lambda state: state
 
@@ -131,6 +133,8 @@ def train(
             window = _MetricsWindow(workdir, recipe.files)
             with contextlib.closing(stream):
                 for batch in stream:
+                    # What it replaces is let go before the step needs the room.
+                    run = run.replace(state=recipe.before_step(run.state, number))
                     state, metrics = recipe.step(run.state, to_devices(batch, mesh))
                     run, number = run.replace(state=state), number + 1
                     window.add(number, metrics, batch["index"])

@@ -314,7 +314,7 @@ The tasks have crashed. Check the task logs for an earlier error.
 def test_messages_of_native_code_pass_but_for_those_about_the_job():
     shown = io.StringIO()
     other = "W1127 18:51:20.0 31974 gemm.cc:12] slow\n  in two lines\n"
-    raw = ("a line\n" + FATAL + other + '\0["a", "b", "c"]\n').encode()
+    raw = ("a line\n" + FATAL + other + '\0{"hosts": ["a", "b", "c"]}\n').encode()
     relay = supervisor.Relay(io.BytesIO(raw), shown)
     relay.run()
     assert shown.getvalue() == "a line\n" + other
@@ -322,6 +322,22 @@ def test_messages_of_native_code_pass_but_for_those_about_the_job():
     line = supervisor.describe_loss(relay.about_job, relay.hosts)
     assert line.startswith("process 1 on b, process 2 on c gave no sign of life any more: it ended, or its host or")
     assert supervisor.describe_loss("nothing of the kind", []) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the supervisor is Linux's")
+@pytest.mark.parametrize(
+    ("told", "status", "line"),
+    [("supervisor.tell_end('image 3 is damaged', 7)", 7, "image 3 is damaged"), ("None", 134, "ended by SIGABRT")],
+)
+def test_a_run_aborted_on_its_way_out_ends_as_it_told(cli, told, status, line):
+    script = (
+        f"import os; from dmosnet_jax.core import supervisor; supervisor.supervise(save_seconds=5); {told}; os.abort()"
+    )
+    process = cli.start(script=script)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert errors.count("error: ") == 1
+    assert line in errors
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the supervisor is Linux's")

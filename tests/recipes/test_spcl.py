@@ -5,7 +5,6 @@ import json
 import logging
 import types
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +18,8 @@ from dmosnet_jax.memory.clustering import TooFewClusteredError, host_memory
 from dmosnet_jax.models import Model
 from dmosnet_jax.recipes import feature_pass, pseudo_labels, spcl, training
 from dmosnet_jax.recipes.network import build_model
-from dmosnet_jax.recipes.spcl import with_refresh
 from dmosnet_jax.train.checkpoints import Checkpoints
+from dmosnet_jax.train.state import TrainState
 
 
 class Small(Model):
@@ -197,27 +196,31 @@ def test_class_sums_are_rebuilt_by_the_number_of_the_step(rng):
     features = rng.normal(size=(40, 6)).astype(np.float32)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     exact = hybrid.init(features, np.arange(40) % 7, momentum=0.2, temperature=0.05, mesh=make_mesh())
-    drifted = exact.replace(class_sums=exact.class_sums + 0.5)
 
-    @flax.struct.dataclass
-    class State:
-        step: jax.Array
-        memory: hybrid.Memory
+    def state(number):
+        return TrainState(
+            jnp.int32(number), {}, {}, (), jax.random.key(0), exact.replace(class_sums=exact.class_sums + 0.5)
+        )
 
-    def take(state, batch):
-        return state.replace(step=state.step + 1), {}
+    def epochs(every):
+        config = types.SimpleNamespace(spcl=types.SimpleNamespace(refresh_every_steps=every))
+        lengths = types.SimpleNamespace(steps_per_epoch=6)
+        return spcl.Epochs(types.SimpleNamespace(config=config, lengths=lengths), hybrid, {})
 
-    step = jax.jit(with_refresh(take, hybrid, 3, 6))
     rebuilt = []
     for number in range(13):
-        after, _ = step(State(jnp.int32(number), drifted), {})
-        assert after.step == number + 1
-        rebuilt.append(bool((after.memory.class_sums == exact.class_sums).all()))
-        assert rebuilt[-1] or (after.memory.class_sums == drifted.class_sums).all()
+        memory = epochs(3).refresh(state(number), number).memory
+        rebuilt.append(bool((memory.class_sums == exact.class_sums).all()))
+        assert rebuilt[-1] or (memory.class_sums == state(number).memory.class_sums).all()
+        # What is rebuilt before the next step need not be saved; before an epoch all is.
+        compacted = epochs(3).compact(state(number)).memory.class_sums is None
+        assert compacted == (rebuilt[-1] or number % 6 == 0)
+        assert (epochs(3).refresh(state(number), number).memory.labels == exact.labels).all()
     # An epoch of six steps starts with new sums anyway.
     assert [number for number in range(13) if rebuilt[number]] == [3, 9]
-    assert with_refresh(take, hybrid, 0, 6) is take
-    assert cluster.refresh(drifted) is drifted
+    kept = state(3)
+    assert epochs(0).refresh(kept, 3) is kept
+    assert cluster.refresh(kept.memory) is kept.memory
 
 
 def test_a_radius_without_clusters_is_refused_with_a_picture(settings, tmp_path):
