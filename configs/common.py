@@ -101,6 +101,8 @@ def base(recipe: str, model_name: str | None = None) -> ConfigDict:
     config.eval = ConfigDict(
         {
             "batch_size": 128,
+            # What computes features: jax, or onnxruntime where it is installed, which is faster on CPUs.
+            "runtime": "jax",
             # A feature is the mean of the image's and of its mirror image's.
             "flip": False,
             # A query is the mean of all images of its identity from its camera: those of gt_bbox where the data set was

@@ -5,7 +5,8 @@
 `train` is our whole step (augmentation, cross-entropy and triplet loss, gradients, Adam) against PyTorch's forward and
 backward pass with cross-entropy and Adam; `infer` is features without a classifier; `spcl` is our whole step with the
 memory of 12,936 images, against the same with SpCL's own similarities to all images; `decode` is from JPEG bytes to the
-network's input on one core, of crops of 128x64, in PyTorch Pillow as torchvision calls it. PyTorch runs channels-last,
+network's input on one core, of crops of 128x64, in PyTorch Pillow as torchvision calls it; `onnx`, only where `--tasks`
+names it, is `infer` by onnxruntime (`--config.eval.runtime=onnxruntime`), from bytes. PyTorch runs channels-last,
 eager, with autocast where the dtype is bfloat16, on a GPU compiled too (the faster counts).
 
 Each round times one call of either side; figures are medians over the rounds after the first calls. `ratio` is our
@@ -42,11 +43,12 @@ from dmosnet_jax.benchmarks.counting import count  # noqa: E402
 from dmosnet_jax.core.errors import ConfigError  # noqa: E402
 from dmosnet_jax.core.parallel import make_mesh, replicated, to_devices  # noqa: E402
 from dmosnet_jax.data import transforms  # noqa: E402
+from dmosnet_jax.export import onnx_runtime  # noqa: E402
 from dmosnet_jax.memory import hybrid  # noqa: E402
 from dmosnet_jax.train import state as train_state  # noqa: E402
 from dmosnet_jax.train import steps  # noqa: E402
 
-TASKS = ("train", "infer", "spcl", "decode")
+TASKS = ("train", "infer", "spcl", "decode", "onnx")
 CLASSES, MEMORY, RATE, INSTANCES = 751, 12_936, 3.5e-4, 4
 # The fields of the paper's fine-tuning (configs/finetune.py) that a step reads.
 CONFIG = ConfigDict(
@@ -110,6 +112,15 @@ def our_inference(name: str, batch: int, dtype: str, image_size: tuple[int, int]
 
     compiled = jax.jit(features)
     return lambda: jax.block_until_ready(compiled(weights, placed)), model
+
+
+def runtime_inference(name: str, batch: int, dtype: str, image_size: tuple[int, int]) -> tuple[Call, Any]:
+    """A call that computes features of a batch by onnxruntime; and the model."""
+    onnx_runtime.check("onnxruntime", dtype, field="--tasks=onnx")
+    model = models.build(name, image_size=image_size)
+    features = onnx_runtime.compile_features(model, *model.init(jax.random.key(0)))
+    images = np.random.default_rng(0).integers(0, 256, (batch, *image_size, 3), np.uint8)
+    return lambda: features(images), model
 
 
 class Torch:
@@ -243,21 +254,22 @@ def measure(
 ) -> dict[str, Any]:
     """One row of the table."""
     size = tuple(options.image_size)
-    if task == "infer":
-        ours, model = our_inference(name, batch, dtype, size)
+    inference = task in ("infer", "onnx")
+    if inference:
+        ours, model = (our_inference if task == "infer" else runtime_inference)(name, batch, dtype, size)
     else:
         ours, model = our_step(name, batch, dtype, size, spcl=task == "spcl")
     theirs: list[Call | None] = []
     if peer is not None:
         for compiled in (False, True) if peer.device == "cuda" else (False,):
-            if task == "infer":
+            if inference:
                 theirs.append(peer.inference(name, batch, dtype, size, compiled=compiled))
             else:
                 theirs.append(peer.step(name, batch, dtype, size, spcl=task == "spcl", compiled=compiled))
     mine, *others = in_turns([ours, *theirs], options.rounds, options.warm)
     assert mine is not None
     best = min((other for other in others if other), key=lambda other: other["seconds"], default=None)
-    flops = operations(model, batch) * (1 if task == "infer" else 3) / mine["seconds"]
+    flops = operations(model, batch) * (1 if inference else 3) / mine["seconds"]
     return {
         "task": task,
         "model": name,
@@ -333,7 +345,7 @@ def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = command.parser("speed", __doc__)
     parser.add_argument("--against", choices=("torch", ""), default="", help="what to compare with")
-    parser.add_argument("--tasks", type=_names(TASKS), default=list(TASKS), help=f"of {', '.join(TASKS)}")
+    parser.add_argument("--tasks", type=_names(TASKS), default=list(TASKS[:-1]), help=f"of {', '.join(TASKS)}")
     parser.add_argument("--models", type=_names(models.names()), default=["osnet_x1_0", "osnet_x0_25"])
     parser.add_argument("--batch", type=command.sizes, default=[64], help="batch sizes, separated by commas")
     parser.add_argument("--dtype", type=_names(("float32", "bfloat16")), default=["float32"])

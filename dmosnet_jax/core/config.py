@@ -27,6 +27,7 @@ _CHOICES = {
     "loss.triplet_on": ("embedding", "feature"),
     "data.interpolation": ("bilinear", "bicubic"),
     "data.placement": ("host", "device"),
+    "eval.runtime": ("jax", "onnxruntime"),
     "augment.erasing": ("fastreid", "spcl"),
     "dtype": ("float16", "float32"),
     "onnx.input": ("imagenet", "unit", "byte"),
@@ -101,6 +102,8 @@ def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 # Recipes that rank a gallery.
 _RANKING = ("quickstart", "spcl", "spcl_uda", "supervised", "evaluate")
+# Recipes that extract features and do not rank.
+_EXTRACTING = ("extract", "index", "search")
 
 
 def _check_numbers(config: Any, rule: str, *fields: str) -> None:
@@ -183,11 +186,14 @@ def validate(config: Any) -> None:
 
 
 def _check_test_time(config: Any, recipe: str) -> None:
-    """Of choices that only a ranking has."""
+    """Of choices that only rankings and features have."""
     for field in ("eval.flip", "eval.multi_query", "eval.query_expansion", "eval.expansion_alpha", "eval.rerank"):
         value = read(config, field)
         if value and recipe not in _RANKING:
             raise ConfigError(f"{field}={value} is for a ranking, which the {recipe} recipe has not: leave it out")
+    runtime = read(config, "eval.runtime")
+    if runtime not in (None, "jax") and recipe not in (*_RANKING, *_EXTRACTING):
+        raise ConfigError(f"eval.runtime={runtime} is for features, which the {recipe} recipe has not: leave it out")
     alpha = read(config, "eval.expansion_alpha")
     if alpha and not read(config, "eval.query_expansion"):
         raise ConfigError(
@@ -359,6 +365,8 @@ ON_RESUME = (
     ("data.workers", FREE),
     ("data.cache_mib", FREE),
     ("data.placement", FREE),
+    # SpCL's features agree to rounding only.
+    ("eval.runtime", TOLD),
     ("eval.*", FREE),
     ("train.log_every_steps", FREE),
     ("train.checkpoint_every_steps", FREE),

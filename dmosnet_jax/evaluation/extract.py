@@ -137,7 +137,7 @@ class Extractor:
 
             return (feature(pixels) + feature(pixels[:, :, ::-1])) / 2 if flip else feature(pixels)
 
-        self._forward = BatchProgram(
+        self._forward: Callable[..., Iterator[np.ndarray]] = BatchProgram(
             forward,
             mesh,
             image_size=model.image_size,

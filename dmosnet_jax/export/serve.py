@@ -14,7 +14,7 @@ import functools
 import inspect
 import numbers
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from dmosnet_jax.core import files
 from dmosnet_jax.core.errors import ConfigError, DataError, printable
 from dmosnet_jax.core.unit import unit_rows_np
 from dmosnet_jax.data import augment, transforms
+from dmosnet_jax.export import onnx_runtime
 from dmosnet_jax.export.weights import fingerprint, open_weights
 from dmosnet_jax.models import Model, build
 
@@ -62,24 +63,31 @@ class Extractor:
         interpolation: str,
         batch_size: int,
         threshold: float | None = None,
+        runtime: str = onnx_runtime.JAX,
     ):
         """Puts the weights on the default device.
 
         Raises:
-            ConfigError: the batch size is not positive, or there is no such filter.
+            ConfigError: the batch size is not positive, or there is no such filter or runtime.
         """
         _check_batch_size(batch_size)
+        onnx_runtime.check(runtime, model.dtype)
         if interpolation not in transforms.FILTERS:
             known = ", ".join(transforms.FILTERS)
             raise ConfigError(f"interpolation={interpolation!r} is not known: use one of {known}")
         self.model, self.mean, self.std, self.interpolation = model, tuple(mean), tuple(std), interpolation
         self.feature_dim, self.threshold = model.feature_dim, threshold
-        self._batch_size = batch_size
+        self._batch_size, self._runtime = batch_size, runtime
         self._weights = jax.device_put((params, stats))
         self._compile()
 
     def _compile(self) -> None:
         model = self.model
+        self._forward: Callable[..., Any]
+        if self._runtime != onnx_runtime.JAX:
+            features = onnx_runtime.compile_features(model, *self._weights, mean=self.mean, std=self.std)
+            self._forward = lambda params, stats, images: features(images)
+            return
 
         def forward(params, stats, images):
             pixels = augment.normalise(images, self.mean, self.std)
@@ -151,7 +159,7 @@ class Extractor:
             pictures = _crops(_decoded(pictures[0], "images[0]", order), boxes)
             order = "rgb"
         done: list[np.ndarray] = []
-        waiting: list[tuple[jax.Array, int]] = []
+        waiting: list[tuple[Any, int]] = []
         for batch in _batches(pictures, self._batch_size, self.model.image_size, self.interpolation, order):
             # One batch ahead: the host reads images while the device computes.
             waiting.append((self._forward(*self._weights, _padded(batch, self._batch_size)), len(batch)))
@@ -180,7 +188,7 @@ class Comparison:
         return None if self.threshold is None else self.similarity >= self.threshold
 
 
-def _fetched(features: jax.Array, count: int) -> np.ndarray:
+def _fetched(features: np.ndarray | jax.Array, count: int) -> np.ndarray:
     return np.asarray(features, np.float32)[:count]
 
 
@@ -299,6 +307,7 @@ def load(
     interpolation: str | None = None,
     dtype: str = "float32",
     batch_size: int = 64,
+    runtime: str = onnx_runtime.JAX,
     **options: Any,
 ) -> Extractor:
     """Opens weights for feature extraction.
@@ -310,13 +319,14 @@ def load(
         interpolation: filter that resizes the images, "bilinear" or "bicubic", where not the weights' own.
         dtype: compute dtype, "float32" or "bfloat16".
         batch_size: images at once.
+        runtime: what computes, "jax", or "onnxruntime" where it is installed, which is faster on CPUs.
         **options: further options of `models.build`, such as `neck` or `variant`.
 
     Returns:
         The extractor.
 
     Raises:
-        ConfigError: an unknown option, or the network is not told.
+        ConfigError: an unknown option, the runtime is not installed, or the network is not told.
         DataError: the weights can't be read, or are of another network.
     """
     _check_batch_size(batch_size)
@@ -341,6 +351,7 @@ def load(
         interpolation=interpolation or weights.interpolation,
         batch_size=batch_size,
         threshold=weights.card.threshold if weights.card else None,
+        runtime=runtime,
     )
 
 

@@ -18,6 +18,7 @@ from dmosnet_jax.evaluation import ranking, report, thresholds
 from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.evaluation.report_charts import charts_from_metrics
 from dmosnet_jax.evaluation.rerank import rerank
+from dmosnet_jax.export import onnx_runtime
 from dmosnet_jax.models import Model
 from dmosnet_jax.recipes import query_features
 from dmosnet_jax.train.metrics import METRICS_FILE, read_rows, write_json
@@ -107,18 +108,24 @@ class Scorer:
 
 
 def make_extractor(config: Any, model: Model, mesh: Mesh, *, flip: bool = False) -> Extractor:
-    """An extractor with the config's sizes; with `flip` of mirror images too."""
-    return Extractor(
-        model,
-        mesh,
-        batch_size=config.eval.batch_size,
-        threads=config.data.threads,
-        workers=config.data.workers,
-        interpolation=config.data.interpolation,
-        flip=flip,
-        mean=config.pixel_mean,
-        std=config.pixel_std,
-    )
+    """An extractor with the config's sizes; with `flip` of mirror images too.
+
+    Raises:
+        ConfigError: `eval.runtime` is not installed, or does not fit.
+    """
+    options: dict[str, Any] = {
+        "batch_size": config.eval.batch_size,
+        "threads": config.data.threads,
+        "workers": config.data.workers,
+        "interpolation": config.data.interpolation,
+        "flip": flip,
+        "mean": config.pixel_mean,
+        "std": config.pixel_std,
+    }
+    onnx_runtime.check(config.eval.runtime, config.model.dtype, field="eval.runtime")
+    if config.eval.runtime == onnx_runtime.JAX:
+        return Extractor(model, mesh, **options)
+    return onnx_runtime.Extractor(model, **options)
 
 
 def image_cache(config: Any, split: Rows) -> ImageCache | None:

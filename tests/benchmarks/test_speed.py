@@ -16,10 +16,10 @@ SMALL = ["--models=osnet_x0_25", "--batch=8", "--image_size", "32", "16", "--rou
 def test_table_has_a_row_for_each_task(tmp_path, capsys):
     path = tmp_path / "speed.csv"
     with jax.numpy_dtype_promotion("standard"):
-        assert speed.main([*SMALL, "--tasks=spcl,infer,decode", f"--output={path}"]) == 0
+        assert speed.main([*SMALL, "--tasks=spcl,infer,onnx,decode", f"--output={path}"]) == 0
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["task"] for row in rows] == ["spcl", "infer", "decode"]
+    assert [row["task"] for row in rows] == ["spcl", "infer", "onnx", "decode"]
     for row in rows:
         assert float(row["images/s"]) > 0
         assert row["ratio"] == ""
