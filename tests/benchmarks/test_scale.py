@@ -1,11 +1,11 @@
-"""The benchmarks of clustering and of the memory: what they compare is equal, and they write what they print."""
+"""The benchmarks of clustering, memory and checkpoints: what they compare is equal, and they write what they print."""
 
 import csv
 
 import numpy as np
 import pytest
 
-from dmosnet_jax.benchmarks import clustering, dense, memory, structured
+from dmosnet_jax.benchmarks import checkpoints, clustering, dense, memory, structured
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.memory.clustering import cluster
 from dmosnet_jax.memory.clustering.neighbours import search_host
@@ -31,6 +31,25 @@ def test_dense_computation_agrees_with_the_sparse_one():
     assert list(seconds) == ["neighbours", "weights", "jaccard", "dbscan", "criterion"]
     assert (clusters >= 0).any()
     assert (clusters < 0).any()
+
+
+@pytest.mark.slow
+def test_checkpoints_are_saved_and_restored_in_every_form(tmp_path):
+    output, folder = tmp_path / "c.csv", tmp_path / "scratch"
+    folder.mkdir()
+    sizes = ["--n=40_000", "--classes=20_000", "--model=osnet_x0_25"]
+    forms = ["compacted", "with sums"]
+    assert checkpoints.main([*sizes, f"--forms={','.join(forms)}", f"--folder={folder}", f"--output={output}"]) == 0
+    with open(output, newline="") as file:
+        rows = {row["form"]: row for row in csv.DictReader(file)}
+    assert list(rows) == forms
+    for row in rows.values():
+        assert 0 < float(row["blocked s"]) <= float(row["save s"])
+        assert float(row["restore s"]) > 0
+    # Half as many classes as images: a third of the tables is not written.
+    written = {form: float(row["written GiB"]) for form, row in rows.items()}
+    assert written["compacted"] < 0.75 * written["with sums"]
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.slow
