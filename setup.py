@@ -55,6 +55,7 @@ TEST = [
     *DEMO,
     "httpx>=0.27",
     "playwright>=1.49",
+    "distributed>=2024.4.2",  # a cluster for the conversion by Beam
     "lmdb>=1.5",  # writes the LMDB of the tests; reading one needs no library
 ]
 

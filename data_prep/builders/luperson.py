@@ -8,6 +8,9 @@ machine write shards, or Apache Beam does with the options of a runner, which ne
 storage, and this package on its workers:
 
     --beam_options='--runner=DataflowRunner --project=P --region=R --temp_location=gs://B/tmp --setup_file=./setup.py'
+    --beam_options='--runner=DaskRunner --dask_client_address=tcp://HOST:8786'  # pip install apache-beam[dask]
+
+Where a worker ends, another one does what it had begun; where all have ended, Dask waits for new ones.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """Writes shards by Apache Beam, for sources that many machines read: one element for each shard."""
 
 import contextlib
+import importlib
 import io
 import logging
 import shlex
@@ -18,6 +19,10 @@ from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
 
 logging.disable(_before)
 
+# Beam knows this runner by its full name only, and would give 128 shards at a time to a worker.
+_DASK = "--runner=apache_beam.runners.dask.dask_runner.DaskRunner"
+_DASK_PARTITIONS = ("--dask_partition_size", "--dask_npartitions")
+
 
 def parse_options(text: str) -> PipelineOptions:
     """Beam's options as a user gives them, e.g. `--runner=DataflowRunner --project=p`.
@@ -26,11 +31,21 @@ def parse_options(text: str) -> PipelineOptions:
       ConfigError: Beam does not understand them.
     """
     try:
-        words = shlex.split(text)
+        words = [_DASK if word == "--runner=DaskRunner" else word for word in shlex.split(text)]
+        if _DASK in words and not any(word.startswith(_DASK_PARTITIONS) for word in words):
+            words.append("--dask_partition_size=1")
+        # A runner of its own module has options of its own, which Beam knows once that is imported.
+        for word in words:
+            if word.startswith("--runner=") and "." in word:
+                importlib.import_module(word.removeprefix("--runner=").rpartition(".")[0])
         # Beam's parser ends the process where it fails.
         with contextlib.redirect_stderr(io.StringIO()):
             options = PipelineOptions(words)
             options.get_all_options()
+    except ImportError as error:
+        raise ConfigError(
+            f"beam_options={text!r}: {error}: install what the runner needs, e.g. apache-beam[dask]"
+        ) from error
     except (SystemExit, ValueError) as error:
         raise ConfigError(f"beam_options={text!r} are not options of Beam's: write --name=value") from error
     wrong = [word for word in words if not word.startswith("-")]
