@@ -150,6 +150,8 @@ def training(config: ConfigDict) -> ConfigDict:
         {
             "name": "adam",
             "learning_rate": 3.5e-4,
+            # Batch size that this rate is for, 64 in the paper: with others it changes in proportion. None: for any.
+            "base_batch_size": config_dict.placeholder(int),
             "weight_decay": 5e-4,
             "momentum": 0.9,
             "clip_norm": 0.0,

@@ -142,6 +142,7 @@ def validate(config: Any) -> None:
         config,
         "must be greater than 0",
         *("batch_size", "eval.batch_size", "sampler.instances", "optim.learning_rate"),
+        *("optim.base_batch_size",),
         *("train.epochs", "train.steps_per_epoch", "train.keep", "train.log_every_steps"),
         *("train.checkpoint_every_steps", "train.checkpoint_every_minutes", "train.eval_every_epochs"),
         *("spcl.temperature", "spcl.eps", "spcl.k1", "spcl.k2", "spcl.min_samples", "spcl.max_classes"),

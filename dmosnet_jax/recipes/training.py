@@ -151,7 +151,12 @@ def open_experiment(config: Any, workdir: pathlib.Path, images: Rows, *, num_cla
         placement.check_room(images, tuple(config.image_size), mesh)
     model = build_model(config, weights, num_classes=num_classes, may_differ=HEAD if meta is None else MODEL_OPTIONS)
     lengths = _lengths(config, images)
-    rate = optim.learning_rate(config.optim, steps_per_epoch=lengths.steps_per_epoch, total_steps=lengths.total_steps)
+    rate = optim.learning_rate(
+        config.optim,
+        steps_per_epoch=lengths.steps_per_epoch,
+        total_steps=lengths.total_steps,
+        batch_size=config.batch_size,
+    )
     return Experiment(
         config,
         workdir,

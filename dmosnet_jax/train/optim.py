@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dmosnet_jax.core.config import duration_steps
+from dmosnet_jax.core.config import duration_steps, read
 from dmosnet_jax.core.errors import ConfigError
 
 
-def learning_rate(config: Any, *, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
+def learning_rate(
+    config: Any, *, steps_per_epoch: int, total_steps: int, batch_size: int | None = None
+) -> optax.Schedule:
     """The learning rate by step.
 
     Warm-up rises linearly from `warmup_factor` times the base rate. Then the rate changes at the ends of epochs: "step"
@@ -23,16 +25,26 @@ def learning_rate(config: Any, *, steps_per_epoch: int, total_steps: int) -> opt
     begin before it. Where the warm-up ends amid epoch `decay_epochs[0]` or a later one, the cosine is as long as the
     epochs that the warm-up does not reach into, and the last epoch itself has the final rate.
 
+    With `base_batch_size` the base rate is for batches of that size, and grows linearly with them (Goyal et al. 2017,
+    "Accurate, Large Minibatch SGD"); where no warm-up is configured, larger ones rise to it within the first epoch.
+
     Args:
-        config: the `optim` node: `learning_rate`, `schedule`, `decay_epochs`, `decay_factor`, `final_factor`,
-            `warmup_steps` or `warmup_epochs`, `warmup_factor`, `count_after_warmup`.
+        config: the `optim` node: `learning_rate`, `base_batch_size`, `schedule`, `decay_epochs`, `decay_factor`,
+            `final_factor`, `warmup_steps` or `warmup_epochs`, `warmup_factor`, `count_after_warmup`.
         steps_per_epoch: steps in an epoch.
         total_steps: steps of the run.
+        batch_size: of the run; only needed with `base_batch_size`.
 
     Returns:
         int32 step -> float32 rate.
     """
-    warmup = duration_steps(config, "warmup", steps_per_epoch=steps_per_epoch) or 0
+    warmup, warmup_factor = duration_steps(config, "warmup", steps_per_epoch=steps_per_epoch) or 0, config.warmup_factor
+    base_batch_size, scale = read(config, "base_batch_size"), 1.0
+    if base_batch_size is not None:
+        assert batch_size is not None
+        scale = batch_size / base_batch_size
+        if scale > 1 and not warmup:
+            warmup, warmup_factor = steps_per_epoch, 1 / scale
     # Whole epochs inside of the warm-up, and those that it reaches into.
     within, reached = (
         (warmup // steps_per_epoch, -(-warmup // steps_per_epoch)) if config.count_after_warmup else (0, 0)
@@ -53,7 +65,7 @@ def learning_rate(config: Any, *, steps_per_epoch: int, total_steps: int) -> opt
         else:
             factor = jnp.float32(1.0)
         rise = jnp.minimum(at / warmup, 1.0) if warmup else jnp.float32(1.0)
-        return config.learning_rate * factor * (config.warmup_factor + (1 - config.warmup_factor) * rise)
+        return scale * config.learning_rate * factor * (warmup_factor + (1 - warmup_factor) * rise)
 
     return schedule
 

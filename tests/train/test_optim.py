@@ -26,8 +26,9 @@ BASE = {
 }
 
 
-def rate_at(step, *, steps_per_epoch=200, total_steps=24_000, **fields):
-    schedule = optim.learning_rate(ConfigDict(BASE | fields), steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+def rate_at(step, *, steps_per_epoch=200, total_steps=24_000, batch_size=None, **fields):
+    lengths = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps, "batch_size": batch_size}
+    schedule = optim.learning_rate(ConfigDict(BASE | fields), **lengths)
     rate = schedule(jnp.int32(step))
     assert rate.dtype == jnp.float32
     return float(rate)
@@ -49,6 +50,19 @@ def rate_at(step, *, steps_per_epoch=200, total_steps=24_000, **fields):
 )
 def test_the_papers_fine_tuning_schedule(step, rate):
     assert rate_at(step) == pytest.approx(rate, rel=1e-5)
+
+
+def test_rates_grow_with_the_batch_after_a_warm_up():
+    plain = {"decay_epochs": (20,), "warmup_steps": None, "steps_per_epoch": 100, "total_steps": 3000}
+    scaled = plain | {"base_batch_size": 64, "batch_size": 256}
+    found = [rate_at(step, **scaled) for step in (0, 50, 100, 1999, 2000)]
+    np.testing.assert_allclose(found, 3.5e-4 * np.array([1, 2.5, 4, 4, 0.4]), rtol=1e-5)
+    # A warm-up that is given stays, as do smaller batches without one.
+    given = scaled | {"warmup_steps": 200, "warmup_factor": 0.5}
+    np.testing.assert_allclose([rate_at(step, **given) for step in (0, 100, 200)], [7e-4, 1.05e-3, 1.4e-3], rtol=1e-5)
+    assert rate_at(0, **scaled | {"batch_size": 32}) == pytest.approx(1.75e-4, rel=1e-5)
+    for step in (0, 1500, 2500):
+        assert rate_at(step, **plain | {"base_batch_size": 64, "batch_size": 64}) == rate_at(step, **plain)
 
 
 def test_spcl_falls_by_ten_every_twenty_epochs():
