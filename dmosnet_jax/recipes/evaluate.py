@@ -26,4 +26,4 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     if network.weights.with_val is not None:
         extra["with_val"] = network.weights.with_val
     scores = scorer(network.params, network.stats)
-    return scoring.publish(scores, workdir, network.config, model=network.model.name, extra=extra)
+    return scoring.publish(scores, workdir, network.config, model=network.model, extra=extra)
