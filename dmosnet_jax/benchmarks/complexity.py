@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from dmosnet_jax.benchmarks import command, tables
+from dmosnet_jax.benchmarks import command
+from dmosnet_jax.core import tables
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.models import Model, build, counting, names

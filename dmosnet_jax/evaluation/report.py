@@ -36,6 +36,7 @@ __all__ = [
     "RankItem",
     "RankList",
     "charts_from_metrics",
+    "cmc_chart",
     "library_versions",
     "roc_chart",
     "similarity_chart",
@@ -141,6 +142,7 @@ def write_report(
     title: str,
     results: Mapping[str, Any],
     subtitle: str = "",
+    table: Sequence[Mapping[str, str]] = (),
     cmc: Sequence[float] | np.ndarray = (),
     curves: Sequence[Chart] = (),
     rank_lists: Mapping[str, Sequence[RankList]] | None = None,
@@ -158,6 +160,7 @@ def write_report(
         title: heading, plain text as all texts here.
         results: the fields of `results.json`; the scores are fractions. Unknown fields are listed below the known ones.
         subtitle: one line under the heading, e.g. dataset and checkpoint.
+        table: rows with the same keys, which are the header.
         cmc: matching rate at ranks 1, 2, ..., fractions.
         curves: charts of the training, see `charts_from_metrics`.
         rank_lists: queries with their best matches, by heading.
@@ -183,6 +186,7 @@ def write_report(
         subtitle=subtitle,
         scores=[(label, _percent(results[key])) for key, label in _SCORES if key in results],
         counts=[f"{int(results[key]):,} {label}" for key, label in _COUNTS if key in results],
+        table=list(table),
         charts=[(chart.title, _described_svg(chart, f"chart{index}")) for index, chart in enumerate(charts)],
         rank_lists={heading: lists for heading, lists in (rank_lists or {}).items() if lists},
         known=any(
@@ -206,6 +210,16 @@ def write_report(
     with atomic_write(target) as part:
         part.write_text(page, encoding="utf-8")
     return target
+
+
+def cmc_chart(curves: Mapping[str, Sequence[float]], of: str = "") -> Chart:
+    """Matching rates (fractions) at ranks 1, 2, ..., a line for each name; `of` ends the title."""
+    lines = [
+        Line(name, list(range(1, len(rates[:_CMC_RANKS]) + 1)), [100 * float(rate) for rate in rates[:_CMC_RANKS]])
+        for name, rates in curves.items()
+    ]
+    title = "Cumulative matching characteristic" + (f" on {of}" if of else "")
+    return Chart(title, "rank", "queries matched (%)", lines, y_range=_PERCENT)
 
 
 def similarity_chart(thresholds: Thresholds) -> Chart:
@@ -277,11 +291,8 @@ def _percent(fraction: Any) -> str | None:
 
 
 def _cmc_chart(cmc: Sequence[float] | np.ndarray) -> list[Chart]:
-    rates = [100 * float(rate) for rate in cmc[:_CMC_RANKS]]
-    if len(rates) < 2:
-        return []
-    line = Line("matching rate", list(range(1, len(rates) + 1)), rates)
-    return [Chart("Cumulative matching characteristic", "rank", "queries matched (%)", [line], y_range=_PERCENT)]
+    rates = [float(rate) for rate in cmc[:_CMC_RANKS]]
+    return [cmc_chart({"matching rate": rates})] if len(rates) > 1 else []
 
 
 def _described_svg(chart: Chart, salt: str) -> Markup:

@@ -117,6 +117,12 @@ def describe(chart: Chart) -> str:
     return f"{chart.title}, {chart.y_label} over {chart.x_label}: {'; '.join(parts) or 'no points'}."
 
 
+def _line_style(index: int) -> tuple[str, str]:
+    """Colour and dashes, of which no pair comes twice in sixteen lines."""
+    number = len(_LINE_STYLES)
+    return _LINE_STYLES[index % number][0], _LINE_STYLES[(index + index // number) % number][1]
+
+
 def draw_svg(chart: Chart, salt: str, width: float = 5.2, height: float = 2.9) -> str:
     """The chart as an `<svg>` element.
 
@@ -133,7 +139,7 @@ def draw_svg(chart: Chart, salt: str, width: float = 5.2, height: float = 2.9) -
         axes = figure.subplots()
         _style(axes, chart)
         for index, line in enumerate(chart.lines):
-            colour, dashes = _LINE_STYLES[index % len(_LINE_STYLES)]
+            colour, dashes = _line_style(index)
             points = _points(chart, line)
             marker = "o" if len(points) <= 30 and not chart.steps else None
             axes.plot(

@@ -262,7 +262,7 @@ def _write_report(
             "multiply-adds of attention products": f"{operations.attention:,}",
             "image, height and width": f"{model.image_size[0]} x {model.image_size[1]}",
         },
-        command=_command(),
+        command=command(),
         config=config.to_dict(),
     )
 
@@ -275,7 +275,7 @@ def _training_rows(run: pathlib.Path, checkpoint: str | None) -> list[dict[str, 
     return next(filter(None, (read_rows(folder / METRICS_FILE) for folder in folders)), [])
 
 
-def _command() -> str:
+def command() -> str:
     """The command line of this process, "" where it is not this package's."""
     program = pathlib.Path(sys.argv[0])
     if program.name == "dmosnet" or program.parts[-2:] == ("dmosnet_jax", "main.py"):
