@@ -243,13 +243,14 @@ def roc_chart(thresholds: Thresholds) -> Chart:
     return Chart("Receiver operating characteristic", *labels, [line], x_log=True, y_range=_PERCENT)
 
 
-def _pair_rows(pairs: CameraPairs) -> list[tuple[int, list[tuple[float | None, int]]]]:
-    """Query camera, and mAP in percent and queries for each gallery camera."""
-    rows = zip(pairs.query_cameras.tolist(), pairs.mean_ap.tolist(), pairs.queries.tolist(), strict=True)
-    return [
-        (camera, [(None if math.isnan(value) else 100 * value, count) for value, count in zip(*cells, strict=True)])
-        for camera, *cells in rows
-    ]
+def _pair_rows(pairs: CameraPairs) -> list[tuple[int, list[tuple[float | None, int, float]]]]:
+    """Query camera; and for each gallery camera mAP in percent, queries, and a shade from 0 (lowest) to 100."""
+    known = pairs.mean_ap[np.isfinite(pairs.mean_ap)]
+    low, high = (known.min(), known.max()) if known.size else (0.0, 0.0)
+    shades = 100 * (pairs.mean_ap - low) / (high - low if high > low else 1.0)
+    percent = [[None if math.isnan(value) else 100 * value for value in row] for row in pairs.mean_ap.tolist()]
+    cells = [list(zip(*row, strict=True)) for row in zip(percent, pairs.queries.tolist(), shades.tolist(), strict=True)]
+    return list(zip(pairs.query_cameras.tolist(), cells, strict=True))
 
 
 def _placed(embedding: EmbeddingMap) -> dict[str, Any]:
