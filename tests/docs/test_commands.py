@@ -23,8 +23,7 @@ from tests.conftest import CACHE, ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TUTORIAL = ROOT / "docs" / "tutorial.md"
-# What runs a config or a module, by its name. The reasons why a command is not run as it is written: those in capitals
-# need data sets or weights that only their authors give out, those of `launch` other machines.
+# What runs a config or a module, by its name, on rendered data; `launch` on this machine, as far as that goes.
 RUN_BY = {
     "activation_maps": "recipes/test_activation_maps.py",
     "cfs_luperson": "recipes/test_cfs.py",
