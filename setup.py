@@ -38,11 +38,14 @@ CONVERT = [
 REMOTE = ["fsspec>=2024.6", "gcsfs>=2024.6"]
 # The page of `python -m dmosnet_jax.demo`.
 DEMO = ["starlette>=0.40", "uvicorn>=0.30", "python-multipart>=0.0.18"]
+# The site of `docs/`; MkDocs 2 is another program.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 TEST = [
     "beartype>=0.21",  # checks array shapes while tests run: tests/conftest.py
     "pytest>=8.3",
     "pytest-xdist>=3.7",
     "packaging>=24",
+    "pyyaml>=6",  # the nav of the site, the citation
     "setuptools>=70.1",  # builds the wheel under test; older ones need another package for that
     "ruff>=0.9",
     "mypy>=1.14",
@@ -88,6 +91,7 @@ setuptools.setup(
         "tfds": [*CONVERT, "mlcroissant>=1.0"],
         "remote": REMOTE,
         "demo": DEMO,
+        "docs": DOCS,
         "test": [*TEST, *CONVERT, "fsspec>=2024.6"],
         # Only to compare with the PyTorch implementations; of torchreid, single modules are loaded by file path.
         "peers": ["torch>=2.6", "torchreid>=0.2.5"],

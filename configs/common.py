@@ -114,6 +114,7 @@ def base(recipe: str, model_name: str | None = None) -> ConfigDict:
             "expansion_alpha": 0.0,
             "rerank": False,
             "report": True,
+            # In the report, of the worst queries, and as many of typical ones.
             "rank_lists": 10,
         }
     )

@@ -285,8 +285,8 @@ runpy.run_module("dmosnet_jax.main", run_name="__main__", alter_sys=True)
 # The libraries take seconds to import; nothing of them has threads or devices before the fork.
 _SERVER = """
 import gc, importlib, json, os, sys
-for recipe in ("spcl", "spcl_uda", "supervised", "evaluate", "extract", "activation_maps", "index", "search",
-               "export", "cfs"):
+for recipe in ("spcl", "spcl_uda", "supervised", "evaluate", "compare", "extract", "activation_maps", "index",
+               "search", "export", "cfs"):
     importlib.import_module("dmosnet_jax.recipes." + recipe)
 gc.freeze()
 gc.set_threshold(100_000)

@@ -23,7 +23,8 @@ import optax
 import orbax.checkpoint as ocp
 
 from dmosnet_jax import models
-from dmosnet_jax.benchmarks import command, tables
+from dmosnet_jax.benchmarks import command
+from dmosnet_jax.core import tables
 from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.memory import hybrid
 from dmosnet_jax.train import state as train_state

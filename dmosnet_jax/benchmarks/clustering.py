@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmosnet_jax.benchmarks import command, dense, structured, tables
+from dmosnet_jax.benchmarks import command, dense, structured
 from dmosnet_jax.benchmarks.command import GIB, in_gib
+from dmosnet_jax.core import tables
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.unit import unit_rows_np
 from dmosnet_jax.memory.clustering import Clustering, cluster, host_memory, neighbours

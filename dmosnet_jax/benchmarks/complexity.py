@@ -8,19 +8,17 @@ as usual; `attention products` those between activations that DL-MHSA adds. Accu
 
 import argparse
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from dmosnet_jax.benchmarks import command, tables
-from dmosnet_jax.benchmarks.counting import count
+from dmosnet_jax.benchmarks import command
+from dmosnet_jax.core import tables
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.files import atomic_write
-from dmosnet_jax.models import Model, build, names
+from dmosnet_jax.models import Model, build, counting, names
 
 PICTURES = (".svg", ".png", ".pdf")
 
@@ -66,13 +64,7 @@ def networks(image_size: tuple[int, int], chosen: Sequence[str]) -> list[Model]:
 
 def measure(model: Model) -> dict[str, Any]:
     """One row of the table."""
-    params, stats = model.shapes()
-    images = jax.ShapeDtypeStruct((1, *model.image_size, 3), np.float32)
-
-    def run(params, stats, images):
-        return model.apply(params, stats, images, train=False)[0]["feature"]
-
-    operations = count(run, params, stats, images)
+    operations = counting.operations(model)
     # The better of the published figures is that of the whole method.
     published = PUBLISHED.get((model.name, model.attention), ())
     best = max(published, key=lambda figure: figure.mean_ap, default=None)
@@ -80,9 +72,7 @@ def measure(model: Model) -> dict[str, Any]:
         "model": model.name,
         "attention": "".join(map(str, model.attention)) if any(model.attention) else "-",
         "neck": model.neck,
-        "parameters": sum(
-            math.prod(leaf.shape) for part in params if part != "bottleneck" for leaf in jax.tree.leaves(params[part])
-        ),
+        "parameters": counting.parameters(model),
         "weighted": operations.weighted,
         "attention products": operations.attention,
         "multiply-adds": operations.total,

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dmosnet_jax.benchmarks import command, tables
+from dmosnet_jax.benchmarks import command
+from dmosnet_jax.core import tables
 from dmosnet_jax.models import convolution
 
 Form = Callable[[jax.Array, jax.Array], jax.Array]

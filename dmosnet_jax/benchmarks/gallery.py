@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from dmosnet_jax.benchmarks import command, tables
+from dmosnet_jax.benchmarks import command
+from dmosnet_jax.core import tables
 from dmosnet_jax.core.unit import unit_rows_np
 from dmosnet_jax.evaluation.gallery import DTYPES, Gallery
 

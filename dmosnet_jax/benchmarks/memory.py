@@ -25,8 +25,8 @@ import optax
 from dmosnet_jax import models
 from dmosnet_jax.benchmarks import command
 from dmosnet_jax.benchmarks.command import GIB, in_gib, median_seconds
-from dmosnet_jax.benchmarks.tables import publish
 from dmosnet_jax.core import parallel
+from dmosnet_jax.core.tables import publish
 from dmosnet_jax.data.samplers import class_epoch
 from dmosnet_jax.memory import hybrid, tables
 

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from dmosnet_jax import models
-from dmosnet_jax.benchmarks import command, tables
+from dmosnet_jax.benchmarks import command
+from dmosnet_jax.core import tables
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.kernels import thread_count
 from dmosnet_jax.core.unit import unit_rows_np

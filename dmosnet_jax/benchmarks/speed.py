@@ -38,13 +38,14 @@ from ml_collections import ConfigDict  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from dmosnet_jax import models  # noqa: E402
-from dmosnet_jax.benchmarks import command, tables  # noqa: E402
-from dmosnet_jax.benchmarks.counting import count  # noqa: E402
+from dmosnet_jax.benchmarks import command  # noqa: E402
+from dmosnet_jax.core import tables  # noqa: E402
 from dmosnet_jax.core.errors import ConfigError  # noqa: E402
 from dmosnet_jax.core.parallel import make_mesh, replicated, to_devices  # noqa: E402
 from dmosnet_jax.data import transforms  # noqa: E402
 from dmosnet_jax.export import onnx_runtime  # noqa: E402
 from dmosnet_jax.memory import hybrid  # noqa: E402
+from dmosnet_jax.models.counting import count  # noqa: E402
 from dmosnet_jax.train import state as train_state  # noqa: E402
 from dmosnet_jax.train import steps  # noqa: E402
 

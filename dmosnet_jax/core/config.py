@@ -4,6 +4,7 @@ import ast
 import difflib
 import fnmatch
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ JOIN = "+"
 CRITERIA = ("cfs",)
 _EXAMPLE = '("cfs", "runs/cfs/scores.npz", 0.5)'
 RECIPES = (
-    *("quickstart", "spcl", "spcl_uda", "supervised", "evaluate", "extract", "activation_maps", "index", "search"),
-    *("export", "cfs"),
+    *("quickstart", "spcl", "spcl_uda", "supervised", "evaluate", "compare", "extract", "activation_maps"),
+    *("index", "search", "export", "cfs"),
 )
 _CHOICES = {
     "optim.name": ("adam", "sgd"),
@@ -101,7 +102,7 @@ def _fields(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 # Recipes that rank a gallery.
-_RANKING = ("quickstart", "spcl", "spcl_uda", "supervised", "evaluate")
+_RANKING = ("quickstart", "spcl", "spcl_uda", "supervised", "evaluate", "compare")
 # Recipes that extract features and do not rank.
 _EXTRACTING = ("extract", "index", "search")
 
@@ -147,6 +148,7 @@ def validate(config: Any) -> None:
         *("train.checkpoint_every_steps", "train.checkpoint_every_minutes", "train.eval_every_epochs"),
         *("spcl.temperature", "spcl.eps", "spcl.k1", "spcl.k2", "spcl.min_samples", "spcl.max_classes"),
         *("loss.circle_scale", "loss.circle_margin", "cfs.chunk_images", "cfs.sheet_columns", "top_k"),
+        *("latency.batch_size", "latency.repeats"),
     )
     _check_numbers(
         config,
@@ -205,6 +207,8 @@ def _check_test_time(config: Any, recipe: str) -> None:
 def _check_selection(config: Any, recipe: str) -> None:
     dataset, subset = read(config, "dataset"), read(config, "data.subset")
     names = () if dataset is None else dataset_names(dataset)
+    if recipe == "compare" and read(config, "checkpoints"):
+        checkpoint_paths(read(config, "checkpoints"))
     check_subset(subset)
     if len(names) > 1 and recipe in ("quickstart", "cfs"):
         raise ConfigError(f"dataset={dataset!r}: the {recipe} recipe takes one data set: run it for each")
@@ -320,6 +324,30 @@ def dataset_names(value: Any, field: str = "dataset") -> tuple[str, ...]:
     found = tuple(name.strip() for name in names)
     if not found or len(set(found)) < len(found):
         raise ConfigError(f"{field}={value!r} must name each data set once, e.g. market1501{JOIN}msmt17")
+    return found
+
+
+def checkpoint_paths(value: Any, field: str = "checkpoints") -> tuple[str, ...]:
+    """Paths that a field of the config means.
+
+    Args:
+        value: paths with commas between them, or a sequence of paths, also written as text (`("a", "b")`).
+        field: for messages.
+
+    Raises:
+        ConfigError: none, the same one twice, or something else.
+    """
+    paths: Any = value
+    if isinstance(value, str):
+        paths = _literal(value) if value.strip().startswith(("(", "[")) else value.split(",")
+    if isinstance(paths, str):
+        paths = (paths,)
+    given = paths if isinstance(paths, Sequence) else ()
+    found = tuple(path.strip() if isinstance(path, str) else "" for path in given)
+    if not found or not all(found):
+        raise ConfigError(f"{field}={value!r} names no checkpoints: give --config.{field}=PATH,PATH")
+    if len(set(map(os.path.abspath, found))) < len(found):
+        raise ConfigError(f"{field}={value!r} must name each checkpoint once")
     return found
 
 

@@ -10,6 +10,7 @@ A ranking is by rising distance, equal distances by gallery index (a stable sort
 match is one more than the number of images before it, and one pass over the row counts those for all matches together.
 """
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,6 +58,23 @@ class Ranking:
     def results(self) -> dict[str, float | int]:
         """The fields of `results.json`."""
         return {name: value for name, value in asdict(self).items() if not isinstance(value, np.ndarray)}
+
+
+@dataclass(frozen=True)
+class CameraPairs:
+    """Result of `camera_pairs`: a row for each query camera, a column for each gallery camera.
+
+    Attributes:
+        query_cameras: rising.
+        gallery_cameras: rising.
+        mean_ap: fractions; NaN where no query has a match.
+        queries: those with a match, which `mean_ap` is the mean over.
+    """
+
+    query_cameras: Int64[np.ndarray, " q"]
+    gallery_cameras: Int64[np.ndarray, " g"]
+    mean_ap: Float64[np.ndarray, "q g"]
+    queries: Int64[np.ndarray, "q g"]
 
 
 @dataclass(frozen=True)
@@ -174,18 +192,10 @@ def evaluate(
         DataError: shapes that do not fit, features or distances that are not finite, or no query with a match.
         ConfigError: unknown metric.
     """
-    q_ids, g_ids, q_cams, g_cams = checked_labels(query_ids, gallery_ids, query_cams, gallery_cams)
-    queries, gallery = q_ids.shape[0], g_ids.shape[0]
-    precision, penalty = np.full(queries, np.nan), np.full(queries, np.nan)
-    first = np.zeros(queries, np.int64)
-    labels = (q_ids, q_cams, g_ids, g_cams)
+    labels = checked_labels(query_ids, gallery_ids, query_cams, gallery_cams)
+    queries, gallery = labels[0].shape[0], labels[1].shape[0]
     source = distances.source(query_features, gallery_features, metric, distance)
-    for query0, part in distances.blocks(source, (queries, gallery), block):
-
-        def rank(start: int, stop: int, query0: int = query0, part: np.ndarray = part) -> None:
-            _rank_matches(part, query0, *labels, start, stop, precision, first, penalty)
-
-        map_rows(rank, len(part), threads=threads, task_rows=64)
+    precision, first, penalty = _scores(source, labels, block=block, threads=threads)
     valid = first > 0
     if not valid.any():
         raise DataError(
@@ -207,6 +217,74 @@ def evaluate(
         average_precision=precision,
         first_match=first,
     )
+
+
+def _scores(
+    source: distances.DistanceSource, labels: tuple[np.ndarray, ...], *, block: int, threads: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Average precision (NaN: no match), rank of the first match (0: none) and inverse negative penalty (NaN)."""
+    q_ids, g_ids, q_cams, g_cams = labels
+    queries = q_ids.shape[0]
+    precision, penalty = np.full(queries, np.nan), np.full(queries, np.nan)
+    first = np.zeros(queries, np.int64)
+    for query0, part in distances.blocks(source, (queries, g_ids.shape[0]), block):
+
+        def rank(start: int, stop: int, query0: int = query0, part: np.ndarray = part) -> None:
+            _rank_matches(part, query0, q_ids, q_cams, g_ids, g_cams, start, stop, precision, first, penalty)
+
+        map_rows(rank, len(part), threads=threads, task_rows=64)
+    return precision, first, penalty
+
+
+def camera_pairs(
+    query_features: Float[np.ndarray, "q d"],
+    gallery_features: Float[np.ndarray, "g d"],
+    query_ids: Integer[np.ndarray, " q"],
+    gallery_ids: Integer[np.ndarray, " g"],
+    query_cams: Integer[np.ndarray, " q"],
+    gallery_cams: Integer[np.ndarray, " g"],
+    *,
+    block: int = BLOCK,
+    threads: int | None = None,
+) -> CameraPairs:
+    """Mean average precision of the queries of each camera in the gallery of each other camera.
+
+    A query is ranked against the images of one gallery camera alone, by cosine, and its average precision is that of
+    this ranking; the pair's mAP is the mean over the queries of the one camera that have a match in the other. As
+    matches of a query's own camera are junk, no camera is paired with itself.
+
+    Args:
+        query_features: L2-normalised here.
+        gallery_features: of the same length.
+        query_ids: identities; -1 where unknown.
+        gallery_ids: likewise.
+        query_cams: cameras.
+        gallery_cams: likewise.
+        block: queries per block; no more distances are held at a time.
+        threads: worker threads, default all cores.
+
+    Raises:
+        DataError: shapes that do not fit, or features that are not finite.
+    """
+    q_ids, g_ids, q_cams, g_cams = checked_labels(query_ids, gallery_ids, query_cams, gallery_cams)
+    queries, gallery = distances.prepare_pair(query_features, gallery_features, "cosine")
+    own, others = np.unique(q_cams), np.unique(g_cams)
+    mean, counts = np.full((own.size, others.size), np.nan), np.zeros((own.size, others.size), np.int64)
+    for column, camera in enumerate(others):
+        images = g_cams == camera
+        source = functools.partial(_cosine, queries, gallery[images])
+        labels = (q_ids, g_ids[images], q_cams, g_cams[images])
+        precision, first, _ = _scores(source, labels, block=block, threads=threads)
+        for row, query_camera in enumerate(own):
+            chosen = (first > 0) & (q_cams == query_camera)
+            counts[row, column] = chosen.sum()
+            if chosen.any():
+                mean[row, column] = precision[chosen].mean()
+    return CameraPairs(own, others, mean, counts)
+
+
+def _cosine(queries: np.ndarray, gallery: np.ndarray, start: int, stop: int) -> np.ndarray:
+    return distances.distance_block(queries[start:stop], gallery, "cosine")
 
 
 def ranking_lists(

@@ -31,13 +31,25 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A titled line chart; `steps` draws histograms, whose x are the middles of bins and no whole numbers."""
+    """A titled line chart.
+
+    Attributes:
+        title: above it.
+        x_label: of the horizontal axis.
+        y_label: of the vertical axis.
+        lines: what is drawn.
+        steps: draws histograms, whose x are the middles of bins and no whole numbers.
+        x_log: the horizontal axis is logarithmic; points at or below 0 are left out.
+        y_range: ends of the vertical axis; None: as the lines need.
+    """
 
     title: str
     x_label: str
     y_label: str
     lines: Sequence[Line]
     steps: bool = False
+    x_log: bool = False
+    y_range: tuple[float, float] | None = None
 
 
 # Which metrics share a chart: title, y label, names (the last part of `stage/name`).
@@ -83,10 +95,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _points(line: Line) -> list[tuple[float, float]]:
-    """The finite points, thinned evenly (the last one kept) so that a long run does not make a huge page."""
+def _points(chart: Chart, line: Line) -> list[tuple[float, float]]:
+    """The points that the axes can show, thinned evenly (the last one kept): a long run does not make a huge page."""
     finite = [
-        (float(x), float(y)) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(x) and math.isfinite(y)
+        (float(x), float(y))
+        for x, y in zip(line.x, line.y, strict=True)
+        if math.isfinite(x) and math.isfinite(y) and (x > 0 or not chart.x_log)
     ]
     step = math.ceil(len(finite) / _MAX_POINTS) or 1
     return finite[::-1][::step][::-1]
@@ -96,11 +110,17 @@ def describe(chart: Chart) -> str:
     """What the chart shows in words, for readers who cannot see it."""
     parts = []
     for line in chart.lines:
-        points = _points(line)
+        points = _points(chart, line)
         if points:
             (x0, y0), (x1, y1) = points[0], points[-1]
             parts.append(f"{line.label} goes from {y0:.4g} at {x0:g} to {y1:.4g} at {x1:g}")
     return f"{chart.title}, {chart.y_label} over {chart.x_label}: {'; '.join(parts) or 'no points'}."
+
+
+def _line_style(index: int) -> tuple[str, str]:
+    """Colour and dashes, of which no pair comes twice in sixteen lines."""
+    number = len(_LINE_STYLES)
+    return _LINE_STYLES[index % number][0], _LINE_STYLES[(index + index // number) % number][1]
 
 
 def draw_svg(chart: Chart, salt: str, width: float = 5.2, height: float = 2.9) -> str:
@@ -119,8 +139,8 @@ def draw_svg(chart: Chart, salt: str, width: float = 5.2, height: float = 2.9) -
         axes = figure.subplots()
         _style(axes, chart)
         for index, line in enumerate(chart.lines):
-            colour, dashes = _LINE_STYLES[index % len(_LINE_STYLES)]
-            points = _points(line)
+            colour, dashes = _line_style(index)
+            points = _points(chart, line)
             marker = "o" if len(points) <= 30 and not chart.steps else None
             axes.plot(
                 [x for x, _ in points],
@@ -154,7 +174,12 @@ def _style(axes: Axes, chart: Chart) -> None:
     axes.tick_params(colors=_INK, labelsize=8)
     axes.grid(color=_INK, alpha=0.12, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=not chart.steps))
+    if chart.x_log:
+        axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=not chart.steps))
+    if chart.y_range is not None:
+        axes.set_ylim(*chart.y_range)
     # Dollar signs in labels are text here, not formulas.
     axes.set_xlabel(chart.x_label, color=_INK, fontsize=9, parse_math=False)
     axes.set_ylabel(chart.y_label, color=_INK, fontsize=9, parse_math=False)

@@ -38,6 +38,8 @@ class Thresholds:
         edges: borders of the histogram's bins.
         same: pairs of the same person in each bin.
         different: pairs of different people.
+        curve: receiver operating characteristic: false-accept and true-accept rates, both falling, at thresholds on a
+            grid of 2^-15; thinned where it hardly moves.
     """
 
     eer: float
@@ -46,6 +48,7 @@ class Thresholds:
     edges: Float64[np.ndarray, " bins_and_one"]
     same: Int64[np.ndarray, " bins"]
     different: Int64[np.ndarray, " bins"]
+    curve: Float64[np.ndarray, "two points"]
 
     def results(self) -> dict[str, Any]:
         """The field `thresholds` of `results.json`."""
@@ -170,6 +173,7 @@ def evaluate(
         np.linspace(-1, 1, BINS + 1),
         np.bincount(_bins(same), minlength=_FINE).reshape(BINS, -1).sum(axis=1),
         counts.reshape(BINS, -1).sum(axis=1),
+        pairs.curve(),
     )
 
 
@@ -224,6 +228,16 @@ class _Pairs:
         falsely_refused = np.searchsorted(self.same, thresholds) / self.same.size
         best = int(np.argmin(np.abs(falsely_accepted - falsely_refused)))
         return float(falsely_accepted[best] + falsely_refused[best]) / 2, float(thresholds[best])
+
+    def curve(self) -> np.ndarray:
+        """False-accept and true-accept rates at borders of fine bins, [2, points]."""
+        accepted = 1 - np.searchsorted(_bins(self.same), np.arange(_FINE + 1)) / self.same.size
+        rates = np.stack([self._from / self._total, accepted])
+        # A step of a hundredth of a decade, or of a five-hundredth of the height, is finer than a picture of it.
+        decades = np.log10(np.maximum(rates[0], 0.1 / self._total))
+        places = np.stack([np.floor(100 * decades), np.floor(500 * rates[1])])
+        kept = np.append(True, (np.diff(places) != 0).any(axis=0))
+        return rates[:, kept]
 
     def accepting(self, most: int) -> dict[str, float]:
         """The lowest similarity that so many pairs of different people reach, and the true-accept rate there."""

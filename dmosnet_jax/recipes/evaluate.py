@@ -22,8 +22,5 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     network = open_network(config, config.checkpoint)
     scorer = scoring.Scorer(network.config, network.model, make_mesh(), names)
     make_folder(workdir)
-    extra: dict[str, Any] = {"checkpoint": network.weights.path}
-    if network.weights.with_val is not None:
-        extra["with_val"] = network.weights.with_val
     scores = scorer(network.params, network.stats)
-    return scoring.publish(scores, workdir, network.config, model=network.model.name, extra=extra)
+    return scoring.publish(scores, workdir, network.config, model=network.model, extra=network.origin)

@@ -33,6 +33,12 @@ class Network:
     params: dict[str, Any]
     stats: dict[str, Any]
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What `results.json` says of where the weights come from."""
+        with_val = self.weights.with_val
+        return {"checkpoint": self.weights.path} | ({} if with_val is None else {"with_val": with_val})
+
 
 def require_paths(config: Any, *fields: str) -> None:
     """Raises ConfigError where a field that must name a path is empty."""

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import pathlib
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,12 +16,12 @@ from dmosnet_jax.core.config import joined
 from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.records import GALLERY, QUERY
 from dmosnet_jax.data.splits import Rows, Split, load_split
-from dmosnet_jax.evaluation import ranking, report, thresholds
+from dmosnet_jax.evaluation import ranking, report, report_parts, thresholds
 from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.evaluation.report_charts import charts_from_metrics
 from dmosnet_jax.evaluation.rerank import rerank
 from dmosnet_jax.export import onnx_runtime
-from dmosnet_jax.models import Model
+from dmosnet_jax.models import Model, counting
 from dmosnet_jax.recipes import query_features
 from dmosnet_jax.train.metrics import METRICS_FILE, read_rows, write_json
 
@@ -174,7 +176,7 @@ def describe_thresholds(found: Mapping[str, Any]) -> str:
 
 
 def publish(
-    scores: Mapping[str, Scores], workdir: pathlib.Path, config: Any, *, model: str, extra: dict[str, Any]
+    scores: Mapping[str, Scores], workdir: pathlib.Path, config: Any, *, model: Model, extra: dict[str, Any]
 ) -> dict[str, Any]:
     """Prints the scores and writes `results.json` and `report.html`.
 
@@ -183,9 +185,9 @@ def publish(
 
     Args:
         scores: by data set.
-        workdir: where to write; its metrics are drawn in the reports.
+        workdir: where to write; the reports draw its metrics, or those of the run that `extra["checkpoint"]` is of.
         config: the run's config.
-        model: name of the network.
+        model: the network.
         extra: further values for `results.json`.
 
     Returns:
@@ -194,13 +196,13 @@ def publish(
     several, first_process = len(scores) > 1, jax.process_index() == 0
     each = {}
     for name, found in scores.items():
-        results = _results(found, config) | extra | {"model": model, "dataset": name}
+        results = _results(found, config) | extra | {"model": model.name, "dataset": name}
         each[name] = results
         if first_process:
             folder = workdir / name if several else workdir
             folder.mkdir(parents=True, exist_ok=True)
             print(f"{name}: " if several else "", end="")
-            _write(found, results, folder, config, run=workdir)
+            _write(found, results, folder, config, run=workdir, model=model)
     if not several:
         return each[next(iter(scores))]
     mean = {
@@ -208,7 +210,7 @@ def publish(
         for metric in (*METRICS, *(f"reranked_{metric}" for metric in METRICS))
         if all(metric in found for found in each.values())
     }
-    results = {"datasets": each, "mean": mean, **extra, "model": model, "dataset": joined(list(scores))}
+    results = {"datasets": each, "mean": mean, **extra, "model": model.name, "dataset": joined(list(scores))}
     if first_process:
         write_json(workdir / RESULTS, results)
         print(f"\n{table(each, mean)}\n\nwritten: {workdir / RESULTS}")
@@ -227,7 +229,9 @@ def _results(scores: Scores, config: Any) -> dict[str, Any]:
     return results
 
 
-def _write(scores: Scores, results: dict[str, Any], folder: pathlib.Path, config: Any, *, run: pathlib.Path) -> None:
+def _write(
+    scores: Scores, results: dict[str, Any], folder: pathlib.Path, config: Any, *, run: pathlib.Path, model: Model
+) -> None:
     """Prints the results of one data set and writes its files; the report has the curves of `run`."""
     write_json(folder / RESULTS, results)
     print(describe(results))
@@ -236,43 +240,54 @@ def _write(scores: Scores, results: dict[str, Any], folder: pathlib.Path, config
     if config.eval.rerank:
         print(f"re-ranked: mAP {100 * results['reranked_mAP']:.2f}  rank-1 {100 * results['reranked_rank1']:.2f}")
     if config.eval.report:
-        similarities = [report.similarity_chart(scores.thresholds)] if scores.thresholds else []
-        report.write_report(
-            folder / REPORT,
-            title=f"{results['model']} on {results['dataset']}",
-            results=results,
-            cmc=scores.ranking.cmc,
-            curves=[*similarities, *charts_from_metrics(read_rows(run / METRICS_FILE))],
-            rank_lists=_rank_lists(scores, config.eval.rank_lists),
-            config=config.to_dict(),
-        )
+        _write_report(scores, results, folder / REPORT, config, run=run, model=model)
     print(f"written: {folder / RESULTS}" + (f", {folder / REPORT}" if config.eval.report else ""))
 
 
-def _rank_lists(scores: Scores, count: int) -> list[report.RankList]:
-    """Rank-10 lists of queries spread evenly over the valid ones."""
-    valid = np.flatnonzero(scores.ranking.first_match > 0)
-    if not count or not valid.size:
-        return []
-    chosen = valid[np.linspace(0, valid.size - 1, min(count, valid.size)).round().astype(int)]
-    lists = ranking.ranking_lists(
-        scores.query_features, scores.gallery_features, *scores.labels, queries=chosen, top=10
+def _write_report(
+    scores: Scores, results: dict[str, Any], path: pathlib.Path, config: Any, *, run: pathlib.Path, model: Model
+) -> None:
+    found, features = scores.thresholds, (scores.query_features, scores.gallery_features)
+    operations = counting.operations(model)
+    report.write_report(
+        path,
+        title=f"{results['model']} on {results['dataset']}",
+        results=results,
+        cmc=scores.ranking.cmc,
+        curves=[
+            *([report.similarity_chart(found), report.roc_chart(found)] if found else []),
+            *charts_from_metrics(_training_rows(run, results.get("checkpoint"))),
+        ],
+        rank_lists=report_parts.rank_lists(
+            scores.query, scores.gallery, *features, scores.ranking, count=config.eval.rank_lists
+        ),
+        pairs=report_parts.camera_table(*features, *scores.labels),
+        embedding=report_parts.embedding_map(scores.query, scores.gallery, *features),
+        network={
+            "parameters, without classifier and BNNeck": f"{counting.parameters(model):,}",
+            "multiply-adds of convolutions and linear maps": f"{operations.weighted:,}",
+            "multiply-adds of attention products": f"{operations.attention:,}",
+            "image, height and width": f"{model.image_size[0]} x {model.image_size[1]}",
+        },
+        command=command(),
+        config=config.to_dict(),
     )
 
-    def shown(split: Split, row: int) -> tuple[bytes, str]:
-        return split.record(row).image, f"id {split.pids[row]}, camera {split.camids[row]}"
 
-    return [
-        report.RankList(
-            *shown(scores.query, int(query)),
-            [
-                report.RankItem(*shown(scores.gallery, int(row)), bool(match))
-                for row, match in zip(rows, matches, strict=True)
-                if row >= 0
-            ],
-        )
-        for query, rows, matches in zip(lists.queries, lists.indices, lists.match, strict=True)
-    ]
+def _training_rows(run: pathlib.Path, checkpoint: str | None) -> list[dict[str, Any]]:
+    """The metrics of the run itself, or else of the run that the checkpoint is of; empty where there are none."""
+    of_checkpoint = pathlib.Path(checkpoint) if checkpoint else run
+    # A workdir, its folder of checkpoints, or one of these.
+    folders = (run, of_checkpoint, *of_checkpoint.absolute().parents[:2])
+    return next(filter(None, (read_rows(folder / METRICS_FILE) for folder in folders)), [])
+
+
+def command() -> str:
+    """The command line of this process, "" where it is not this package's."""
+    program = pathlib.Path(sys.argv[0])
+    if program.name == "dmosnet" or program.parts[-2:] == ("dmosnet_jax", "main.py"):
+        return shlex.join(["python", "-m", "dmosnet_jax.main", *sys.argv[1:]])
+    return ""
 
 
 def table(each: Mapping[str, Mapping[str, Any]], mean: Mapping[str, float]) -> str:

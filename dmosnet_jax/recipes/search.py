@@ -90,7 +90,7 @@ def _write_page(
         title="Most similar images",
         subtitle=f"{len(images)} queries, {len(gallery)} images in the gallery {config.index}",
         results={},
-        rank_lists=lists,
+        rank_lists={"Rank lists": lists},
     )
 
 

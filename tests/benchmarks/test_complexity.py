@@ -8,10 +8,10 @@ import pytest
 from jax import lax
 
 from dmosnet_jax.benchmarks import complexity
-from dmosnet_jax.benchmarks.counting import Operations, count
 from dmosnet_jax.models import build
 from dmosnet_jax.models.attention import GRID, DoubleLayerAttention, attend
 from dmosnet_jax.models.convolution import depthwise3x3, pointwise
+from dmosnet_jax.models.counting import Operations, count
 from dmosnet_jax.models.functional import Functional
 
 
@@ -156,3 +156,11 @@ def test_bad_arguments_are_one_line(capsys, arguments, status, message):
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_one_cpu_device_counts_the_same(cli):
+    """There the depthwise convolutions are kernels, whose calls do not tell what they compute."""
+    script = "from dmosnet_jax.benchmarks.complexity import main; main(['--models=osnet_x0_25'])"
+    finished = cli.forked(script=script)
+    assert finished.status == 0, finished.err
+    assert "82,314,880" in finished.out

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from dmosnet_jax.benchmarks import convolution, tables
+from dmosnet_jax.benchmarks import convolution
+from dmosnet_jax.core import tables
 from dmosnet_jax.core.errors import DataError
 
 

@@ -183,3 +183,30 @@ def test_queries_without_identity_are_never_valid_and_match_nobody(rng):
     assert lists.match.sum() == 1
     with pytest.raises(DataError, match="none of 1 queries"):
         ranking.evaluate(None, None, query_ids[:1], gallery_ids, query_cams[:1], gallery_cams, distance=distance[:1])
+
+
+def test_camera_pairs_are_rankings_of_one_camera_each(rng):
+    _, labels = problem(rng, cams=4)
+    first, second = rng.normal(size=(40, 5)).astype(np.float32), rng.normal(size=(90, 5)).astype(np.float32)
+    labels[0][-2:] = -1
+    labels[2][:] = np.where(labels[2] == 3, 7, labels[2])  # a camera that the gallery has not
+    labels[3][labels[3] == 1] = 9  # and one that the queries have not
+    found = ranking.camera_pairs(first, second, *labels, block=16)
+    assert found.query_cameras.tolist() == [0, 1, 2, 7]
+    assert found.gallery_cameras.tolist() == [0, 2, 3, 9]
+    unit = [features / np.linalg.norm(features, axis=1, keepdims=True) for features in (first, second)]
+    distance = 1 - unit[0] @ unit[1].T
+    for row, own in enumerate(found.query_cameras):
+        for column, other in enumerate(found.gallery_cameras):
+            scores = []
+            for query in np.flatnonzero(labels[2] == own):
+                images = np.flatnonzero(labels[3] == other)
+                order = images[np.argsort(distance[query, images], kind="stable")]
+                ranks = np.flatnonzero(labels[1][order] == labels[0][query]) + 1
+                if ranks.size and own != other and labels[0][query] >= 0:
+                    scores.append(np.mean(np.arange(1, ranks.size + 1) / ranks))
+            assert found.queries[row, column] == len(scores)
+            if scores:
+                assert found.mean_ap[row, column] == pytest.approx(np.mean(scores))
+            else:
+                assert np.isnan(found.mean_ap[row, column])

@@ -1,9 +1,11 @@
 """The report is complete, self-contained, escaped, and never half-written."""
 
+import base64
 import html.parser
 import io
 import pathlib
 import re
+import shutil
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.evaluation import report, thresholds
+from dmosnet_jax.evaluation.ranking import CameraPairs
 from dmosnet_jax.evaluation.report_charts import describe, draw_svg
 
 RESULTS = {
@@ -25,7 +28,7 @@ RESULTS = {
     "num_gallery": 15913,
     "reranked_mAP": 0.9,
 }
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "input"}
 
 
 class _Page(html.parser.HTMLParser):
@@ -71,6 +74,24 @@ def _rank_lists(rng: np.random.Generator, lists: int = 10) -> list[report.RankLi
     return [report.RankList(images[0], f"id {number}", items) for number in range(lists)]
 
 
+PAIRS = CameraPairs(
+    np.array([1, 2]),
+    np.array([1, 2, 7]),
+    np.array([[np.nan, 0.75, 1.0], [0.5, np.nan, np.nan]]),
+    np.array([[0, 12, 3456], [8, 0, 0]]),
+)
+
+
+def _embedding(rng: np.random.Generator, points: int = 12) -> report.EmbeddingMap:
+    images = [_encoded(rng, "JPEG") for _ in range(points)]
+    places = rng.normal(size=(points, 2))
+    shown = [
+        report.MapPoint(image, f"id {row // 3}, camera {row % 4}, <{row}>", tuple(place), row % 4, row // 3)
+        for row, (image, place) in enumerate(zip(images, places.tolist(), strict=True))
+    ]
+    return report.EmbeddingMap(shown, (0.25, 0.125), f"{points} of 99 images.")
+
+
 def _write(folder: pathlib.Path, rng: np.random.Generator) -> str:
     rows = [{"step": step, "train/loss": 5.0 / (step + 1), "lr": 3.5e-4, "seconds": 1.0} for step in range(40)]
     rows += [{"step": 10 * epoch, "mAP": 0.3 + 0.01 * epoch, "clusters": 528 - epoch} for epoch in range(4)]
@@ -81,7 +102,11 @@ def _write(folder: pathlib.Path, rng: np.random.Generator) -> str:
         results=RESULTS,
         cmc=np.linspace(0.9, 1.0, 50),
         curves=report.charts_from_metrics(rows),
-        rank_lists=_rank_lists(rng),
+        rank_lists={"Rank lists": _rank_lists(rng)},
+        pairs=PAIRS,
+        embedding=_embedding(rng),
+        network={"parameters": "201,864"},
+        command="python -m dmosnet_jax.main --config.checkpoint='a <b>'",
         config={"dataset": "<b>", "model": {"name": "osnet_x0_25", "attention": (1, 0, 0)}, "empty": {}},
     )
     return path.read_text(encoding="utf-8")
@@ -96,7 +121,10 @@ def test_page_holds_every_part(tmp_path, rng):
         assert part in text
     for part in ("model.name osnet_x0_25", "model.attention (1, 0, 0)", "reranked_mAP 0.9", "empty {}", "numpy 2."):
         assert part in text
-    assert len(page.all("img")) == 10 * 11
+    for part in ("Pairs of cameras", "75.0 12 100.0 3,456", "across, 25.0 % of their variance; up, 12.5 %", "201,864"):
+        assert part in text
+    assert "python -m dmosnet_jax.main --config.checkpoint='a <b>'" in text
+    assert len(page.all("img")) == 10 * 11 + 12
     frames = [attributes.get("class") for attributes in page.all("figure")]
     assert (frames.count("query"), frames.count("match"), frames.count("miss"), frames.count("chart")) == (
         10,
@@ -132,6 +160,36 @@ def test_every_image_and_chart_has_a_description(tmp_path, rng):
         "Cumulative matching characteristic, queries matched (%) over rank: matching rate goes from 90 at 1"
     )
     assert len(labels) == 5
+
+
+def test_points_of_the_map_lie_in_order_and_in_place(tmp_path, rng):
+    embedding = _embedding(rng)
+    path = report.write_report(tmp_path / "r.html", title="t", results={}, embedding=embedding)
+    points = [given for given in _Page(path.read_text()).all("input") if given["name"] == "point"]
+    places = np.array([point.place for point in embedding.points])
+    order = np.argsort(places[:, 0])
+    assert [given["aria-label"] for given in points] == [embedding.points[row].caption for row in order]
+    shown = [[float(value) for value in re.findall(r"(?:left|bottom):([\d.]+)%", given["style"])] for given in points]
+    spread = (places - places.min(axis=0)) / np.ptp(places, axis=0)
+    np.testing.assert_allclose(shown, 2 + 96 * spread[order], atol=0.051)
+
+
+def test_pictures_have_a_bound_of_bytes(rng):
+    noise = rng.integers(0, 255, (800, 400, 3), np.uint8)
+    assert len(base64.b64decode(report.thumbnail(noise, "n"))) <= 6000
+    assert len(base64.b64decode(report.thumbnail(noise, "n", (64, 96), 1600))) <= 1600
+
+
+def test_the_characteristic_is_drawn_from_nothing_to_all():
+    labels = [np.array(part) for part in ([1], [1, 1, 2, 2], [1], [2, 2, 1, 2])]
+    found = thresholds.evaluate(None, None, *labels, distance=np.array([[0.1, 0.3, 0.7, 0.8]], np.float32))
+    chart = report.roc_chart(found)
+    assert chart.y_range[0] == 0
+    (line,) = chart.lines
+    assert (line.x[0], line.y[0], line.x[-1], line.y[-1]) == (0, 0, 100, 100)
+    # What no axis of powers can show is left out, and said of neither picture nor words.
+    assert "from 100 at 50" in describe(chart)
+    assert draw_svg(chart, "a").startswith("<svg")
 
 
 def test_identifiers_of_charts_do_not_clash(tmp_path, rng):
@@ -197,7 +255,7 @@ def test_same_input_gives_the_same_page(tmp_path):
 def test_bad_image_is_named_and_leaves_nothing(tmp_path, rng):
     lists = [report.RankList(_encoded(rng, "JPEG"), "q", [report.RankItem(b"not an image", "id 7", match=True)])]
     with pytest.raises(DataError, match="Rank 1, same person: id 7"):
-        report.write_report(tmp_path / "report.html", title="t", results=RESULTS, rank_lists=lists)
+        report.write_report(tmp_path / "report.html", title="t", results=RESULTS, rank_lists={"Rank lists": lists})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,3 +272,47 @@ def test_failed_write_keeps_the_old_page(tmp_path):
 def test_results_alone_make_a_page(tmp_path):
     page = _Page(report.write_report(tmp_path / "r.html", title="t", results={"mAP": None}, versions={}).read_text())
     assert page.all("svg") == page.all("img") == page.all("table") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark")])
+def test_in_a_browser(tmp_path, rng, width, scheme):
+    browsers = pytest.importorskip("playwright.sync_api")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium on this system (Debian's package is chromium)")
+    _write(tmp_path, rng)
+    complaints = []
+    with browsers.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: complaints.append(request.url) if "data:" not in request.url else None)
+        page.goto((tmp_path / "new" / "report.html").as_uri())
+        widths = page.evaluate("[...document.images].map(one => one.naturalWidth)")
+        assert min(widths) > 0
+        # Wide parts scroll by themselves.
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        shown = "[...document.querySelectorAll('.plot img')].filter(one => one.offsetParent).map(one => one.alt)"
+        captions = page.eval_on_selector_all(".plot input", "all => all.map(one => one.ariaLabel)")
+        assert page.evaluate(shown) == []
+        # Without a mouse: the group is one stop, in which the arrows go from image to image.
+        page.focus("#by-camera")
+        page.keyboard.press("Tab")
+        assert page.evaluate(shown) == captions[:1]
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        assert page.evaluate(shown) == captions[2:3]
+        colour = "getComputedStyle(document.querySelector('.plot input')).backgroundColor"
+        by_camera = page.evaluate(colour)
+        page.check("#by-identity")
+        assert page.evaluate(colour) != by_camera
+        page.screenshot(path=tmp_path / "page.png", full_page=True)
+        browser.close()
+    with Image.open(tmp_path / "page.png") as shot:
+        assert shot.width == width
+        assert len(shot.convert("RGB").getcolors(2**24)) > 100
+    # The page itself is all that was asked for.
+    assert len(complaints) == 1, complaints
+    assert complaints[0].endswith("report.html")

@@ -144,3 +144,20 @@ def test_real_queries_against_each_other(shared):
     assert again.eer == pytest.approx(found.eer, abs=1e-5)
     for row, wanted in zip(again.tar_at_far, found.tar_at_far, strict=True):
         assert row == pytest.approx(wanted, abs=1e-3)
+
+
+def test_the_curve_lies_on_counts_over_all_pairs(rng):
+    distance, labels = problem(rng, queries=60, gallery=200)
+    far, tar = thresholds.evaluate(None, None, *labels, distance=distance).curve
+    *_, same, different = by_counting(1 - distance, *labels)
+    assert (far[0], tar[0], far[-1], tar[-1]) == (1, 1, 0, 0)
+    assert (np.diff(far) <= 0).all()
+    assert (np.diff(tar) <= 0).all()
+    # Every point is that of some threshold on the grid.
+    grid = np.arange(2**16 + 1) / 2**15 - 1
+    exact = {((different >= at).sum(), (same >= at).sum()) for at in grid}
+    counts = np.round(far * different.size).astype(int), np.round(tar * same.size).astype(int)
+    assert {*zip(*counts, strict=True)} <= exact
+    # And none is far from the next, but where a single pair decides.
+    assert np.diff(tar).min() > -max(0.005, 2 / same.size)
+    assert len(far) < 1500

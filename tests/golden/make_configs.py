@@ -17,6 +17,7 @@ CASES = {
     "evaluate": "evaluate",
     "export": "export",
     "activation_maps": "activation_maps",
+    "compare": "compare",
     "extract": "extract",
     "index": "index",
     "search": "search",

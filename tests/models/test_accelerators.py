@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dmosnet_jax import models
-from dmosnet_jax.benchmarks.counting import count
 from dmosnet_jax.models import convolution, norms
 from dmosnet_jax.models.activation import relu
+from dmosnet_jax.models.counting import count
 
 NAMES = ("osnet_x0_25", "dmosnet_ibn_x0_25", "osnet_ain_x0_25", "resnet50")
 

@@ -83,6 +83,10 @@ def test_several_data_sets_are_scored_as_each_alone(cli, flags, data_dir, checkp
         page = (tmp_path / name / "report.html").read_text()
         assert "Similarity of pairs" in page
         assert "true accepts at 0.01 % false accepts" in page
+        parts = ("Worst queries", "Typical queries", "Receiver operating", "Pairs of cameras", "Map of the embeddings")
+        for part in (*parts, "multiply-adds of convolutions", "first true match at rank", f"--config.dataset={name} "):
+            assert part in page
+        assert "python -m dmosnet_jax.main --config=" in page
     workdir = tmp_path / "both"
     command = flags("evaluate", dataset='("tiny", "other")', **fields)
     finished = cli.forked(*command, f"--workdir={workdir}")
@@ -103,6 +107,17 @@ def test_several_data_sets_are_scored_as_each_alone(cli, flags, data_dir, checkp
     assert table["other"][0] == f"{100 * alone['other']['mAP']:.2f}"
     assert table["other"][5:] == ["30", "30"]
     assert len({len(line) for line in lines[start : start + 3]}) == 1
+
+
+@pytest.mark.parametrize("checkpoint", ["run", "run/checkpoints", "run/checkpoints/best", "run/checkpoints/30"])
+def test_curves_are_those_of_the_run_that_a_checkpoint_is_of(tmp_path, checkpoint):
+    workdir = tmp_path / "evaluation"
+    assert scoring._training_rows(workdir, None) == scoring._training_rows(workdir, str(tmp_path / checkpoint)) == []
+    for folder, loss in (("run", 1.0), ("evaluation", 2.0)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": loss}) + "\n")
+        found = scoring._training_rows(workdir, str(tmp_path / checkpoint))
+        assert found == [{"step": 1, "loss": loss}], "its own come first"
 
 
 def test_the_table_has_a_row_for_each_and_columns_that_align():

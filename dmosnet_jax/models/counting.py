@@ -1,4 +1,4 @@
-"""Multiply-adds of a traced function, counted over its jaxpr."""
+"""Parameters of a network, and multiply-adds of a traced function, counted over its jaxpr."""
 
 import dataclasses
 import math
@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
 
+from dmosnet_jax.core import simd
+from dmosnet_jax.models.build import Model
 from dmosnet_jax.models.convolution import DEPTHWISE_SCOPE, MERGED_SCOPE
 
 
@@ -35,6 +38,23 @@ class Operations:
         return Operations(self.weighted * times, self.attention * times)
 
 
+def parameters(model: Model) -> int:
+    """Parameters of a network without classifier and BNNeck, as the reference figures count them."""
+    params, _ = model.shapes()
+    parts = [part for name, part in params.items() if name not in ("bottleneck", "classifier")]
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parts))
+
+
+def operations(model: Model) -> Operations:
+    """Multiply-adds of a network's feature of one image, traced and never run."""
+    images = jax.ShapeDtypeStruct((1, *model.image_size, 3), np.float32)
+
+    def run(params, stats, images):
+        return model.apply(params, stats, images, train=False)[0]["feature"]
+
+    return count(run, *model.shapes(), images)
+
+
 def count(function: Callable[..., Any], *arguments: Any) -> Operations:
     """Multiply-adds of one call.
 
@@ -48,7 +68,9 @@ def count(function: Callable[..., Any], *arguments: Any) -> Operations:
     Raises:
         ValueError: the function has a loop of unknown length.
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+    # A call of a kernel does not tell what it computes.
+    with simd.portable():
+        return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def _of_jaxpr(jaxpr: core.Jaxpr) -> Operations:

@@ -13,7 +13,7 @@ Row = Mapping[str, Any]
 def as_text(rows: Sequence[Row]) -> str:
     """A table with the first row's keys as header, numbers to the right."""
     header = list(rows[0])
-    cells = [header, *([_cell(row[key]) for key in header] for row in rows)]
+    cells = [header, *([cell(row[key]) for key in header] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
     right = [all(isinstance(row[key], int | float) or row[key] is None for row in rows) for key in header]
     lines = []
@@ -26,7 +26,8 @@ def as_text(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as text: thousands apart, two decimals, "-" for None."""
     if value is None:
         return "-"
     if isinstance(value, int):

@@ -1,0 +1,148 @@
+"""What the report shows of a ranking: its worst queries beside typical ones, pairs of cameras, the embeddings' map."""
+
+import posixpath
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int64, Integer
+
+from dmosnet_jax.data.splits import Rows
+from dmosnet_jax.evaluation import distances, ranking
+from dmosnet_jax.evaluation.principal import project, some_identities
+from dmosnet_jax.evaluation.report import EmbeddingMap, MapPoint, RankItem, RankList
+
+TOP = 10
+# Every point has a picture in the page; a table of more cameras than these says nothing.
+MAP_POINTS, MOST_CAMERAS = 240, 30
+
+
+def worst_and_typical(
+    average_precision: Float[np.ndarray, " q"], count: int
+) -> tuple[Int64[np.ndarray, " worst"], Int64[np.ndarray, " typical"]]:
+    """Queries of the lowest average precision, and such from the middle half, spread evenly over it.
+
+    Args:
+        average_precision: NaN for queries without a match, which are not chosen.
+        count: how many of each; fewer where there are not so many.
+
+    Returns:
+        Rows by rising average precision, equal ones by row; none is in both.
+    """
+    order = np.argsort(average_precision, kind="stable")[: np.isfinite(average_precision).sum()]
+    worst = order[:count]
+    middle = np.unique(np.linspace(0.25 * (order.size - 1), 0.75 * (order.size - 1), count).round().astype(np.int64))
+    return worst, order[middle[middle >= worst.size]] if order.size else order
+
+
+def rank_lists(
+    query: Rows,
+    gallery: Rows,
+    query_features: Float[np.ndarray, "q d"],
+    gallery_features: Float[np.ndarray, "g d"],
+    found: ranking.Ranking,
+    *,
+    count: int,
+) -> dict[str, list[RankList]]:
+    """Rank-10 lists of the worst queries and of typical ones, each followed by its first match where that is not in it.
+
+    Args:
+        query: the query images.
+        gallery: the gallery images.
+        query_features: as they were ranked, by cosine.
+        gallery_features: likewise.
+        found: the ranking.
+        count: how many of each kind.
+
+    Raises:
+        DataError: a record can't be read.
+    """
+    headings = "Worst queries, by average precision", "Typical queries, of the middle half by average precision"
+    labels = query.pids, gallery.pids, query.camids, gallery.camids
+    lists: dict[str, list[RankList]] = {}
+    for heading, queries in zip(headings, worst_and_typical(found.average_precision, count), strict=True):
+        firsts = found.first_match[queries].tolist()
+        top = max(TOP, *firsts, 0)
+        ranked = ranking.ranking_lists(query_features, gallery_features, *labels, queries=queries, top=top)
+        lists[heading] = []
+        for place, (row, first) in enumerate(zip(queries.tolist(), firsts, strict=True)):
+            ranks = [*range(1, TOP + 1), *([first] if first > TOP else [])]
+            note = f"Average precision {100 * found.average_precision[row]:.2f} %, first true match at rank {first:,}"
+            items = _items(gallery, ranked, place, ranks)
+            lists[heading].append(RankList(query.record(row).image, _caption(query, row), items, note))
+    return lists
+
+
+def _items(gallery: Rows, ranked: ranking.RankingLists, place: int, ranks: Sequence[int]) -> list[RankItem]:
+    """Those ranks (from 1) of a list, as far as there are images."""
+    items = []
+    for rank in ranks:
+        row = int(ranked.indices[place, rank - 1])
+        if row >= 0:
+            caption = f"{1 - ranked.distances[place, rank - 1]:.3f}, {_caption(gallery, row)}"
+            items.append(RankItem(gallery.record(row).image, caption, bool(ranked.match[place, rank - 1]), rank))
+    return items
+
+
+def _caption(split: Rows, row: int, more: Sequence[str] = ()) -> str:
+    name = posixpath.basename(split.record(row).filename)
+    return ", ".join([f"id {split.pids[row]}", f"camera {split.camids[row]}", *more, name])
+
+
+def camera_table(
+    query_features: Float[np.ndarray, "q d"],
+    gallery_features: Float[np.ndarray, "g d"],
+    query_ids: Integer[np.ndarray, " q"],
+    gallery_ids: Integer[np.ndarray, " g"],
+    query_cams: Integer[np.ndarray, " q"],
+    gallery_cams: Integer[np.ndarray, " g"],
+) -> ranking.CameraPairs | None:
+    """`ranking.camera_pairs`, or None where there are more cameras than a table shows."""
+    if max(np.unique(cameras).size for cameras in (query_cams, gallery_cams)) > MOST_CAMERAS:
+        return None
+    return ranking.camera_pairs(query_features, gallery_features, query_ids, gallery_ids, query_cams, gallery_cams)
+
+
+def embedding_map(
+    query: Rows,
+    gallery: Rows,
+    query_features: Float[np.ndarray, "q d"],
+    gallery_features: Float[np.ndarray, "g d"],
+    *,
+    most: int = MAP_POINTS,
+) -> EmbeddingMap | None:
+    """Images of some identities, on the principal axes of all images.
+
+    Args:
+        query: the query images.
+        gallery: the gallery images.
+        query_features: L2-normalised here.
+        gallery_features: likewise.
+        most: points.
+
+    Returns:
+        The map, or None where no identity has two images.
+
+    Raises:
+        DataError: a record can't be read.
+    """
+    features = np.concatenate(distances.prepare_pair(query_features, gallery_features, "cosine"))
+    ids = np.concatenate([query.pids, gallery.pids])
+    rows = some_identities(ids, most)
+    if not rows.size:
+        return None
+    projected = project(features)
+    points = []
+    for row in rows.tolist():
+        split, own = (query, row) if row < len(query) else (gallery, row - len(query))
+        points.append(
+            MapPoint(
+                split.record(own).image,
+                _caption(split, own, [split.split]),
+                (float(projected.points[row, 0]), float(projected.points[row, 1])),
+                int(split.camids[own]),
+                int(split.pids[own]),
+            )
+        )
+    chosen = f"{np.unique(ids[rows]).size:,} identities"
+    note = f"{rows.size:,} of the {ids.size:,} images: of {chosen} that are spread over the data set."
+    return EmbeddingMap(points, (float(projected.shares[0]), float(projected.shares[1])), note)

@@ -1,0 +1,113 @@
+"""Worst and typical queries, their lists and the map, against direct computations."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dmosnet_jax.core.unit import unit_rows_np
+from dmosnet_jax.data.records import Record
+from dmosnet_jax.data.splits import Rows
+from dmosnet_jax.evaluation import ranking, report_parts
+
+
+class _Rows(Rows):
+    def record(self, index, /):
+        out = io.BytesIO()
+        Image.new("RGB", (8, 16), (index % 256, 0, 0)).save(out, "png")
+        name = f"{self.split}/{self.pids[index]:04d}_{index}.png"
+        return Record(out.getvalue(), int(self.pids[index]), int(self.camids[index]), name)
+
+
+@pytest.fixture
+def case(rng):
+    """Splits and features of a data set with distractors and queries without a match."""
+    splits, features = [], []
+    centres = rng.normal(size=(9, 6))
+    for name, size in (("query", 30), ("gallery", 80)):
+        ids = rng.integers(1, 8, size).astype(np.int32)
+        ids[:3] = 8 if name == "query" else 0
+        splits.append(_Rows("case", name, ids, rng.integers(1, 4, size).astype(np.int32)))
+        features.append((centres[ids] + 1.5 * rng.normal(size=(size, 6))).astype(np.float32))
+    query, gallery = splits
+    found = ranking.evaluate(*features, query.pids, gallery.pids, query.camids, gallery.camids)
+    return query, gallery, *features, found
+
+
+def by_sorting(case):
+    """Of each query: average precision, rank of the first match and gallery rows in order, by sorting all."""
+    query, gallery, first, second, _ = case
+    similarity = unit_rows_np(first) @ unit_rows_np(second).T
+    for row in range(len(query)):
+        same = gallery.pids == query.pids[row]
+        order = np.argsort(-similarity[row], kind="stable")
+        order = order[~(same & (gallery.camids == query.camids[row]))[order]]
+        ranks = np.flatnonzero(same[order]) + 1
+        precision = np.mean(np.arange(1, ranks.size + 1) / ranks) if ranks.size else np.nan
+        yield precision, ranks[0] if ranks.size else 0, order, similarity[row]
+
+
+def test_worst_and_typical_lists(case):
+    query, gallery, *_ = case
+    direct = list(by_sorting(case))
+    precision = np.array([found for found, *_ in direct])
+    valid = np.flatnonzero(~np.isnan(precision))
+    lists = report_parts.rank_lists(*case, count=4)
+    worst, typical = lists.values()
+    assert [heading.split()[0] for heading in lists] == ["Worst", "Typical"]
+    expected = valid[np.argsort(precision[valid], kind="stable")]
+    rows = [int(entry.query_caption.rpartition("_")[2].removesuffix(".png")) for entry in worst]
+    assert rows == expected[:4].tolist()
+    for row, entry in zip(rows, worst, strict=True):
+        _, first, order, similarity = direct[row]
+        assert entry.note == f"Average precision {100 * precision[row]:.2f} %, first true match at rank {first}"
+        ranks = [*range(1, 11), *([first] if first > 10 else [])]
+        assert [item.rank for item in entry.items] == ranks
+        for item in entry.items:
+            image = order[item.rank - 1]
+            person = f"id {gallery.pids[image]}, camera {gallery.camids[image]}"
+            assert item.caption == f"{similarity[image]:.3f}, {person}, {gallery.pids[image]:04d}_{image}.png"
+            assert item.match == (gallery.pids[image] == query.pids[row])
+            assert item.image == gallery.record(int(image)).image
+    # Of the middle half, from its one end to the other.
+    places = [
+        expected.tolist().index(int(entry.query_caption.rpartition("_")[2].removesuffix(".png"))) for entry in typical
+    ]
+    assert places == sorted(set(places))
+    last = len(expected) - 1
+    assert places[0] == max(round(last / 4), 4)
+    assert places[-1] == round(3 * last / 4)
+
+
+@pytest.mark.parametrize(("valid", "count"), [(1, 10), (3, 2), (7, 10), (0, 3), (5, 0)])
+def test_few_queries_are_in_one_list_only(valid, count):
+    worst, typical = report_parts.worst_and_typical(np.array([np.nan, *np.linspace(0.9, 0.1, valid)]), count)
+    assert worst.tolist() == list(range(valid, 0, -1))[:count]
+    assert not set(worst) & {*typical, 0}
+
+
+def test_the_map_shows_where_the_features_lie(case):
+    query, gallery, first, second, _ = case
+    found = report_parts.embedding_map(query, gallery, first, second, most=40)
+    assert len(found.points) <= 40
+    features = unit_rows_np(np.concatenate([first, second])).astype(np.float64)
+    values, axes = np.linalg.eigh(np.cov(features.T))
+    np.testing.assert_allclose(found.shares, values[::-1][:2] / values.sum(), rtol=1e-4)
+    centred = features - features.mean(axis=0)
+    ids = np.concatenate([query.pids, gallery.pids])
+    for point in found.points:
+        row = int(point.caption.rpartition("_")[2].removesuffix(".png"))
+        split, offset = (query, 0) if ", query, " in point.caption else (gallery, len(query))
+        assert (point.identity, point.camera) == (ids[offset + row], split.camids[row])
+        assert point.image == split.record(row).image
+        place = np.abs(centred[offset + row] @ axes[:, ::-1][:, :2])
+        np.testing.assert_allclose(np.abs(point.place), place, atol=1e-5)
+
+
+def test_too_many_cameras_for_a_table(case, monkeypatch):
+    query, gallery, first, second, _ = case
+    labels = query.pids, gallery.pids, query.camids, gallery.camids
+    assert report_parts.camera_table(first, second, *labels) is not None
+    monkeypatch.setattr(report_parts, "MOST_CAMERAS", 2)
+    assert report_parts.camera_table(first, second, *labels) is None
