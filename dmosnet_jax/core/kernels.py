@@ -8,7 +8,10 @@ from typing import Any
 
 import numba
 
+from dmosnet_jax.core.arguments import count
+
 ROWS_PER_TASK = (1024, 65536)  # bounds: kernels clear scratch as long as the data set at the start of each task
+_MOST_THREADS = 4096
 
 
 def jit(**options: Any) -> Callable[[Callable], Callable]:
@@ -33,9 +36,9 @@ def jit(**options: Any) -> Callable[[Callable], Callable]:
 
 
 def thread_count(threads: int | None = None) -> int:
-    """Number of worker threads: `threads`, or the cores this process may run on."""
+    """Number of worker threads: `threads`, or the cores this process may run on; ConfigError for no such number."""
     if threads:
-        return threads
+        return count("threads", threads, most=_MOST_THREADS)
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else (os.cpu_count() or 1)
 

@@ -139,7 +139,7 @@ def test_bad_searches(gallery, no_array_checks):
         gallery.search(np.ones((1, 3), np.float32))
     with pytest.raises(DataError, match="not finite"):
         gallery.search(np.full((1, WIDTH), np.nan, np.float32))
-    with pytest.raises(ConfigError, match="top_k=0 must be at least 1"):
+    with pytest.raises(ConfigError, match="search: top_k=0 must be a whole number of at least 1"):
         gallery.search(np.ones((1, WIDTH), np.float32), 0)
     with pytest.raises(ConfigError, match="backend='gpu' is unknown"):
         gallery.search(np.ones((1, WIDTH), np.float32), backend="gpu")
