@@ -24,7 +24,7 @@ from jaxtyping import Float, Int32
 
 from dmosnet_jax.core import arguments, safe_json
 from dmosnet_jax.core.errors import ArgumentError, ConfigError, DataError, printable
-from dmosnet_jax.core.files import atomic_write
+from dmosnet_jax.core.files import atomic_write, read
 from dmosnet_jax.core.unit import unit_rows_np
 from dmosnet_jax.evaluation import search
 
@@ -232,6 +232,9 @@ class Gallery:
 
     def _array(self, kind: str, number: int) -> np.ndarray:
         path = self._file(kind, number)
+        if path.exists() and not path.is_file():
+            # Reading a pipe would wait for ever.
+            raise DataError(f"{path}: is no file; {_OPEN_AGAIN}")
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except OSError as error:
@@ -252,10 +255,11 @@ class Gallery:
     def _names(self, number: int, part: _Part) -> list[str]:
         path = self._file("files", number)
         try:
-            names = json.loads(path.read_text(encoding="utf-8"))
+            names = json.loads(read(path).decode())
         except OSError as error:
-            raise DataError(f"{path}: can't be read ({error.strerror}); {_OPEN_AGAIN}") from error
-        except ValueError as error:
+            raise DataError(f"{path}: can't be read ({error.strerror or error}); {_OPEN_AGAIN}") from error
+        # Values may be nested deeper than Python recurses.
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: is damaged ({' '.join(str(error).split())}); {_OPEN_AGAIN}") from error
         if not isinstance(names, list) or len(names) != part.images or not all(isinstance(n, str) for n in names):
             raise DataError(f"{path}: is no list of {part.images} names; {_OPEN_AGAIN}")

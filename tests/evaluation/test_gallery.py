@@ -1,6 +1,7 @@
 """Galleries: what is found is what a full product finds, what is added is kept, and damage is told in one line."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -185,7 +186,16 @@ def test_manifests_that_do_not_fit(gallery, change):
         Gallery.open(gallery.path)
 
 
-@pytest.mark.parametrize("content", ["{", "[3]", '["a"]'])
+@pytest.mark.parametrize("name", ["gallery.json", "features-00001.npy", "cameras-00000.npy", "files-00001.json"])
+def test_pipes_are_not_waited_for(gallery, name):
+    (gallery.path / name).unlink()
+    os.mkfifo(gallery.path / name)
+    with pytest.raises(DataError) as caught:
+        assert Gallery.open(gallery.path).files
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[3]", '["a"]', "[" * 100_000])
 def test_damaged_names(gallery, content):
     (gallery.path / "files-00001.json").write_text(content)
     with pytest.raises(DataError, match=r"files-00001\.json: is "):
