@@ -1,4 +1,4 @@
-"""What the command lines of this package share: flags of their own, failures in one line, and signals."""
+"""What the command lines of this package share: flags of their own, and their arguments as a list."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -6,10 +6,8 @@ from typing import Any
 
 from absl import flags
 
-from dmosnet_jax.core import signals, startup
-from dmosnet_jax.core.errors import ConfigError, UserError, one_line, refusal
-
-_INTERRUPTED = 130
+from dmosnet_jax.core import command
+from dmosnet_jax.core.errors import ConfigError
 
 
 def own_flags() -> flags.FlagValues:
@@ -50,22 +48,9 @@ def given(own: flags.FlagValues, names: Sequence[str]) -> dict[str, Any]:
 
 def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str], *, interrupted: str = "interrupted") -> int:
     """The exit status of a command; errors in its input, and an interrupt, are printed as one line."""
-    try:
-        return run(argv)
-    except (UserError, OSError) as error:
-        failure = refusal(error) if isinstance(error, OSError) else error
-        if failure is None:
-            raise
-        print(f"error: {one_line(failure)}", file=sys.stderr)
-        return failure.exit_status
-    except KeyboardInterrupt as error:
-        print(str(error) or interrupted, file=sys.stderr)
-        return _INTERRUPTED
+    return command.guarded(lambda: run(argv), interrupted=interrupted)
 
 
 def start(main: Callable[[Sequence[str]], int]) -> None:
     """Runs a command as the program."""
-    # Schedulers end jobs with SIGTERM; unwinding removes what is half-written.
-    signals.install("interrupted")
-    startup.outlast_readers()
-    sys.exit(main(sys.argv))
+    command.run_program(lambda: main(sys.argv))

@@ -11,7 +11,6 @@ there is an error, 0 where there are only warnings, 2 for a bad command.
 
 import dataclasses
 import os
-import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -196,8 +195,6 @@ def _run(argv: Sequence[str]) -> int:
 
 def start() -> None:
     """Runs this command as the program."""
-    # `lint ... | head` ends without an error.
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     command.start(main)
 
 

@@ -155,8 +155,8 @@ def _writer(settings: Mapping[str, Any]) -> Callable[[str, Plan, list[int]], Any
         from data_prep.write import beam
     except ImportError as error:
         raise ConfigError(f"beam_options need more packages ({error}): pip install 'dmosnet_jax[convert]'") from error
-    options = beam.parse_options(settings["beam_options"])
-    return lambda stage, plan, todo: beam.run(stage, todo, options)
+    beam.parse_options(settings["beam_options"])
+    return lambda stage, plan, todo: beam.run(stage, todo, settings["beam_options"])
 
 
 def _remarks(plan: Plan, names: str) -> Iterator[str]:

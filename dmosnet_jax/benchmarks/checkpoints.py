@@ -11,7 +11,6 @@ that restores, and their peaks of memory; `tables` are features, labels, class s
 import argparse
 import pathlib
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ import orbax.checkpoint as ocp
 from dmosnet_jax import models
 from dmosnet_jax.benchmarks import command
 from dmosnet_jax.core import tables
+from dmosnet_jax.core.command import guarded, run_program
 from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.memory import hybrid
 from dmosnet_jax.train import state as train_state
@@ -143,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         pairs = [(form, *sizes) for sizes in zip(options.n, options.classes, strict=True) for form in options.forms]
         tables.publish([measure(*pair, options) for pair in pairs], options.output)
 
-    return command.exit_status(run)
+    return guarded(run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -25,6 +25,7 @@ import numpy as np
 from dmosnet_jax.benchmarks import command, dense, structured
 from dmosnet_jax.benchmarks.command import GIB, in_gib
 from dmosnet_jax.core import tables
+from dmosnet_jax.core.command import guarded, run_program
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.unit import unit_rows_np
 from dmosnet_jax.memory.clustering import Clustering, cluster, host_memory, neighbours
@@ -179,8 +180,8 @@ def _run(options: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
     options = _arguments(argv)
-    return command.exit_status(lambda: _run(options))
+    return guarded(lambda: _run(options))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

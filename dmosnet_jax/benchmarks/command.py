@@ -1,18 +1,15 @@
-"""What the benchmarks share: arguments, exit status, fresh processes, timing and memory."""
+"""What the benchmarks share: arguments, fresh processes, timing and memory."""
 
 import argparse
 import multiprocessing
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
-
-from dmosnet_jax.core.errors import UserError, one_line
 
 GIB = 2**30
 
@@ -33,20 +30,16 @@ def sizes(text: str) -> list[int]:
     return [int(part.replace("_", "")) for part in text.split(",")]
 
 
-def exit_status(run: Callable[[], None]) -> int:
-    """Runs a benchmark; an error that the user can act on is printed as one line."""
-    try:
-        run()
-    except UserError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return error.exit_status
-    return 0
-
-
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """The result of a call in a new process, which has its own devices and its own peak of memory."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+        try:
+            return pool.submit(function, *arguments).result()
+        except BaseException:
+            # A signal does not wait for a measurement to end.
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 def median_seconds(function: Callable[[], Any], repeats: int) -> tuple[float, float]:

@@ -8,7 +8,6 @@ as usual; `attention products` those between activations that DL-MHSA adds. Accu
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from dmosnet_jax.benchmarks import command
 from dmosnet_jax.core import tables
+from dmosnet_jax.core.command import guarded, run_program
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.models import Model, build, counting, names
@@ -158,8 +158,8 @@ def _run(options: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
     options = _arguments(argv)
-    return command.exit_status(lambda: _run(options))
+    return guarded(lambda: _run(options))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -8,7 +8,6 @@ its own gradients. `ratio` is the time of XLA's convolution over the form's: abo
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from jax import lax
 
 from dmosnet_jax.benchmarks import command
 from dmosnet_jax.core import tables
+from dmosnet_jax.core.command import guarded, run_program
 from dmosnet_jax.models import convolution
 
 Form = Callable[[jax.Array, jax.Array], jax.Array]
@@ -113,14 +113,18 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
     options = _arguments(argv)
-    device = jax.devices()[0]
-    shape = "x".join(map(str, options.shape))
-    print(f"{shape} {options.dtype}, {device.platform} {device.device_kind}, jax {jax.__version__}")
-    rows = list(measure(tuple(options.shape), options.dtype, options.repeats))
-    passes_in_order = list(dict.fromkeys((row["operation"], row["pass"]) for row in rows))
-    rows.sort(key=lambda row: passes_in_order.index((row["operation"], row["pass"])))
-    return command.exit_status(lambda: tables.publish(rows, options.output))
+
+    def run() -> None:
+        device = jax.devices()[0]
+        shape = "x".join(map(str, options.shape))
+        print(f"{shape} {options.dtype}, {device.platform} {device.device_kind}, jax {jax.__version__}")
+        rows = list(measure(tuple(options.shape), options.dtype, options.repeats))
+        passes_in_order = list(dict.fromkeys((row["operation"], row["pass"]) for row in rows))
+        rows.sort(key=lambda row: passes_in_order.index((row["operation"], row["pass"])))
+        tables.publish(rows, options.output)
+
+    return guarded(run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -10,7 +10,6 @@ product in float32 of the same stored features.
 
 import functools
 import pathlib
-import sys
 import tempfile
 import time
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 
 from dmosnet_jax.benchmarks import command
 from dmosnet_jax.core import tables
+from dmosnet_jax.core.command import guarded, run_program
 from dmosnet_jax.core.unit import unit_rows_np
 from dmosnet_jax.evaluation.gallery import DTYPES, Gallery
 
@@ -102,8 +102,8 @@ def main(argv: list[str] | None = None) -> int:
                     rows.append(row)
         tables.publish(rows, args.output)
 
-    return command.exit_status(run)
+    return guarded(run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

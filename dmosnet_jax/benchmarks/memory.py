@@ -12,7 +12,6 @@ With --backbone NAME its training step is timed too, and `share` is the memory's
 """
 
 import argparse
-import sys
 import timeit
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +25,7 @@ from dmosnet_jax import models
 from dmosnet_jax.benchmarks import command
 from dmosnet_jax.benchmarks.command import GIB, in_gib, median_seconds
 from dmosnet_jax.core import parallel
+from dmosnet_jax.core.command import guarded, run_program
 from dmosnet_jax.core.tables import publish
 from dmosnet_jax.data.samplers import class_epoch
 from dmosnet_jax.memory import hybrid, tables
@@ -257,8 +257,8 @@ def _run(options: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
     options = _arguments(argv)
-    return command.exit_status(lambda: _run(options))
+    return guarded(lambda: _run(options))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

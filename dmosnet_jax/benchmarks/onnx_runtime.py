@@ -8,7 +8,6 @@ programs get the same images, from memory; `difference` is the largest between t
 
 import functools
 import pathlib
-import sys
 import tempfile
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 from dmosnet_jax import models
 from dmosnet_jax.benchmarks import command
 from dmosnet_jax.core import tables
+from dmosnet_jax.core.command import guarded, run_program
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.kernels import thread_count
 from dmosnet_jax.core.unit import unit_rows_np
@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         # Each in a process of its own: the memory of one network's programs does not slow down the next one.
         tables.publish([command.in_fresh_process(measure, name, args.batch) for name in names], args.output)
 
-    return command.exit_status(run)
+    return guarded(run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -40,6 +40,7 @@ from PIL import Image  # noqa: E402
 from dmosnet_jax import models  # noqa: E402
 from dmosnet_jax.benchmarks import command  # noqa: E402
 from dmosnet_jax.core import tables  # noqa: E402
+from dmosnet_jax.core.command import guarded, run_program  # noqa: E402
 from dmosnet_jax.core.errors import ConfigError  # noqa: E402
 from dmosnet_jax.core.parallel import make_mesh, replicated, to_devices  # noqa: E402
 from dmosnet_jax.data import transforms  # noqa: E402
@@ -384,8 +385,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{row['task']} {row['model']}: {row['images/s']:.1f} images/s", flush=True)
         tables.publish(rows, options.output)
 
-    return command.exit_status(run)
+    return guarded(run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -36,6 +36,10 @@ class ConfigError(UserError):
     exit_status = 2
 
 
+class ArgumentError(ConfigError, ValueError):
+    """A function was called with what it does not take; a ValueError too, as Python's own functions raise."""
+
+
 class DataError(UserError):
     """A file, record, image or checkpoint is missing, damaged or of another kind (exit status 1)."""
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from dmosnet_jax.core.errors import ConfigError, DataError, UserError
+from dmosnet_jax.core.errors import ArgumentError, ConfigError, DataError, UserError, printable
 
 Path = str | os.PathLike[str]
 
@@ -61,7 +61,13 @@ def is_remote(location: Path) -> bool:
 
 
 def tidy(location: Path) -> str:
-    """A path with the user's home filled in, or a URL; neither ends in a slash."""
+    """A path with the user's home filled in, or a URL; neither ends in a slash.
+
+    Raises:
+      ArgumentError: it is no path.
+    """
+    if not isinstance(location, str | os.PathLike):
+        raise ArgumentError(f"{printable(location)!r} is no path: give a text or a `pathlib.Path`")
     text = os.fspath(location)
     if is_remote(text):
         return text.rstrip("/") if not text.endswith("://") else text

@@ -1,6 +1,8 @@
 """Compilation and threading of the host kernels: how Numba caches, and how rows are shared out over threads."""
 
 import concurrent.futures
+import contextlib
+import functools
 import inspect
 import os
 from collections.abc import Callable
@@ -8,14 +10,18 @@ from typing import Any
 
 import numba
 
+from dmosnet_jax.core.arguments import count
+
 ROWS_PER_TASK = (1024, 65536)  # bounds: kernels clear scratch as long as the data set at the start of each task
+_MOST_THREADS = 4096
 
 
 def jit(**options: Any) -> Callable[[Callable], Callable]:
     """Numba's `njit` without the GIL, compiled code kept on disk where a writable place for it exists.
 
     Numba refuses to decorate (`RuntimeError`) when neither the package's folder nor the user's cache folder can be
-    written, as in a read-only container; the kernel is then compiled in each process instead.
+    written, as in a read-only container; the kernel is then compiled in each process instead, and so it is where the
+    disk is full or what is kept is damaged.
 
     Args:
         **options: passed to `numba.njit`, e.g. `fastmath`.
@@ -25,17 +31,31 @@ def jit(**options: Any) -> Callable[[Callable], Callable]:
         # A run-time type checker may have wrapped it.
         function = inspect.unwrap(function)
         try:
-            return numba.njit(nogil=True, cache=True, **options)(function)
+            compiled = numba.njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:
             return numba.njit(nogil=True, **options)(function)
+        _forgive(compiled._cache)
+        return compiled
 
     return decorate
 
 
+def _forgive(cache: Any) -> None:
+    """Code that can't be kept (a full disk) or read (a damaged file) is compiled anew."""
+    for name in ("load_overload", "save_overload"):
+        setattr(cache, name, functools.partial(_tried, getattr(cache, name)))
+
+
+def _tried(method: Callable[..., Any], *arguments: Any) -> Any:
+    with contextlib.suppress(Exception):
+        return method(*arguments)
+    return None
+
+
 def thread_count(threads: int | None = None) -> int:
-    """Number of worker threads: `threads`, or the cores this process may run on."""
+    """Number of worker threads: `threads`, or the cores this process may run on; ConfigError for no such number."""
     if threads:
-        return threads
+        return count("threads", threads, most=_MOST_THREADS)
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else (os.cpu_count() or 1)
 

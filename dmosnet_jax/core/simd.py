@@ -261,7 +261,8 @@ def kernel(function: Callable[[int, int, int], Any]) -> Any:
     """
     try:
         return cfunc(_KERNEL, cache=True, error_model="numpy")(function)
-    except RuntimeError:
+    except Exception:
+        # There may be no place to keep it, no room, or a damaged file.
         return cfunc(_KERNEL, error_model="numpy")(function)
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dmosnet_jax.core.errors import DataError, first
+
 
 def named_leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Pairs of dotted name and leaf of nested mappings, in order."""
@@ -22,3 +24,13 @@ def differences(expected: Any, found: Any) -> list[str]:
     unexpected = [f"unexpected {name}" for name in given if name not in wanted]
     shared = [name for name in wanted if name in given and wanted[name] != given[name]]
     return missing + unexpected + [f"{name} has shape {given[name]}, not {wanted[name]}" for name in shared]
+
+
+def check(where: str, expected: Any, found: Any) -> None:
+    """Raises DataError where `found` is not nested dicts of arrays of the expected names and shapes."""
+    leaves = [leaf for _, leaf in named_leaves(found)] if isinstance(found, Mapping) else [None]
+    if not all(hasattr(leaf, "shape") for leaf in leaves):
+        raise DataError(f"{where}: the weights are no nested dicts of arrays: give `params` and `stats` of the model")
+    problems = differences(expected, found)
+    if problems:
+        raise DataError(f"{where}: the arrays are not those of the model: {first(problems, most=4)}")

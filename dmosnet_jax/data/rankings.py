@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 from jaxtyping import Float, Float32, Int64
 
-from dmosnet_jax.core import files
+from dmosnet_jax.core import arguments, files
 from dmosnet_jax.core.errors import DataError, printable
 from dmosnet_jax.core.safe_npz import MAX_BYTES, MAX_RATIO, SLACK, read_arrays
 from dmosnet_jax.core.safe_pickle import read_plain
@@ -45,8 +45,14 @@ def identity(split: Split) -> str:
 
 
 def write_scores(file: IO[bytes], scores: Float32[np.ndarray, " n"], split: Split) -> None:
-    """Writes the score file of a split's records; higher scores are better."""
-    assert scores.shape == split.pids.shape
+    """Writes the score file of a split's records; higher scores are better.
+
+    Raises:
+        DataError: they are not one finite number for each record.
+    """
+    scores = arguments.numbers("scores", scores, shape="images")
+    if scores.shape != split.pids.shape or not np.isfinite(scores).all():
+        raise DataError(f"scores {scores.shape} of {split.name} {split.split} are not {len(split):,} finite numbers")
     of = {"identity": identity(split), "dataset": split.name, "split": split.split}
     np.savez(file, scores=scores.astype(np.float32), **of)  # type: ignore[arg-type]
 
@@ -67,7 +73,7 @@ def write_names(path: str | os.PathLike[str], names: Iterable[str], *, compress:
 
 def order(scores: Float[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
     """Rows, best first; equal scores keep the order of the records."""
-    return np.argsort(-scores, kind="stable")
+    return np.argsort(-arguments.numbers("scores", scores, shape="images"), kind="stable")
 
 
 def read_ranking(path: str | os.PathLike[str], split: Split) -> Int64[np.ndarray, " n"] | list[str]:

@@ -7,6 +7,7 @@ restart. Rows are positions in the split; plans are int32.
 import numpy as np
 from jaxtyping import Bool, Int32, Integer
 
+from dmosnet_jax.core import arguments
 from dmosnet_jax.core.errors import ConfigError
 
 # The random streams of the samplers are unrelated even for equal (seed, epoch).
@@ -40,9 +41,12 @@ def identity_epoch(
         varies a little from epoch to epoch.
 
     Raises:
+      DataError: pids that are no whole numbers.
       ConfigError: batch_size is not a multiple of instances, or the data has fewer than P identities (with K > 1), or
         fewer images than a batch.
     """
+    pids = arguments.integers("sampler: pids", pids)
+    steps = None if steps is None else arguments.count("sampler: steps", steps, least=0)
     per_batch = _classes_per_batch(batch_size, instances)
     rng = _generator(seed, epoch, _IDENTITY)
     order, starts, counts = _group(pids)
@@ -91,10 +95,13 @@ def class_epoch(
       stream: of random numbers: `SOURCE` for the labelled source beside a target.
 
     Raises:
+      DataError: labels or cameras that are no whole numbers, or not as many.
       ConfigError: batch_size is not a multiple of instances, or no label is >= 0.
     """
-    if camids is not None and camids.shape != labels.shape:
-        raise ValueError(f"{len(labels)} labels and {len(camids)} camids must be as many")
+    labels = arguments.integers("sampler: labels", labels)
+    if camids is not None:
+        camids = arguments.integers("sampler: camids", camids, length=len(labels))
+    steps = arguments.count("sampler: steps", steps, least=0)
     _classes_per_batch(batch_size, instances)
     rng = _generator(seed, epoch, stream)
     order, starts, counts = _group(labels, camids)
@@ -125,10 +132,9 @@ def evaluation_order(
     """Rows of all n images in order, the last batch padded by repeating the last image, and False where padded.
 
     Raises:
-      ConfigError: batch_size is not positive.
+      ConfigError: batch_size is not positive, or n negative.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size} must be positive")
+    n, batch_size = arguments.count("sampler: n", n, least=0), arguments.count("sampler: batch_size", batch_size)
     steps = -(-n // batch_size)
     rows = np.arange(steps * batch_size, dtype=np.int32).reshape(steps, batch_size)
     return np.minimum(rows, n - 1).astype(np.int32), rows < n
@@ -258,13 +264,15 @@ def _group(labels: np.ndarray, camids: np.ndarray | None = None) -> tuple[np.nda
 
 
 def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
-    if seed < 0 or epoch < 0:
-        raise ConfigError(f"seed={seed} and epoch={epoch} must not be negative")
+    for name, value in (("seed", seed), ("epoch", epoch)):
+        arguments.count(f"sampler: {name}", value, least=0, most=2**64)
     return np.random.default_rng([seed, epoch, stream])
 
 
 def _classes_per_batch(batch_size: int, instances: int) -> int:
-    if instances < 1 or batch_size < 1 or batch_size % instances:
+    for name, value in (("batch_size", batch_size), ("instances", instances)):
+        arguments.count(f"sampler: {name}", value)
+    if batch_size % instances:
         raise ConfigError(
             f"batch_size={batch_size} is not a multiple of instances={instances}: use "
             f"{max(1, batch_size // max(1, instances)) * max(1, instances)}, or change instances"

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Int, Int32, Integer
 
-from dmosnet_jax.core import files, safe_json
+from dmosnet_jax.core import arguments, files, safe_json
 from dmosnet_jax.core.config import joined
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.files import Path
@@ -120,6 +120,7 @@ class Subset(Rows):
     """
 
     def __init__(self, base: Rows, rows: Integer[np.ndarray, " n"]):
+        rows = arguments.rows(f"rows of {base.name} {base.split}", rows, len(base))
         super().__init__(base.name, base.split, base.pids[rows], base.camids[rows])
         self.base, self.rows = base, rows
 
@@ -148,6 +149,8 @@ class JointSplit(Rows):
 
     def __init__(self, parts: Sequence[Rows], same: bool = False):
         self.parts, self.same = tuple(parts), same
+        if not self.parts:
+            raise ConfigError("a union needs one split at least")
         name = self.parts[0].name if same else joined([part.name for part in self.parts])
         combined = np.concatenate if same else _numbered
         pids, camids = (combined([getattr(part, column) for part in self.parts]) for column in ("pids", "camids"))
@@ -213,8 +216,8 @@ def split_names(data_dir: Path, dataset: str) -> list[str]:
 
 
 def relabel(pids: Int[np.ndarray, " n"]) -> Int32[np.ndarray, " n"]:
-    """Numbers identities from 0 without gaps, in ascending order of identity."""
-    return np.unique(pids, return_inverse=True)[1].astype(np.int32)
+    """Numbers identities from 0 without gaps, in ascending order of identity; DataError where they are no numbers."""
+    return np.unique(arguments.integers("relabel: pids", pids), return_inverse=True)[1].astype(np.int32)
 
 
 def conversion_command(dataset: str, data_dir: Path) -> str:
@@ -223,7 +226,7 @@ def conversion_command(dataset: str, data_dir: Path) -> str:
 
 
 def _version_folder(data_dir: str, dataset: str) -> str:
-    if not _NAME.fullmatch(dataset):
+    if not isinstance(dataset, str) or not _NAME.fullmatch(dataset):
         raise ConfigError(f"dataset={dataset!r} is not a name: use lower-case letters, digits and underscores")
     root = files.join(data_dir, dataset)
     try:

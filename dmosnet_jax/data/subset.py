@@ -17,8 +17,8 @@ from functools import partial
 import numpy as np
 from jaxtyping import Int64
 
-from dmosnet_jax.core import files
-from dmosnet_jax.core.errors import DataError, printable
+from dmosnet_jax.core import arguments, files
+from dmosnet_jax.core.errors import ConfigError, DataError, printable
 from dmosnet_jax.core.safe_npz import read_arrays
 from dmosnet_jax.data.rankings import identity, read_ranking
 from dmosnet_jax.data.splits import Split, Subset
@@ -50,7 +50,13 @@ class Matches:
 
 
 def share_count(total: int, share: float) -> int:
-    """Images in a share of `total`: rounded up, computed exactly (the half of 4,180,243 is 2,090,122)."""
+    """Images in a share of `total`: rounded up, computed exactly (the half of 4,180,243 is 2,090,122).
+
+    Raises:
+      ConfigError: the share is not in (0, 1].
+    """
+    if arguments.number("subset: share", share, low=0, high=1) == 0:
+        raise ConfigError("subset: share=0 leaves no image: give a number up to 1")
     return math.ceil(fractions.Fraction(str(share)) * total)
 
 
@@ -74,8 +80,8 @@ def choose(
     Raises:
       DataError: the file can't be read, is refused, is of another data set, or names none or few of the images.
     """
-    found = ranked_rows(split, path, names=names)
     wanted = share_count(len(split), share)
+    found = ranked_rows(split, path, names=names)
     if len(found.rows) < _LEAST * min(wanted, found.listed):
         raise DataError(
             f"{os.fspath(path)}: only {len(found.rows):,} of its {found.listed:,} names are in {split.name} "

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.core.errors import ArgumentError, DataError
 from dmosnet_jax.data import resampling
 
 # Nothing else is tried on untrusted bytes.
@@ -55,10 +55,10 @@ def resize(
     """Resizes to (height, width) by one of `FILTERS` as `PIL.Image.resize` does, bit for bit.
 
     Raises:
-      ValueError: image is not uint8 [h, w, 3].
+      ConfigError: image is not uint8 [h, w, 3].
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image must be uint8 [h, w, 3], got {image.dtype}{list(image.shape)}")
+        raise ArgumentError(f"image must be uint8 [h, w, 3], got {image.dtype}{list(image.shape)}")
     return resampling.resize(image, size, interpolation)
 
 

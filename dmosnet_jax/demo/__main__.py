@@ -6,9 +6,9 @@ page is for this machine alone unless `--host` says otherwise; it asks nobody wh
 
 import argparse
 import socket
-import sys
 
-from dmosnet_jax.core.errors import ConfigError, UserError
+from dmosnet_jax.core import command
+from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.evaluation.gallery import Gallery
 from dmosnet_jax.export import serve
 
@@ -25,12 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 is every one")
     parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args(argv)
-    try:
-        _serve(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    return 0
+    return command.guarded(lambda: _serve(args))
 
 
 def _serve(args: argparse.Namespace) -> None:
@@ -71,4 +66,5 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # The server has handlers of its own.
+    command.run_program(main, watch=False)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Float, Float32
 
+from dmosnet_jax.core import arguments
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.unit import unit_rows_np
 
@@ -23,12 +24,7 @@ def prepare(features: np.ndarray, metric: str, name: str) -> Float32[np.ndarray,
     """
     if metric not in METRICS:
         raise ConfigError(f"evaluation: metric={metric!r} is unknown; use one of {', '.join(METRICS)}")
-    features = np.asarray(features)
-    if features.ndim != 2 or features.shape[0] == 0:
-        raise DataError(
-            f"evaluation: {name} features have shape {features.shape}; expected [images, dimension], not empty"
-        )
-    features = np.ascontiguousarray(features, np.float32)
+    features = arguments.matrix(f"evaluation: {name} features", features)
     bad = np.flatnonzero(~np.isfinite(features).all(axis=1))
     if bad.size:
         raise DataError(
@@ -71,7 +67,8 @@ def source(
     if callable(distance):
         return distance
     if distance is not None:
-        return lambda start, stop: distance[start:stop]
+        given = arguments.numbers("evaluation: distances", distance, shape="queries, gallery")
+        return lambda start, stop: given[start:stop]
     if query_features is None or gallery_features is None:
         raise ConfigError("evaluation: give query and gallery features, or a distance")
     queries, gallery = prepare_pair(query_features, gallery_features, metric)
@@ -80,16 +77,20 @@ def source(
 
 def blocks(source: DistanceSource, shape: tuple[int, int], block: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (first query, checked distances [b, G]) for one block of queries after the other."""
-    for start in range(0, shape[0], block):
-        stop = min(start + block, shape[0])
-        part = np.asarray(source(start, stop))
-        if part.shape != (stop - start, shape[1]):
-            raise DataError(
-                f"evaluation: distances of queries {start} to {stop - 1} have shape {part.shape}; there are {shape[0]} "
-                f"query and {shape[1]} gallery labels"
-            )
-        if not np.isfinite(part.min(initial=0) + part.max(initial=0)):
-            raise DataError(
-                f"evaluation: distances of queries {start} to {stop - 1} are not finite; check the features"
-            )
-        yield start, part
+    for start in range(0, shape[0], arguments.count("evaluation: block", block)):
+        yield start, some(source, shape, start, min(start + block, shape[0]))
+
+
+def some(source: DistanceSource, shape: tuple[int, int], start: int, stop: int) -> Float[np.ndarray, "b g"]:
+    """Checked distances of the queries from `start` to `stop`.
+
+    Raises:
+        DataError: they are of another shape, or not finite.
+    """
+    what = f"evaluation: distances of queries {start} to {stop - 1}"
+    part = arguments.numbers(what, source(start, stop))
+    if part.shape != (stop - start, shape[1]):
+        raise DataError(f"{what} have shape {part.shape}; there are {shape[0]} query and {shape[1]} gallery labels")
+    if not np.isfinite(part.min(initial=0) + part.max(initial=0)):
+        raise DataError(f"{what} are not finite; check the features")
+    return part

@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float, Float32
 
-from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.core.errors import ArgumentError, DataError
 from dmosnet_jax.core.parallel import replicated
 from dmosnet_jax.data import augment
 from dmosnet_jax.data.splits import Rows
@@ -37,8 +37,13 @@ class Proxy:
 
 def cosine(first: Float[Array, "b e"], second: Float[Array, "b e"]) -> Float32[Array, " b"]:
     """Cosine similarity of rows, in [-1, 1]; 0 where one of the rows is 0."""
+    for array in (first, second):
+        if not isinstance(array, np.ndarray | Array) or array.ndim != 2:
+            raise ArgumentError(
+                f"embeddings of shape {np.shape(array)} have no cosine: give arrays [images, dimension]"
+            )
     if first.shape != second.shape:
-        raise ValueError(f"embeddings of shapes {first.shape} and {second.shape} have no cosine")
+        raise ArgumentError(f"embeddings of shapes {first.shape} and {second.shape} have no cosine")
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
     lengths = jnp.linalg.norm(first, axis=1) * jnp.linalg.norm(second, axis=1)
     return jnp.clip(jnp.sum(first * second, axis=1) / jnp.maximum(lengths, np.float32(1e-12)), -1, 1)

@@ -15,15 +15,16 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int32
 
-from dmosnet_jax.core import safe_json
-from dmosnet_jax.core.errors import ConfigError, DataError, printable
-from dmosnet_jax.core.files import atomic_write
+from dmosnet_jax.core import arguments, safe_json
+from dmosnet_jax.core.errors import ArgumentError, ConfigError, DataError, printable
+from dmosnet_jax.core.files import atomic_write, read
 from dmosnet_jax.core.unit import unit_rows_np
 from dmosnet_jax.evaluation import search
 
@@ -74,11 +75,14 @@ class Gallery:
         """An empty gallery.
 
         Raises:
-            ConfigError: unknown dtype.
+            ConfigError: unknown dtype, or another argument that can't be.
             DataError: there is something already, or it can't be written.
         """
         if dtype not in DTYPES:
             raise ConfigError(f"dtype={dtype!r} is not known: use one of {', '.join(DTYPES)}")
+        feature_dim = arguments.count("gallery: feature_dim", feature_dim)
+        if not isinstance(fingerprint, str) or not isinstance(checkpoint, str):
+            raise ArgumentError("gallery: fingerprint and checkpoint must be texts: give those of the extractor")
         folder = pathlib.Path(path).absolute()
         if folder.exists():
             raise DataError(f"{path}: exists already; open it to add images, or give another path")
@@ -156,23 +160,29 @@ class Gallery:
             root: the folder that the names are relative to.
 
         Raises:
+            ConfigError: names that are none.
             DataError: the arguments do not pair up, are of another size or not finite, or can't be written.
         """
-        features = np.asarray(features)
-        if features.ndim != 2 or features.shape != (len(files), self.feature_dim):
+        listed = isinstance(files, Iterable) and not isinstance(files, str | bytes)
+        if not listed or not all(isinstance(name, str | os.PathLike) for name in files):
+            raise ArgumentError(f"{self.path}: files={reprlib.repr(files)} must be a list of names")
+        if not isinstance(root, str):
+            raise ArgumentError(f"{self.path}: root={reprlib.repr(root)} must be a folder's name")
+        features = arguments.matrix(f"{self.path}: the features", features, may_be_empty=True)
+        if features.shape != (len(files), self.feature_dim):
             raise DataError(
                 f"{self.path}: features have shape {features.shape}, which is not that of {len(files)} files and "
                 f"{self.feature_dim} values"
             )
         if not np.isfinite(features).all():
             raise DataError(f"{self.path}: the features are not finite; the network has diverged or is damaged")
-        places = np.full(len(files), -1, np.int32) if cameras is None else np.asarray(cameras, np.int32)
+        places = np.full(len(files), -1, np.int32) if cameras is None else _cameras(self.path, cameras)
         if places.shape != (len(files),):
             raise DataError(f"{self.path}: {len(files)} files have cameras of shape {places.shape}")
         if not len(files):
             return
         number = len(self._parts)
-        units = unit_rows_np(features.astype(np.float32, copy=False)).astype(self.dtype)
+        units = unit_rows_np(features).astype(self.dtype)
         for kind, array in (("features", units), ("cameras", places)):
             with atomic_write(self._file(kind, number)) as part, part.open("wb") as file:
                 np.save(file, array)
@@ -199,7 +209,12 @@ class Gallery:
 
     def search(self, features: Float[np.ndarray, "q d"], top_k: int = 10, **options: Any) -> search.Matches:
         """The most similar images of each query, exactly: see `search.search`."""
-        return search.search(unit_rows_np(np.asarray(features, np.float32)), self.features, top_k, **options)
+        return search.search(
+            unit_rows_np(arguments.matrix("search: queries", features, may_be_empty=True)),
+            self.features,
+            top_k,
+            **options,
+        )
 
     def _manifest(self) -> str:
         values = {
@@ -217,6 +232,9 @@ class Gallery:
 
     def _array(self, kind: str, number: int) -> np.ndarray:
         path = self._file(kind, number)
+        if path.exists() and not path.is_file():
+            # Reading a pipe would wait for ever.
+            raise DataError(f"{path}: is no file; {_OPEN_AGAIN}")
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except OSError as error:
@@ -237,14 +255,22 @@ class Gallery:
     def _names(self, number: int, part: _Part) -> list[str]:
         path = self._file("files", number)
         try:
-            names = json.loads(path.read_text(encoding="utf-8"))
+            names = json.loads(read(path).decode())
         except OSError as error:
-            raise DataError(f"{path}: can't be read ({error.strerror}); {_OPEN_AGAIN}") from error
-        except ValueError as error:
+            raise DataError(f"{path}: can't be read ({error.strerror or error}); {_OPEN_AGAIN}") from error
+        # Values may be nested deeper than Python recurses.
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: is damaged ({' '.join(str(error).split())}); {_OPEN_AGAIN}") from error
         if not isinstance(names, list) or len(names) != part.images or not all(isinstance(n, str) for n in names):
             raise DataError(f"{path}: is no list of {part.images} names; {_OPEN_AGAIN}")
         return names
+
+
+def _cameras(path: pathlib.Path, cameras: Any) -> Int32[np.ndarray, " n"]:
+    found = arguments.integers(f"{path}: cameras", cameras)
+    if len(found) and (np.abs(found) >= 2**31).any():
+        raise DataError(f"{path}: cameras have {np.abs(found).max()}, which no int32 holds; number them from 0")
+    return found.astype(np.int32)
 
 
 def _wrong(values: Any) -> str | None:

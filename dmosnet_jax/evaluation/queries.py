@@ -6,7 +6,8 @@ Both give features of unit length for the cosine, so that they take the place of
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64, Integer
 
-from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.core import arguments
+from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.unit import unit_rows_np
 from dmosnet_jax.evaluation import distances
 from dmosnet_jax.evaluation.ranking import BLOCK
@@ -28,9 +29,19 @@ def same_person_and_camera(
 
     Returns:
         `(image_group, query_group)`: the group of each image and of each query, -1 for those without an identity.
+
+    Raises:
+        DataError: labels that are no whole numbers, or do not pair up.
     """
+    given = {"query ids": query_ids, "ids": ids, "query cameras": query_cams, "cameras": cams}
+    query_ids, ids, query_cams, cams = (arguments.integers(f"queries: {name}", some) for name, some in given.items())
+    if len(query_ids) != len(query_cams) or len(ids) != len(cams):
+        raise DataError(
+            f"queries: ids and cameras do not pair up: {len(query_ids)} and {len(query_cams)} of queries, {len(ids)} "
+            f"and {len(cams)} of images"
+        )
     labels = np.stack([np.concatenate([query_ids, ids]), np.concatenate([query_cams, cams])], axis=1)
-    group = np.unique(labels.astype(np.int64), axis=0, return_inverse=True)[1].reshape(-1)
+    group = np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1)
     group[labels[:, 0] < 0] = -1
     return group[len(query_ids) :], group[: len(query_ids)]
 
@@ -58,10 +69,15 @@ def multi_query(
         length; its own unit feature where there are none.
 
     Raises:
-        DataError: features that are not finite, empty, or of different lengths.
+        DataError: features that are not finite, empty, or of different lengths, or labels that do not fit them.
     """
     own, units = distances.prepare_pair(query_features, features, "cosine")
     image_group, query_group = same_person_and_camera(query_ids, query_cams, ids, cams)
+    if (len(query_group), len(image_group)) != (len(own), len(units)):
+        raise DataError(
+            f"multiple queries: features of {len(own)} queries and {len(units)} images, identities of "
+            f"{len(query_group)} and {len(image_group)}; each image needs one"
+        )
     known = image_group >= 0
     sums = np.zeros((max(image_group.max(), query_group.max()) + 1, own.shape[1]), np.float64)
     np.add.at(sums, image_group[known], units[known])
@@ -104,11 +120,9 @@ def expand(
         DataError: features that are not finite, empty, or of different lengths.
     """
     queries, gallery = distances.prepare_pair(query_features, gallery_features, "cosine")
-    if not 1 <= neighbours <= len(gallery) or alpha < 0:
-        raise ConfigError(
-            f"query expansion: neighbours={neighbours}, alpha={alpha}; need 1 to {len(gallery)} neighbours, as many as "
-            "the gallery has images, and an alpha that is not negative"
-        )
+    # As many as the gallery has.
+    neighbours = arguments.count("query expansion: neighbours", neighbours, most=len(gallery))
+    alpha = arguments.number("query expansion: alpha", alpha, low=0)
     expanded = np.empty_like(queries)
 
     def distance(start: int, stop: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int64, Integer
 
+from dmosnet_jax.core import arguments
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.kernels import jit, map_rows
 from dmosnet_jax.evaluation import distances
@@ -145,10 +146,16 @@ def _rank_matches(distance, query0, query_ids, query_cams, gallery_ids, gallery_
 def checked_labels(
     query_ids: np.ndarray, gallery_ids: np.ndarray, query_cams: np.ndarray, gallery_cams: np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """The labels as int64, in the same order; raises DataError where ids and cameras do not pair up."""
-    arrays = tuple(np.ascontiguousarray(a, np.int64) for a in (query_ids, gallery_ids, query_cams, gallery_cams))
+    """The labels as int64, in the same order.
+
+    Raises:
+        DataError: they are no vectors of whole numbers, or ids and cameras do not pair up.
+    """
+    given = {"query ids": query_ids, "gallery ids": gallery_ids, "query cameras": query_cams}
+    given["gallery cameras"] = gallery_cams
+    arrays = tuple(arguments.integers(f"evaluation: {name}", values) for name, values in given.items())
     q_ids, g_ids, q_cams, g_cams = arrays
-    if q_ids.ndim != 1 or q_ids.shape != q_cams.shape or g_ids.ndim != 1 or g_ids.shape != g_cams.shape:
+    if q_ids.shape != q_cams.shape or g_ids.shape != g_cams.shape:
         raise DataError(
             f"evaluation: ids and cameras do not pair up: query {q_ids.shape} and {q_cams.shape}, "
             f"gallery {g_ids.shape} and {g_cams.shape}"
@@ -190,8 +197,9 @@ def evaluate(
 
     Raises:
         DataError: shapes that do not fit, features or distances that are not finite, or no query with a match.
-        ConfigError: unknown metric.
+        ConfigError: unknown metric, or a setting out of range.
     """
+    max_rank = arguments.count("evaluation: max_rank", max_rank)
     labels = checked_labels(query_ids, gallery_ids, query_cams, gallery_cams)
     queries, gallery = labels[0].shape[0], labels[1].shape[0]
     source = distances.source(query_features, gallery_features, metric, distance)
@@ -308,15 +316,19 @@ def ranking_lists(
     Returns:
         Lists of `top` images in the order of `queries`, rows of the query set; junk images are taken out, or flagged
         with `keep_junk`.
+
+    Raises:
+        DataError: as `evaluate`, or a row that is not there.
+        ConfigError: unknown metric, or `top` below 1.
     """
     q_ids, g_ids, q_cams, g_cams = checked_labels(query_ids, gallery_ids, query_cams, gallery_cams)
-    queries = np.asarray(queries, np.int64)
-    shape = (queries.shape[0], top)
+    queries = arguments.rows("evaluation: queries", queries, len(q_ids))
+    shape = (queries.shape[0], arguments.count("evaluation: top", top))
     indices, values = np.full(shape, -1, np.int64), np.full(shape, np.nan, np.float32)
     match, junk = np.zeros(shape, bool), np.zeros(shape, bool)
     source = distances.source(query_features, gallery_features, metric, distance)
     for row, query in enumerate(queries):
-        part = np.asarray(source(query, query + 1))
+        part = distances.some(source, (len(q_ids), len(g_ids)), query, query + 1)
         same = (g_ids == q_ids[query]) & (q_ids[query] >= 0)
         is_junk = same & (g_cams == q_cams[query])
         order = np.argsort(part[0], kind="stable")

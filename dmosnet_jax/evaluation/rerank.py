@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Float32
 
-from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.core import arguments
 from dmosnet_jax.evaluation.distances import distance_block, prepare_pair
 from dmosnet_jax.memory.clustering import jaccard, neighbours
 
@@ -87,11 +87,8 @@ def rerank(
         ConfigError: a setting out of range.
         DataError: features that are not finite, empty, or of different lengths.
     """
-    if k1 < 1 or k2 < 1 or not 0 <= lambda_value <= 1:
-        raise ConfigError(
-            f"re-ranking: k1={k1}, k2={k2}, lambda_value={lambda_value}; need k1 and k2 of at least 1 and lambda_value "
-            "between 0 and 1 (usual: 20, 6, 0.3)"
-        )
+    k1, k2 = (arguments.count(f"re-ranking: {name}", value) for name, value in (("k1", k1), ("k2", k2)))
+    lambda_value = arguments.number("re-ranking: lambda_value", lambda_value, low=0, high=1)
     queries, gallery = prepare_pair(query_features, gallery_features, metric)
     features = np.concatenate([queries, gallery])
     half_norms = None if metric == "cosine" else np.einsum("nd,nd->n", features, features) / np.float32(2)

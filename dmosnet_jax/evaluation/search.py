@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float, Float32, Int64
 
+from dmosnet_jax.core import arguments
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.kernels import jit, map_rows, thread_count
 from dmosnet_jax.memory.clustering.neighbours import take_rows
@@ -93,21 +94,26 @@ def search(
 
     Args:
         queries: of unit length, for cosines.
-        gallery: its rows in one array after the other, float16 or float32; may be mapped from files.
+        gallery: its rows in one array after the other, float16 or float32; may be mapped from files. Of a row that is
+            not a number nothing is found.
         top_k: how many; at most all are returned.
         backend: "host", "device", or "auto": the device where that is an accelerator.
         block: rows of the gallery at once.
         threads: of the host, default all cores (BLAS has its own setting).
 
     Raises:
-        ConfigError: `top_k` below 1, or an unknown backend.
-        DataError: queries of another size than the gallery, or not finite.
+        ConfigError: `top_k` or `block` below 1, or an unknown backend.
+        DataError: no matrices of numbers, queries of another size than the gallery, or not finite.
     """
-    if top_k < 1:
-        raise ConfigError(f"top_k={top_k} must be at least 1")
+    top_k = arguments.count("search: top_k", top_k)
+    block = None if block is None else arguments.count("search: block", block)
     if backend not in ("auto", "host", "device"):
         raise ConfigError(f"search: backend={backend!r} is unknown; use 'auto', 'host' or 'device'")
-    queries = np.ascontiguousarray(queries, np.float32)
+    queries = arguments.matrix("search: queries", queries, may_be_empty=True)
+    if not isinstance(gallery, Sequence) or isinstance(gallery, str):
+        raise DataError("search: the gallery must be a list of matrices: give [features]")
+    shape = "images, dimension"
+    gallery = [arguments.numbers(f"search: features {i} of the gallery", g, shape=shape) for i, g in enumerate(gallery)]
     widths = {part.shape[1] for part in gallery} - {queries.shape[1]}
     if widths:
         raise DataError(f"search: queries have {queries.shape[1]} values, the gallery's features {widths.pop()}")
@@ -189,7 +195,8 @@ def _offer(
     """The best of those so far and of the rows."""
     product = jnp.matmul(queries, rows.astype(jnp.float32).T, precision=lax.Precision.HIGHEST)
     numbers = jnp.arange(rows.shape[0], dtype=jnp.int32)
-    product = jnp.where((numbers < count)[None, :], product, -jnp.inf)
+    # `top_k` takes what is not a number for the largest.
+    product = jnp.where((numbers < count)[None, :] & ~jnp.isnan(product), product, -jnp.inf)
     # Of equal ones the first is taken, so those so far stand first.
     values, places = lax.top_k(jnp.concatenate([scores, product], axis=1), scores.shape[1])
     ids = jnp.concatenate([indices, jnp.broadcast_to((numbers + first)[None, :], product.shape)], axis=1)

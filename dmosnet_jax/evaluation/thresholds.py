@@ -11,12 +11,15 @@ in a first pass over the distances, and of the bins in which a threshold lies th
 """
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float64, Int64, Integer
 
+from dmosnet_jax.core import arguments
+from dmosnet_jax.core.errors import ArgumentError
 from dmosnet_jax.core.kernels import jit, map_rows
 from dmosnet_jax.evaluation import distances
 from dmosnet_jax.evaluation.ranking import BLOCK, checked_labels
@@ -141,7 +144,11 @@ def evaluate(
 
     Raises:
         DataError: shapes that do not fit, or features or distances that are not finite.
+        ConfigError: a rate outside 0 to 1, or a block below 1.
     """
+    if isinstance(rates, str) or not isinstance(rates, Sequence | np.ndarray):
+        raise ArgumentError(f"thresholds: rates={reprlib.repr(rates)} must be a list of false-accept rates")
+    rates = [arguments.number("thresholds: rates", rate, low=0, high=1) for rate in rates]
     q_ids, g_ids, q_cams, g_cams = checked_labels(query_ids, gallery_ids, query_cams, gallery_cams)
     source = distances.source(query_features, gallery_features, "cosine", distance)
     shape = (q_ids.shape[0], g_ids.shape[0])

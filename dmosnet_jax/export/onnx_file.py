@@ -17,6 +17,7 @@ import numpy as np
 from dmosnet_jax import __version__
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.files import atomic_write
+from dmosnet_jax.core.trees import check
 from dmosnet_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from dmosnet_jax.export import onnx_network
 from dmosnet_jax.export.onnx_graph import Graph
@@ -60,7 +61,7 @@ def save(
 
     Raises:
         ConfigError: another suffix, or an unknown input.
-        DataError: the file can't be written.
+        DataError: the arrays are not the model's, or the file can't be written.
     """
     if pathlib.Path(path).suffix != SUFFIX:
         raise ConfigError(f"{path}: an ONNX file must have the suffix {SUFFIX}")
@@ -94,9 +95,12 @@ def serialise(
 
     Raises:
         ConfigError: an unknown input.
+        DataError: the arrays are not the model's.
     """
     if input not in INPUTS:
         raise ConfigError(f"onnx.input={input!r} is not known: use one of {', '.join(INPUTS)}")
+    for expected, found in zip(model.shapes(), (params, stats), strict=True):
+        check(f"ONNX of {model.name}", _without_classifier(expected), _without_classifier(found))
     graph = Graph()
     images = graph.input("images", ("batch", 3, *model.image_size))
     pixels = onnx_network.affine(graph, images, "input", _normalisation(input, mean, std))
@@ -114,6 +118,11 @@ def serialise(
     height, width = model.image_size
     about = f"Person re-identification by {model.name}. Input {height}x{width}: {INPUTS[input]}."
     return graph.serialise(model.name, version=__version__, about=about, properties=facts)
+
+
+def _without_classifier(tree: Any) -> Any:
+    """It takes no part, and need not be there."""
+    return {name: part for name, part in tree.items() if name != "classifier"} if isinstance(tree, Mapping) else tree
 
 
 def _normalisation(kind: str, mean: Sequence[float], std: Sequence[float]) -> onnx_network.Affine:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmosnet_jax.core import simd
+from dmosnet_jax.core.trees import check
 from dmosnet_jax.data import augment
 from dmosnet_jax.models import Model
 
@@ -32,7 +33,12 @@ def serialise(model: Model, params: Any, stats: Any, *, mean: Sequence[float], s
         stats: its batch statistics.
         mean: per channel, in [0, 1] units; the program normalises.
         std: likewise.
+
+    Raises:
+        DataError: the arrays are not the model's.
     """
+    for expected, found in zip(model.shapes(), (params, stats), strict=True):
+        check(f"program of {model.name}", expected, found)
     weights = jax.tree.map(np.asarray, (params, stats))
 
     @jax.jit

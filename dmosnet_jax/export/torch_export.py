@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.files import atomic_write
-from dmosnet_jax.core.trees import named_leaves
+from dmosnet_jax.core.trees import check, named_leaves
 from dmosnet_jax.export.layouts import KERNEL_AXES, LAYOUTS, LEAVES, Layout
 from dmosnet_jax.export.torch_write import write_pth
 from dmosnet_jax.models import Model
@@ -47,8 +47,11 @@ def to_state_dict(
 
     Raises:
         ConfigError: that code base has no such network, so that the file would compute something else there.
+        DataError: the arrays are not the model's.
     """
     check_layout(model, layout)
+    for expected, found in zip(model.shapes(), (params, stats), strict=True):
+        check(f"{model.name} for {layout}", expected, found)
     return by_torch_names(params, stats, batches=batches, layout=EXPORTS[layout].names)
 
 

@@ -219,6 +219,9 @@ def plan(
         if name is None:
             continue
         value, shown, part = state_dict[source], printable(source), _part_of(name)
+        if not isinstance(value, np.ndarray):
+            kind = type(value).__name__
+            raise DataError(f"{shown} is a {kind}, not an array of NumPy: read the file by `torch_import.load`")
         leaf = _leaf_of(name, shapes)
         if leaf is None:
             (unused if part in surplus else problems["unexpected"]).append(shown)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.files import atomic_write
 
 # Element types by NumPy code.
@@ -26,10 +27,12 @@ def write_pth(path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarray]
         state_dict: arrays by name, of float16, float32, float64 or int64.
 
     Raises:
-        DataError: the file can't be written.
-        KeyError: another element type.
+        DataError: the file can't be written, or an array has another element type.
     """
     arrays = {name: np.ascontiguousarray(value).reshape(np.shape(value)) for name, value in state_dict.items()}
+    for name, array in arrays.items():
+        if array.dtype.newbyteorder("<").str not in _STORAGES:
+            raise DataError(f"{path}: {name} is {array.dtype}, which is not written: give floats, or int64")
     with atomic_write(path) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
         _put(archive, "data.pkl", b"".join(_pickle(arrays)))
         _put(archive, "byteorder", b"little")

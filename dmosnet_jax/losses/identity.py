@@ -2,7 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
+
+from dmosnet_jax.core import arguments
+from dmosnet_jax.core.errors import ArgumentError
 
 
 def cross_entropy(
@@ -28,14 +32,14 @@ def cross_entropy(
       The mean over the counted rows, 0 when there are none.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, or epsilon is outside [0, 1); raised while tracing.
+      ConfigError: shapes or dtypes do not fit, or epsilon is outside [0, 1); raised while tracing.
     """
     _check(logits, labels, mask)
     classes = logits.shape[1]
-    if not 0.0 <= epsilon < 1.0:
-        raise ValueError(f"cross_entropy: epsilon={epsilon} is outside [0, 1)")
+    if not 0.0 <= arguments.number("cross_entropy: epsilon", epsilon) < 1.0:
+        raise ArgumentError(f"cross_entropy: epsilon={epsilon} is outside [0, 1)")
     if epsilon > 0.0 and classes < 2:
-        raise ValueError(f"cross_entropy: logits of shape {logits.shape} leave no other class to smooth over")
+        raise ArgumentError(f"cross_entropy: logits of shape {logits.shape} leave no other class to smooth over")
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=1)
     # A comparison instead of a gather: it stays local when the batch is sharded, and labels out of range hit nothing.
     hits = labels[:, None] == jnp.arange(classes, dtype=labels.dtype)[None, :]
@@ -63,11 +67,13 @@ def circle_logits(
       margin: > 0.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, or scale or margin is not positive; raised while tracing.
+      ConfigError: shapes or dtypes do not fit, or scale or margin is not positive; raised while tracing.
     """
     _check(cosines, labels, None)
+    for name, value in (("scale", scale), ("margin", margin)):
+        arguments.number(f"circle_logits: {name}", value)
     if not (scale > 0.0 and margin > 0.0):
-        raise ValueError(f"circle_logits: scale={scale} and margin={margin} must be positive")
+        raise ArgumentError(f"circle_logits: scale={scale} and margin={margin} must be positive")
     cosines = cosines.astype(jnp.float32)
     fixed = jax.lax.stop_gradient(cosines)
     target = jnp.maximum(1.0 + margin - fixed, 0.0) * (cosines - (1.0 - margin))
@@ -82,7 +88,7 @@ def accuracy(
     """Fraction of rows whose largest logit is the label's, 0 when no row counts; False rows of a mask do not.
 
     Raises:
-      ValueError: shapes or dtypes do not fit; raised while tracing.
+      ConfigError: shapes or dtypes do not fit; raised while tracing.
     """
     _check(logits, labels, mask)
     right = jnp.argmax(logits, axis=1).astype(labels.dtype) == labels
@@ -90,12 +96,15 @@ def accuracy(
 
 
 def _check(logits: jax.Array, labels: jax.Array, mask: jax.Array | None) -> None:
-    if logits.ndim != 2 or not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise ValueError(f"logits must be floating point [B, C], got {logits.dtype}{list(logits.shape)}")
+    for name, array in (("logits", logits), ("labels", labels)):
+        if not isinstance(array, np.ndarray | jax.Array):
+            raise ArgumentError(f"{name} are a {type(array).__name__}: give an array of JAX or NumPy")
+    if logits.ndim != 2 or 0 in logits.shape or not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ArgumentError(f"logits must be floating point [B, C], not empty, got {logits.dtype}{list(logits.shape)}")
     if labels.shape != logits.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"labels must be integers [{logits.shape[0]}], got {labels.dtype}{list(labels.shape)}")
+        raise ArgumentError(f"labels must be integers [{logits.shape[0]}], got {labels.dtype}{list(labels.shape)}")
     if mask is not None and (mask.shape != logits.shape[:1] or mask.dtype != jnp.bool_):
-        raise ValueError(f"mask must be bool [{logits.shape[0]}], got {mask.dtype}{list(mask.shape)}")
+        raise ArgumentError(f"mask must be bool [{logits.shape[0]}], got {mask.dtype}{list(mask.shape)}")
 
 
 def _mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:

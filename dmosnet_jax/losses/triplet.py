@@ -2,7 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Int
+
+from dmosnet_jax.core import arguments
+from dmosnet_jax.core.errors import ArgumentError
 
 
 def batch_hard(
@@ -23,14 +27,19 @@ def batch_hard(
       The mean over all anchors.
 
     Raises:
-      ValueError: shapes or dtypes do not fit, or the margin is not positive; raised while tracing.
+      ConfigError: shapes or dtypes do not fit, or the margin is not positive; raised while tracing.
     """
-    if embeddings.ndim != 2 or not jnp.issubdtype(embeddings.dtype, jnp.floating):
-        raise ValueError(f"embeddings must be floating point [B, D], got {embeddings.dtype}{list(embeddings.shape)}")
+    for name, array in (("embeddings", embeddings), ("pids", pids)):
+        if not isinstance(array, np.ndarray | jax.Array):
+            raise ArgumentError(f"{name} are a {type(array).__name__}: give an array of JAX or NumPy")
+    if embeddings.ndim != 2 or 0 in embeddings.shape or not jnp.issubdtype(embeddings.dtype, jnp.floating):
+        raise ArgumentError(
+            f"embeddings must be floating point [B, D], not empty, got {embeddings.dtype}{list(embeddings.shape)}"
+        )
     if pids.shape != embeddings.shape[:1] or not jnp.issubdtype(pids.dtype, jnp.integer):
-        raise ValueError(f"pids must be integers [{embeddings.shape[0]}], got {pids.dtype}{list(pids.shape)}")
-    if margin is not None and not margin > 0.0:
-        raise ValueError(f"margin={margin} must be positive, or None for the soft margin")
+        raise ArgumentError(f"pids must be integers [{embeddings.shape[0]}], got {pids.dtype}{list(pids.shape)}")
+    if margin is not None and not arguments.number("batch_hard: margin", margin) > 0.0:
+        raise ArgumentError(f"margin={margin} must be positive, or None for the soft margin")
     distances = pairwise_distances(embeddings.astype(jnp.float32))
     same = pids[:, None] == pids[None, :]
     # The fill values lose every comparison and, being constants, take no gradient.

@@ -81,6 +81,7 @@ def shapes(
         ConfigError: momentum or temperature out of range.
     """
     tables.check_settings(momentum, temperature)
+    tables.check_capacity(capacity)
     mesh = tables.default_mesh() if mesh is None else mesh
     classes = tables.padded(capacity or images, mesh)
     return Memory(
@@ -120,7 +121,7 @@ def loss(
         inputs: L2-normalised; computed in float32. The loss is differentiable once with respect to them.
         indices: images; all of them in clusters.
     """
-    tables.check_batch(inputs, indices, memory.centroids.shape[1])
+    tables.check_batch(inputs, indices, memory.centroids.shape[1], memory.num_rows)
     scale = jnp.where(memory.present, 1.0 / memory.temperature, 0.0)
     return contrast(inputs.astype(jnp.float32), memory.centroids, scale, memory.labels[indices], memory.mesh, 0.0)
 
@@ -143,7 +144,7 @@ def update(
     Returns:
         The memory after the batch.
     """
-    tables.check_batch(inputs, indices, memory.centroids.shape[1])
+    tables.check_batch(inputs, indices, memory.centroids.shape[1], memory.num_rows)
     keep = jnp.bool_(True) if loss is None else jnp.isfinite(loss)
 
     def local(centroids, inputs, labels, keep):
@@ -183,6 +184,7 @@ def set_labels(
         DataError: labels of another length.
         ConfigError: more clusters than there is room for.
     """
+    tables.check_capacity(capacity)
     classes = memory.present.shape[0] if capacity is None else tables.padded(capacity, memory.mesh)
     placed = tables.allocate_labels(labels, memory, lowest=-1, capacity=classes)
     table = tables.allocate_features(features, memory)

@@ -74,6 +74,7 @@ def shapes(
         ConfigError: momentum or temperature out of range.
     """
     tables.check_settings(momentum, temperature)
+    tables.check_capacity(capacity)
     mesh = tables.default_mesh() if mesh is None else mesh
     rows, classes = tables.padded(images, mesh), tables.padded(capacity or images, mesh)
     return Memory(
@@ -126,7 +127,7 @@ def loss(
         inputs: L2-normalised; computed in float32. The loss is differentiable once with respect to them.
         indices: rows of the inputs in the memory.
     """
-    tables.check_batch(inputs, indices, memory.features.shape[1])
+    tables.check_batch(inputs, indices, memory.features.shape[1], memory.num_rows)
     counts = memory.class_counts
     scale = jnp.where(counts > 0, 1.0 / memory.temperature / jnp.maximum(counts, 1.0), 0.0)
     return contrast(inputs.astype(jnp.float32), memory.class_sums, scale, memory.labels[indices], memory.mesh)
@@ -153,7 +154,7 @@ def update(
     Returns:
         The memory after the batch. Equal results on every run: no row is written by two different values.
     """
-    tables.check_batch(inputs, indices, memory.features.shape[1])
+    tables.check_batch(inputs, indices, memory.features.shape[1], memory.num_rows)
     keep = jnp.bool_(True) if loss is None else jnp.isfinite(loss)
 
     def local(features, sums, inputs, indices, labels, keep):
@@ -199,6 +200,7 @@ def set_labels(
         DataError: labels of another length, or negative.
         ConfigError: more classes than there is room for.
     """
+    tables.check_capacity(capacity)
     classes = memory.class_counts.shape[0] if capacity is None else tables.padded(capacity, memory.mesh)
     memory = memory.replace(labels=tables.allocate_labels(labels, memory, lowest=0, capacity=classes))
     if features is not None:

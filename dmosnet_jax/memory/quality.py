@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from dmosnet_jax.core import arguments
 from dmosnet_jax.memory.clustering.criterion import number_noise
 
 
@@ -38,7 +39,11 @@ def agreement(labels: Int[np.ndarray, " n"], identities: Int[np.ndarray, " n"]) 
 
     Returns:
         `Quality`, or None where no identity is known.
+
+    Raises:
+        DataError: no vectors of whole numbers, or of different lengths.
     """
+    labels, identities = _pair("labels", labels, "identities", identities)
     known = identities >= 0
     if not known.any():
         return None
@@ -71,7 +76,11 @@ def spanning_cameras(labels: Int[np.ndarray, " n"], camids: Int[np.ndarray, " n"
 
     Returns:
         A fraction; None where all images are of one camera, or there is no such cluster.
+
+    Raises:
+        DataError: no vectors of whole numbers, or of different lengths.
     """
+    labels, camids = _pair("labels", labels, "cameras", camids)
     inside = labels >= 0
     if len(np.unique(camids)) < 2 or not inside.any():
         return None
@@ -79,6 +88,11 @@ def spanning_cameras(labels: Int[np.ndarray, " n"], camids: Int[np.ndarray, " n"
     images, cameras = np.bincount(labels[inside]), np.bincount(pairs[0])
     clusters = images > 1
     return float((cameras[clusters] > 1).mean()) if clusters.any() else None
+
+
+def _pair(first: str, values: np.ndarray, second: str, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    checked = arguments.integers(f"quality: {first}", values)
+    return checked, arguments.integers(f"quality: {second}", others, length=len(checked))
 
 
 def _pairs(counts: np.ndarray) -> float:

@@ -11,8 +11,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int, Int32, Shaped
 
-from dmosnet_jax.core import parallel
-from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core import arguments, parallel
+from dmosnet_jax.core.errors import ArgumentError, ConfigError, DataError
 from dmosnet_jax.core.unit import unit_rows
 
 PADDING = 1024
@@ -85,6 +85,7 @@ def allocate_labels(labels: Int[np.ndarray, " n"], memory: Any, *, lowest: int, 
         DataError: labels of another length, or too low.
         ConfigError: labels beyond the capacity.
     """
+    labels = arguments.integers("memory: labels", labels)
     if labels.shape != (memory.num_rows,):
         raise DataError(f"memory: labels have shape {labels.shape}; the memory holds {memory.num_rows} images")
     if labels.min() < lowest:
@@ -98,23 +99,38 @@ def allocate_labels(labels: Int[np.ndarray, " n"], memory: Any, *, lowest: int, 
 
 
 def allocate_features(features: Float[np.ndarray | jax.Array, "n d"], memory: Any) -> Float32[Array, "r d"]:
-    """Features of a memory's images as its table, by rows."""
+    """Features of a memory's images as its table, by rows.
+
+    Raises:
+        DataError: they are of another shape, or not finite.
+    """
     images, dim = features_shape(features)
     if images != memory.num_rows:
         raise DataError(f"memory: features of {images} images; the memory holds {memory.num_rows}")
+    rows = arguments.matrix("memory: features", features)
+    if found := arguments.first_not_finite(rows):
+        raise DataError(
+            f"memory: {found[0]} of {images} features are not finite, the first is row {found[1]}; the network has "
+            "diverged: go on from an earlier checkpoint, with a lower learning rate"
+        )
     like = jax.ShapeDtypeStruct((padded(images, memory.mesh), dim), jnp.float32)
-    return allocate(np.asarray(features), like, parallel.by_rows(memory.mesh))
+    return allocate(rows, like, parallel.by_rows(memory.mesh))
 
 
 def features_shape(features: np.ndarray | jax.Array) -> tuple[int, int]:
     """Number of images and of values, or DataError where features are no table."""
-    if features.ndim != 2 or features.shape[0] == 0:
-        raise DataError(f"memory: features have shape {features.shape}; expected [images, dimension], not empty")
-    return features.shape[0], features.shape[1]
+    shape = (
+        np.shape(features) if isinstance(features, jax.Array) else arguments.numbers("memory: features", features).shape
+    )
+    if len(shape) != 2 or 0 in shape:
+        raise DataError(f"memory: features have shape {shape}; expected [images, dimension], not empty")
+    return shape
 
 
 def check_settings(momentum: float, temperature: float) -> None:
     """Raises ConfigError for settings that no memory works with."""
+    for name, value in (("momentum", momentum), ("temperature", temperature)):
+        arguments.number(f"memory: {name}", value)
     if not 0 <= momentum < 1 or not temperature > 0:
         raise ConfigError(
             f"memory: momentum={momentum}, temperature={temperature}; need 0 <= momentum < 1, temperature > 0 "
@@ -122,12 +138,28 @@ def check_settings(momentum: float, temperature: float) -> None:
         )
 
 
-def check_batch(inputs: Float[Array | np.ndarray, "..."], indices: Int[Array | np.ndarray, "..."], dim: int) -> None:
-    """Raises ValueError for a batch that does not fit a memory of `dim` values a row."""
+def check_capacity(capacity: int | None) -> None:
+    """Raises ConfigError for what is no number of classes; None and 0 are the usual one."""
+    if capacity is not None:
+        arguments.count("memory: capacity", capacity, least=0)
+
+
+def check_batch(inputs: Any, indices: Any, dim: int, images: int) -> None:
+    """Raises ArgumentError for a batch that does not fit a memory of so many images with `dim` values each.
+
+    Indices are looked at outside of `jax.jit` alone; inside, those that are too high mean the last image.
+    """
+    for name, array in (("inputs", inputs), ("indices", indices)):
+        if not isinstance(array, np.ndarray | jax.Array):
+            raise ArgumentError(f"memory: {name} are a {type(array).__name__}; give an array of JAX or NumPy")
     if inputs.ndim != 2 or inputs.shape[1] != dim or indices.shape != inputs.shape[:1]:
-        raise ValueError(
+        raise ArgumentError(
             f"memory: inputs {inputs.shape} and indices {indices.shape} do not fit features of {dim} values"
         )
+    if not jnp.issubdtype(inputs.dtype, jnp.floating) or not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise ArgumentError(f"memory: inputs are {inputs.dtype} and indices {indices.dtype}; give floats and integers")
+    if not isinstance(indices, jax.core.Tracer):
+        arguments.rows("memory: indices", indices, images)
 
 
 # Inside `shard_map`, where a table is this device's part of it.

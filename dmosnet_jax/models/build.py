@@ -3,14 +3,17 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.core import arguments
+from dmosnet_jax.core.errors import ArgumentError, ConfigError
 from dmosnet_jax.models.draws import Draws
 from dmosnet_jax.models.functional import Functional, Tree
 from dmosnet_jax.models.heads import Head, HeadSettings
@@ -129,7 +132,16 @@ class Model:
 
         Returns:
             `(outputs, stats)`: see `Head.__call__`; `stats` is unchanged without `train`.
+
+        Raises:
+            ConfigError: images of another shape or dtype.
         """
+        shape = getattr(images, "shape", None)
+        if shape is None or len(shape) != 4 or shape[3] != 3 or not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ArgumentError(
+                f"{self.name}: images are {getattr(images, 'dtype', type(images).__name__)}{list(shape or ())}; give "
+                "normalised floats [images, height, width, 3]"
+            )
         with contextlib.nullcontext() if train else full_precision():
             outputs, moved = self._functional.apply(_part(params), _part(stats), images, train=train, stages=stages)
         return outputs, _join(moved)
@@ -161,7 +173,8 @@ def _backbone(name: str, attention: Sequence[int] | None, variant: str | None) -
         ConfigError: the family has not.
     """
     base = _MODELS[name]
-    mask = None if attention is None else tuple(int(bool(flag)) for flag in attention)
+    flags = attention if isinstance(attention, Iterable) and not isinstance(attention, str | Mapping) else ()
+    mask = None if attention is None else tuple(int(bool(flag)) for flag in flags)
     if mask is not None and len(mask) != 3:
         raise ConfigError(f"model.attention={attention!r} must be three flags for conv2, conv3, conv4, e.g. (1, 0, 0)")
     if variant and not isinstance(base, ResNetSettings):
@@ -183,9 +196,10 @@ def _check_image_size(image_size: Sequence[int], unit: int) -> tuple[int, int]:
     Raises:
         ConfigError: the size is not a multiple of what the network needs; names the nearest sizes that are.
     """
-    if len(tuple(image_size)) != 2:
-        raise ConfigError(f"image_size={tuple(image_size)} must be (height, width), e.g. (256, 128)")
-    height, width = (int(side) for side in image_size)
+    sides = tuple(image_size) if isinstance(image_size, Iterable) and not isinstance(image_size, str | Mapping) else ()
+    if len(sides) != 2 or not all(isinstance(side, int | np.integer) for side in sides):
+        raise ConfigError(f"image_size={reprlib.repr(image_size)} must be (height, width) in pixels, e.g. (256, 128)")
+    height, width = map(int, sides)
     wrong = [(name, side) for name, side in (("height", height), ("width", width)) if side < unit or side % unit]
     if wrong:
         name, side = wrong[0]
@@ -231,10 +245,9 @@ def build(
         ConfigError: an unknown name or option, or an input size that the network can't take.
     """
     backbone = _backbone(_one_of("name", name, names()), attention, variant)
-    if num_classes < 0:
-        raise ConfigError(f"model.num_classes={num_classes} must be 0 (no classifier) or more")
-    if bn_group_size is not None and bn_group_size < 2:
-        raise ConfigError(f"model.bn_group_size={bn_group_size} must be at least 2, or None for the whole batch")
+    arguments.count("model.num_classes", num_classes, least=0)
+    if bn_group_size is not None:
+        arguments.count("model.bn_group_size", bn_group_size, least=2)
     return Model(
         name=name,
         attention=backbone.attention if isinstance(backbone, OSNetSettings) else (0, 0, 0),

@@ -26,8 +26,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import dmosnet_jax
-from dmosnet_jax.core import files, startup
-from dmosnet_jax.core.errors import ConfigError, DataError, UserError, one_line, refusal
+from dmosnet_jax.core import command, files
+from dmosnet_jax.core.errors import ConfigError, DataError, UserError, one_line
 from dmosnet_jax.tools import outcome
 from dmosnet_jax.tools.experiments import TABLES
 from dmosnet_jax.tools.runs import SCORE, TRAIN, Places, Run, chosen, parse_overrides, runs_of
@@ -184,9 +184,9 @@ def _train_and_score(run: Run, children: _Children, on: Mapping[str, str]) -> No
 def _print_plan(runs: Sequence[Run]) -> None:
     for run in runs:
         print(f"{run.name}: {run.status()}  ({run.row.about})")
-        for command in (run.train_command(), run.score_command()):
-            if command:
-                print(f"  {shlex.join(command)}")
+        for words in (run.train_command(), run.score_command()):
+            if words:
+                print(f"  {shlex.join(words)}")
 
 
 def _outcome(run: Run) -> str:
@@ -280,17 +280,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    try:
-        run(arguments)
-    except (UserError, OSError) as error:
-        failure = refusal(error) if isinstance(error, OSError) else error
-        if failure is None:
-            raise
-        print(f"error: {one_line(failure)}", file=sys.stderr)
-        return failure.exit_status
-    return 0
+    return command.guarded(lambda: run(arguments))
 
 
 if __name__ == "__main__":
-    startup.outlast_readers()
-    sys.exit(main())
+    # Signals are the runs': see `_Children`.
+    command.run_program(main, watch=False)

@@ -182,7 +182,7 @@ class Run:
                 raise ValueError("not a note of a run")
         except FileNotFoundError:
             return {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: is damaged ({' '.join(str(error).split())}): remove {self.folder}") from error
         return found
 
@@ -198,7 +198,7 @@ class Run:
             return None
         try:
             return json.loads((self.folder / SCORE / "results.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
 
     @property

@@ -10,6 +10,7 @@ whenever the process was killed.
 import contextlib
 import dataclasses
 import logging
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,8 +33,22 @@ BEST = "best"
 _ARRAYS = ("model", "train")
 _MEMORY, _META, _METRICS = "memory", "meta", "metrics"
 _ITEMS = (*_ARRAYS, _META, _METRICS)
+_META_PARTS = ("model", "config", "lengths", "loop")
 _TRASH = ".old"
-_UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, TypeError)
+# Libraries take a file of the right name for one of theirs, and stumble over what a damaged one holds.
+_UNREADABLE: tuple[type[Exception], ...] = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    NotImplementedError,
+    RecursionError,
+)
+# Arrays may not unpack to more than `SLACK` bytes and so many times their files: weights hardly get smaller.
+MAX_RATIO, SLACK = 100, 2**26
 
 
 class OtherShapesError(DataError):
@@ -206,7 +221,7 @@ class Checkpoints:
         _check_files(where, (*_ARRAYS, _MEMORY))
         targets: dict[str, Any] = {}
         with _reading(where):
-            saved: dict[str, Any] = {item: dict(_shapes(self._manager, step, item)) for item in _ARRAYS}
+            saved: dict[str, Any] = {item: dict(_shapes(self._manager, step, item, where)) for item in _ARRAYS}
             # Earlier versions saved the memory with the optimiser.
             early = saved["train"].pop(_MEMORY, None)
             saved[_MEMORY] = early or table_files.shapes(where / _MEMORY)
@@ -272,7 +287,11 @@ def _reading(where: pathlib.Path, kinds: tuple[type[Exception], ...] = _UNREADAB
 
 
 def _check_files(where: pathlib.Path, items: Iterable[str]) -> None:
-    problem = checksums.verify(where, items)
+    items = list(items)
+    entries = (path for item in items for path in (where / item).rglob("*"))
+    # Reading a pipe would wait for ever.
+    other = next((path for path in entries if not (path.is_file() or path.is_dir())), None)
+    problem = checksums.verify(where, items) if other is None else f"{other.relative_to(where)} is no file"
     if problem is not None:
         raise DataError(f"{where}: checkpoint is damaged ({problem}); remove this folder to go on from an earlier one")
 
@@ -280,15 +299,44 @@ def _check_files(where: pathlib.Path, items: Iterable[str]) -> None:
 def _restore_meta(manager: ocp.CheckpointManager, step: int, folder: pathlib.Path) -> dict[str, Any]:
     _check_files(folder / str(step), [_META])
     with _reading(folder / str(step)):
-        return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if not isinstance(meta, dict) or not all(isinstance(meta.get(part, {}), dict) for part in _META_PARTS):
+            raise ValueError(f"{_META} is no description of a run")
+    return meta
 
 
-def _shapes(manager: ocp.CheckpointManager, step: int, item: str) -> dict[str, Any]:
-    """Nested dict of what has the shapes and dtypes of an item's arrays."""
+def _shapes(manager: ocp.CheckpointManager, step: int, item: str, where: pathlib.Path) -> dict[str, Any]:
+    """Nested dict of what has the shapes and dtypes of an item's arrays; each is stored in chunks of about its size."""
     found = manager.item_metadata(step)[item]
     if found is None:
         raise KeyError(f"no item {item!r}")
-    return getattr(found, "tree", found)
+    tree = getattr(found, "tree", found)
+    if not isinstance(tree, dict):
+        raise TypeError(f"{item} holds no arrays by name")
+    leaves = jax.tree.leaves(tree)
+    # A chunk is unpacked whole, however little of it is in the array.
+    whole = sum(_size(leaf.shape, leaf.dtype, leaf.storage.chunk_shape) for leaf in leaves)
+    if whole > SLACK + 2 * sum(_size(leaf.shape, leaf.dtype) for leaf in leaves):
+        _check_claim(where, item, whole)
+    return tree
+
+
+def _size(shape: Iterable[int], dtype: Any, chunk: Iterable[int] | None = None) -> int:
+    """Bytes of an array, with all of the chunks that it is stored in."""
+    lengths = list(shape)
+    if chunk is not None:
+        lengths = [-(-length // part) * part for length, part in zip(lengths, chunk, strict=True)]
+    return math.prod(map(int, lengths)) * np.dtype(dtype).itemsize
+
+
+def _check_claim(where: pathlib.Path, item: str, claimed: int) -> None:
+    """Raises DataError where an item's arrays are too large for its files."""
+    held = sum(path.stat().st_size for path in (where / item).rglob("*") if path.is_file())
+    if claimed > SLACK + MAX_RATIO * held:
+        raise DataError(
+            f"{where / item}: claims to hold arrays of {claimed:,} bytes in files of {held:,}: it is damaged, or made "
+            "to fill the memory; give another checkpoint"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -380,7 +428,9 @@ def load_model(path: str | pathlib.Path) -> SavedModel:
     _check_files(where, ["model"])
     with contextlib.closing(_manager(folder)) as manager, _reading(where):
         meta = _restore_meta(manager, step, folder)
-        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _shapes(manager, step, "model"))
+        found = _shapes(manager, step, "model", where)
+        _check_claim(where, "model", sum(_size(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(found)))
+        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), found)
         model = manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(target)))["model"]
     arrays = jax.tree.map(np.asarray, model)
     return SavedModel(arrays["params"], arrays["stats"], meta, step, where)

@@ -19,6 +19,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dmosnet_jax.core import safe_json
+from dmosnet_jax.core.errors import DataError
+
 PARTS = "part-*.json"
 BLOCK_BYTES = 1 << 22
 # XLA on CPUs takes such memory as it is, without a copy.
@@ -112,7 +115,32 @@ def write(folder: pathlib.Path, runs: Runs) -> None:
 
 
 def _descriptions(folder: pathlib.Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(PARTS))]
+    found = []
+    for path in sorted(folder.glob(PARTS)):
+        try:
+            described = safe_json.read_object(path, fix="")
+        except DataError as error:
+            raise DamagedTableError(f"{folder.name}/{path.name} can't be read") from error
+        for name, table in described.items():
+            if not _is_sound(name, table):
+                raise DamagedTableError(f"{folder.name}/{path.name} describes no tables")
+        found.append(described)
+    return found
+
+
+def _is_sound(name: str, table: Any) -> bool:
+    """Whether a table's description is one."""
+    try:
+        shape = table["shape"]
+        sound = all(type(length) is int and length >= 0 for length in shape) and np.dtype(table["dtype"]).itemsize > 0
+        for part in table["parts"]:
+            numbers = [part["first"], part["rows"], part["block"], *part["checksums"]]
+            sound = sound and all(type(number) is int and number >= 0 for number in numbers)
+            sound = sound and part["file"] == f"{name}.{part['first']}.bin" and part["first"] + part["rows"] <= shape[0]
+            sound = sound and len(part["checksums"]) == -(-part["rows"] // part["block"])
+    except (LookupError, TypeError, ValueError, ArithmeticError):
+        return False
+    return sound
 
 
 def shapes(folder: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -156,6 +184,10 @@ def _fill(folder: pathlib.Path, part: Mapping[str, Any], target: np.ndarray, sta
     label, block = f"{folder.name}/{part['file']}", part["block"]
     try:
         with (folder / part["file"]).open("rb") as file:
+            size, expected = os.fstat(file.fileno()).st_size, part["rows"] * target[:1].nbytes
+            # Python would make room for all that it is asked to read.
+            if size != expected:
+                raise DamagedTableError(f"{label} has {size:,} bytes instead of {expected:,}")
             for number in range((low - part["first"]) // block, -(-(high - part["first"]) // block)):
                 first = part["first"] + number * block
                 count = min(block, part["first"] + part["rows"] - first)

@@ -1,6 +1,13 @@
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
 
 from dmosnet_jax.core import kernels
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def test_jit_works_where_nothing_can_be_cached():
@@ -12,6 +19,50 @@ def test_jit_works_where_nothing_can_be_cached():
     with pytest.raises(RuntimeError, match="cannot cache"):
         numba.njit(cache=True)(space["double"])
     assert kernels.jit()(space["double"])(21) == 42
+
+
+_KERNELS = """
+import sys, resource, signal
+import numpy as np
+from dmosnet_jax.core import kernels, simd
+
+@kernels.jit()
+def double(x):
+    return 2 * x
+
+def nothing(frame, start, stop):
+    pass
+
+if "full" in sys.argv:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+assert simd.kernel(nothing).address
+assert double(21) == 42
+"""
+
+
+@pytest.mark.parametrize("harm", ["full", "truncated", "emptied", "no pickle"])
+def test_kernels_outlive_a_full_disk_and_damaged_files(tmp_path, harm):
+    path = tmp_path / "kernels_of_a_test.py"
+    path.write_text(_KERNELS)
+    cache = tmp_path / "cache"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(cache)}
+
+    def run(*arguments):
+        command = [sys.executable, str(path), *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    if harm == "full":
+        run("full")
+        return
+    run()
+    files = [file for file in cache.rglob("*.nb?") if "kernels_of_a_test" in file.name]
+    assert len({file.suffix for file in files}) == 2
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes({"truncated": content[: len(content) // 2], "emptied": b"", "no pickle": b"x" * 99}[harm])
+    run()
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -207,12 +207,44 @@ def test_a_killed_worker_ends_the_run_at_once(pictures, tmp_path):
     assert snapshot(data_dir) == snapshot(tmp_path / "whole")
 
 
-def _children(pid):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("killed", "message"),
+    [("sdk_worker_main", "a worker of Beam was killed"), ("spawn_main", "the pipeline's process was killed")],
+)
+def test_a_killed_process_of_beam_ends_the_run_at_once(pictures, tmp_path, killed, message):
+    source = pictures(tmp_path / "raw", 2_000)
+    data_dir, stage = tmp_path / "data", tmp_path / "data" / ".luperson.incomplete"
+    beam = "--runner=DirectRunner --direct_running_mode=multi_processing --direct_num_workers=2"
+    options = ["--shard_mib=0.03", f"--source={source}", f"--beam_options={beam}"]
+    command = [sys.executable, "-m", "data_prep.convert", "--dataset=luperson", f"--data_dir={data_dir}", *options]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (stage / "done").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    [pipeline] = _children(process.pid)
+    workers = _children(pipeline, "sdk_worker_main")
+    os.kill(workers[0] if killed == "sdk_worker_main" else pipeline, signal.SIGKILL)
+    begin = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 30
+    assert (process.returncode, out) == (1, "")
+    assert err.splitlines()[-1].startswith(f"error: shards were not written: {message}")
+    assert err.splitlines()[-1].endswith("finished shards are kept, the same command goes on")
+    assert "Traceback" not in err
+    _wait_for_the_end_of([pipeline, *workers])
+    assert not (data_dir / "luperson").exists()
+    summary, warnings = run(source, data_dir, shard_mib=0.03)
+    assert "goes on with a conversion that was stopped" in "".join(warnings)
+    assert summary.splits["train"][0] == 2_000
+
+
+def _children(pid, name="spawn_main"):
     """Worker processes; the one that looks after semaphores is none."""
     # Without -ww, lines end at the terminal's width, before the name where the interpreter's path is long.
     command = ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)]
     listed = subprocess.run(command, capture_output=True, text=True, check=False)
-    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if name in line]
 
 
 def _wait_for_the_end_of(workers):

@@ -1,6 +1,7 @@
 """Galleries: what is found is what a full product finds, what is added is kept, and damage is told in one line."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -139,7 +140,7 @@ def test_bad_searches(gallery, no_array_checks):
         gallery.search(np.ones((1, 3), np.float32))
     with pytest.raises(DataError, match="not finite"):
         gallery.search(np.full((1, WIDTH), np.nan, np.float32))
-    with pytest.raises(ConfigError, match="top_k=0 must be at least 1"):
+    with pytest.raises(ConfigError, match="search: top_k=0 must be a whole number of at least 1"):
         gallery.search(np.ones((1, WIDTH), np.float32), 0)
     with pytest.raises(ConfigError, match="backend='gpu' is unknown"):
         gallery.search(np.ones((1, WIDTH), np.float32), backend="gpu")
@@ -185,7 +186,16 @@ def test_manifests_that_do_not_fit(gallery, change):
         Gallery.open(gallery.path)
 
 
-@pytest.mark.parametrize("content", ["{", "[3]", '["a"]'])
+@pytest.mark.parametrize("name", ["gallery.json", "features-00001.npy", "cameras-00000.npy", "files-00001.json"])
+def test_pipes_are_not_waited_for(gallery, name):
+    (gallery.path / name).unlink()
+    os.mkfifo(gallery.path / name)
+    with pytest.raises(DataError) as caught:
+        assert Gallery.open(gallery.path).files
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[3]", '["a"]', "[" * 100_000])
 def test_damaged_names(gallery, content):
     (gallery.path / "files-00001.json").write_text(content)
     with pytest.raises(DataError, match=r"files-00001\.json: is "):

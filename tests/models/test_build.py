@@ -146,7 +146,7 @@ def test_heads_have_32_channels_where_that_divides_the_width(channels, wanted):
         ({"dtype": "float16"}, "model.dtype='float16' is not known: use one of float32, bfloat16, float64"),
         ({"attention": (1, 0)}, r"model.attention=(1, 0) must be three flags"),
         ({"num_classes": -1}, "model.num_classes=-1"),
-        ({"bn_group_size": 1}, "model.bn_group_size=1 must be at least 2"),
+        ({"bn_group_size": 1}, "model.bn_group_size=1 must be a whole number of at least 2"),
         ({"image_size": (256,)}, "image_size=(256,) must be (height, width)"),
         ({"image_size": (250, 128)}, "the height must be a multiple of 32"),
         ({"image_size": (250, 128)}, "nearest that work are 224 or 256"),

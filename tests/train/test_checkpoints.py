@@ -1,12 +1,16 @@
 import json
+import math
 import os
+import resource
 import shutil
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore
 
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.parallel import make_mesh
@@ -249,6 +253,101 @@ def test_checkpoints_without_checksums_are_read_and_damage_is_still_an_error(tmp
     shutil.rmtree(folder / "model")
     with pytest.raises(DataError, match=r"checkpoints/5: checkpoint can't be read"):
         resume(tmp_path, make_state(mesh), mesh)
+
+
+def without_checksums(workdir, state):
+    """A checkpoint as a stranger may give it, which can be anything."""
+    save(workdir, state)
+    folder = workdir / "checkpoints" / "5"
+    (folder / "checksums.json").unlink()
+    return folder
+
+
+def in_chunks(folder, name, shape, chunks):
+    """Claims other sizes of an array; its one chunk is zeros of that size, compressed."""
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": f"file://{folder}/"}).result()
+    claimed = json.loads(store.read(f"{name}/.zarray").result().value)
+    claimed |= {"shape": shape, "chunks": chunks, "compressor": {"id": "zlib", "level": 1}}
+    packer = zlib.compressobj(1)
+    packed = [packer.compress(bytes(2**20)) for _ in range(0, math.prod(chunks) * 4, 2**20)] + [packer.flush()]
+    store.write(f"{name}/.zarray", json.dumps(claimed).encode()).result()
+    store.write(f"{name}/{'.'.join('0' for _ in shape)}", b"".join(packed)).result()
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunks"),
+    [([2**40], [2**20]), ([2**62], [2**20]), ([2**27], [2**27]), ([6], [2**27]), ([2**20] * 2, [2**10] * 2)],
+    ids=["shape", "overflow", "bomb", "chunk", "matrix"],
+)
+def test_sizes_that_a_checkpoint_claims_are_refused_before_memory_is_taken(tmp_path, shape, chunks):
+    mesh = make_mesh()
+    folder = without_checksums(tmp_path, make_state(mesh))
+    in_chunks(folder / "model", "params.fc.0.bias", shape, chunks)
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 2**22
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=r"5/model: claims to hold arrays of [\d,]+ bytes in files of") as error:
+        checkpoints.load_model(tmp_path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match=r"claims to hold arrays of|has shape"):
+        resume(tmp_path, make_state(mesh), mesh)
+    # Kilobytes.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rows", 2**50),
+        ("rows", -1),
+        ("block", 0),
+        ("first", 2**50),
+        ("first", "0"),
+        ("file", "../features.0.bin"),
+        ("file", "/dev/zero"),
+        ("checksums", 5),
+        ("checksums", []),
+    ],
+)
+def test_tables_that_are_not_what_their_description_claims(tmp_path, field, value):
+    mesh = make_mesh()
+    folder = without_checksums(tmp_path, make_state(mesh, memory=True))
+    path = folder / "memory" / "part-0.json"
+    described = json.loads(path.read_text())
+    described["features"]["parts"][0][field] = value
+    path.write_text(json.dumps(described))
+    with pytest.raises(DataError, match=r"5: checkpoint is damaged \(memory/part-0\.json describes no tables\)"):
+        resume(tmp_path, make_state(mesh, memory=True), mesh)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", "null", '{"features": []}', '{"features": {"shape": [4]}}', "[" * 100_000]
+)
+def test_tables_without_a_description(tmp_path, text):
+    mesh = make_mesh()
+    folder = without_checksums(tmp_path, make_state(mesh, memory=True))
+    (folder / "memory" / "part-0.json").write_text(text)
+    with pytest.raises(DataError, match=r"checkpoints/5: checkpoint "):
+        resume(tmp_path, make_state(mesh, memory=True), mesh)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "5", '{"model": []}', '{"config": "x"}', "[" * 100_000])
+@pytest.mark.parametrize("name", ["meta/metadata", "model/_METADATA"])
+def test_descriptions_of_another_kind_are_one_line(tmp_path, name, text):
+    folder = without_checksums(tmp_path, make_state(make_mesh()))
+    (folder / name).write_text(text)
+    with pytest.raises(DataError, match=r"checkpoints/5: checkpoint can't be read") as error:
+        checkpoints.load_model(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model/_METADATA", "model/manifest.ocdbt", "meta/metadata", "memory/part-0.json"])
+def test_pipes_in_a_checkpoint_are_not_waited_for(tmp_path, name):
+    mesh = make_mesh()
+    folder = without_checksums(tmp_path, make_state(mesh, memory=True))
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(DataError, match=rf"checkpoints/5: checkpoint is damaged \({name} is no file\)"):
+        resume(tmp_path, make_state(mesh, memory=True), mesh)
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):

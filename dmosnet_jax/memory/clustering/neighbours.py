@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Float32, Int, Int32
 
-from dmosnet_jax.core import parallel
-from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.core import arguments, parallel
+from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.kernels import jit, thread_count
 
 BLOCK = 2048
@@ -232,9 +232,18 @@ def search(
 
     Raises:
         ConfigError: unknown backend, k below 1, or fewer candidates than k.
+        DataError: features that are no matrix of finite numbers; of those on devices the shape alone is looked at.
     """
-    if k < 1:
-        raise ConfigError(f"neighbours: k={k} must be at least 1")
+    k, candidates = (
+        arguments.count("neighbours: k", k),
+        arguments.count("neighbours: candidates", candidates, least=0),
+    )
+    if not isinstance(features, jax.Array):
+        features = arguments.matrix("neighbours: features", features)
+        if found := arguments.first_not_finite(features):
+            raise DataError(f"neighbours: {found[0]} features are not finite, the first is row {found[1]}")
+    elif features.ndim != 2 or 0 in features.shape:
+        raise DataError(f"neighbours: features have shape {features.shape}; expected [images, dimension], not empty")
     if backend not in ("auto", "host", "device"):
         raise ConfigError(f"neighbours: backend={backend!r} is unknown; use 'auto', 'host' or 'device'")
     if 0 < candidates < k:

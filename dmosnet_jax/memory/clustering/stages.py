@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Float32, Int, Int32
 
-from dmosnet_jax.core import parallel
+from dmosnet_jax.core import arguments, parallel
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.memory.clustering import criterion, jaccard, neighbours
 from dmosnet_jax.memory.clustering.dbscan import dbscan
@@ -79,23 +79,20 @@ class _Stages:
 
 
 def _check_settings(k1: int, k2: int, eps: float, eps_gap: float, min_samples: int) -> None:
-    if k1 < 1 or k2 < 1:
-        raise ConfigError(f"clustering: k1={k1} and k2={k2} must be at least 1 (SpCL uses 30 and 6)")
+    for name, value in (("k1", k1), ("k2", k2), ("min_samples", min_samples)):
+        arguments.count(f"clustering: {name}", value)
+    arguments.number("clustering: eps", eps)
+    arguments.number("clustering: eps_gap", eps_gap)
     if not (eps_gap >= 0 and eps - eps_gap > 0 and eps + eps_gap < 1):
         raise ConfigError(
             f"clustering: eps={eps} with eps_gap={eps_gap} gives the radii {eps - eps_gap:g} to {eps + eps_gap:g}; "
             "Jaccard radii must lie between 0 and 1 (SpCL uses eps=0.6, eps_gap=0.02)"
         )
-    if min_samples < 1:
-        raise ConfigError(f"clustering: min_samples={min_samples} must be at least 1 (SpCL uses 4)")
 
 
 def _check_features(features: np.ndarray | jax.Array) -> np.ndarray:
     """Features as float32 rows of unit length; bit-identical where all of them are so already."""
-    rows = np.asarray(features)
-    if rows.ndim != 2 or rows.shape[0] == 0:
-        raise DataError(f"clustering: features have shape {rows.shape}; expected [images, dimension], not empty")
-    rows = np.ascontiguousarray(rows, np.float32)
+    rows = arguments.matrix("clustering: features", features)
     # A row's norm is finite exactly when the row is (and its squares fit float32), so one pass checks both.
     norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
     bad = np.flatnonzero(~np.isfinite(norms) | (norms == 0))
@@ -105,6 +102,16 @@ def _check_features(features: np.ndarray | jax.Array) -> np.ndarray:
             f"{bad[0]}; the network has diverged or features are missing: lower the learning rate or extract again"
         )
     return rows / norms[:, None] if np.abs(norms - 1).max() > 1e-3 else rows
+
+
+def _check_nearest(nearest: Any, images: int, k1: int) -> np.ndarray:
+    """A table of neighbours that kernels may follow without looking where it leads."""
+    table = arguments.numbers("clustering: nearest images", nearest)
+    if table.ndim != 2 or table.shape[0] != images or table.shape[1] < k1:
+        raise DataError(f"clustering: nearest has shape {table.shape}; expected [{images}, at least {k1}]")
+    if table.dtype.kind not in "iu" or table.min() < 0 or table.max() >= images:
+        raise DataError(f"clustering: nearest must be whole numbers from 0 to {images - 1}, without gaps")
+    return table
 
 
 def cluster(
@@ -155,13 +162,19 @@ def cluster(
         UserError: not enough memory; on processes other than the first, whatever failed on process 0.
     """
     _check_settings(k1, k2, eps, eps_gap, min_samples)
+    min_clustered = arguments.number("clustering: min_clustered", min_clustered, low=0, high=1)
+    candidates = arguments.count("clustering: candidates", candidates, least=0)
+    if indep_threshold is not None:
+        indep_threshold = arguments.number("clustering: indep_threshold", indep_threshold)
+    if memory_limit is not None:
+        memory_limit = arguments.count("clustering: memory_limit", memory_limit, most=2**63)
     stages = _Stages(progress)
     features = _check_features(features)
     images, dim = features.shape
     k1 = min(k1, images)
     parallel.agree(lambda: check_memory(images, dim, k1=k1, threads=threads, limit=memory_limit))
-    if nearest is not None and (nearest.shape[0] != images or nearest.shape[1] < k1):
-        raise DataError(f"clustering: nearest has shape {nearest.shape}; expected [{images}, at least {k1}]")
+    if nearest is not None:
+        nearest = _check_nearest(nearest, images, k1)
     with stages("neighbours") as report:
         if nearest is None:
             search: dict[str, Any] = {"mesh": mesh, "candidates": candidates, "threads": threads, "progress": report}
