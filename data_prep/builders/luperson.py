@@ -214,6 +214,8 @@ def _finish(root: str, stage: str, plan: Plan, results: dict[int, Result]) -> st
     if not any(result.images for result in ordered):
         raise DataError(f"source {plan.root} has no readable image: copy LUPerson again")
     try:
+        # A worker on another machine may have been killed, and its shards written by others.
+        shards.remove_unfinished(stage)
         if skipped:
             _write_unreadable(files.join(folder, UNREADABLE_FILE), results)
         for name, content in _description(plan, ordered).items():

@@ -166,6 +166,13 @@ def use_numbers(source: Source, count: int, numbered: bool, names: str) -> bool:
     )
 
 
+def remove_unfinished(stage: str) -> None:
+    """Removes what killed processes have left of their shards; nobody else may be writing there."""
+    for entry in _listed(files.join(stage, DATASET)):
+        if entry.endswith(files.PART):
+            files.remove(files.join(stage, DATASET, entry))
+
+
 def install(stage: str, plan: Plan, parts: list[bytes]) -> dict[int, Result]:
     """Writes a plan to the stage, or resumes an equal one that is there.
 
@@ -186,10 +193,7 @@ def install(stage: str, plan: Plan, parts: list[bytes]) -> dict[int, Result]:
             files.write(path, part)
     # The source may have moved.
     files.write(files.join(stage, _PLAN), json.dumps(dataclasses.asdict(plan)).encode())
-    for entry in _listed(files.join(stage, DATASET)):
-        # Left by a process that was killed.
-        if entry.endswith(files.PART):
-            files.remove(files.join(stage, DATASET, entry))
+    remove_unfinished(stage)
     finished = {}
     for number, result in results(stage).items():
         if _is_whole(stage, plan, number, result):
