@@ -3,9 +3,9 @@
     python -m dmosnet_jax.main --config=configs/spcl_market1501.py --workdir=runs/spcl_market1501 \
         --config.data_dir=data --config.pretrained=osnet_x0_25_msmt17.pth
 
-`recipe=spcl`, from a network trained on another data set. The README has the curve that this command gives on two CPU
-cores. Batches of 64 share batch statistics, as in the PyTorch run that it is compared with; SpCL's own four GPUs of 16
-are `--config.model.bn_group_size=16`.
+`recipe=spcl`, from a network trained on another data set. docs/results.md has the curve that this command gives on two
+CPU cores. Batches of 64 share batch statistics, as in the PyTorch run that it is compared with; SpCL's own four GPUs of
+16 are `--config.model.bn_group_size=16`.
 
 `recipe=cluster_contrast` (Dai et al. 2021; `examples/cluster_contrast_train_usl.py` and `run_code.sh` of
 alibaba/cluster-contrast-reid): a centroid for each cluster of DBSCAN at radius 0.6, made of features that are extracted

@@ -130,9 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--n", type=command.sizes, default=[200_000], help="numbers of images, separated by commas")
     parser.add_argument("--classes", type=command.sizes, default=[], help="classes for each; default as many as images")
     parser.add_argument("--model", choices=models.names(), default="dmosnet_x1_0")
-    parser.add_argument(
-        "--forms", type=lambda text: text.split(","), default=list(FORMS), help=f"of {', '.join(FORMS)}"
-    )
+    parser.add_argument("--forms", type=_forms, default=list(FORMS), help=f"of {', '.join(FORMS)}")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where checkpoints are written, and removed")
     options = parser.parse_args(argv)
     options.classes = options.classes or options.n

@@ -357,6 +357,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if min(*options.batch, options.rounds) < 1 or options.warm < 1:
         parser.error("--batch, --rounds and --warm must be 1 or more")
+    if "onnx" in options.tasks and options.dtype != ["float32"]:
+        parser.error("--tasks=onnx computes in float32: give --dtype=float32")
     return options
 
 

@@ -27,8 +27,9 @@ def count(name: str, value: Any, *, least: int = 1, most: int = 2**31 - 1) -> in
     Raises:
       ArgumentError: it is none, or outside.
     """
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer) or not least <= value <= most:
-        ends = f"of at least {least}" if not isinstance(value, int) or value < least else f"of at most {most:,}"
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_whole or not least <= value <= most:
+        ends = f"of at most {most:,}" if is_whole and value > most else f"of at least {least}"
         raise ArgumentError(f"{name}={reprlib.repr(value)} must be a whole number {ends}")
     return int(value)
 

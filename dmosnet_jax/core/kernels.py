@@ -34,7 +34,10 @@ def jit(**options: Any) -> Callable[[Callable], Callable]:
             compiled = numba.njit(nogil=True, cache=True, **options)(function)
         except RuntimeError:
             return numba.njit(nogil=True, **options)(function)
-        _forgive(compiled._cache)
+        # None where a debugger has switched compilation off.
+        cache = getattr(compiled, "_cache", None)
+        if cache is not None:
+            _forgive(cache)
         return compiled
 
     return decorate
@@ -43,13 +46,17 @@ def jit(**options: Any) -> Callable[[Callable], Callable]:
 def _forgive(cache: Any) -> None:
     """Code that can't be kept (a full disk) or read (a damaged file) is compiled anew."""
     for name in ("load_overload", "save_overload"):
-        setattr(cache, name, functools.partial(_tried, getattr(cache, name)))
+        setattr(cache, name, functools.partial(_tried, cache, getattr(cache, name)))
 
 
-def _tried(method: Callable[..., Any], *arguments: Any) -> Any:
-    with contextlib.suppress(Exception):
+def _tried(cache: Any, method: Callable[..., Any], *arguments: Any) -> Any:
+    try:
         return method(*arguments)
-    return None
+    except Exception:
+        # A damaged file would stand in the way of every later process too.
+        with contextlib.suppress(Exception):
+            cache.flush()
+        return None
 
 
 def thread_count(threads: int | None = None) -> int:

@@ -22,6 +22,7 @@ import numpy as np
 from llvmlite import ir
 from numba import cfunc, extending, types
 from numba.core import cgutils
+from numba.core.caching import FunctionCache
 
 from dmosnet_jax.core.kernels import jit, thread_count
 
@@ -262,7 +263,9 @@ def kernel(function: Callable[[int, int, int], Any]) -> Any:
     try:
         return cfunc(_KERNEL, cache=True, error_model="numpy")(function)
     except Exception:
-        # There may be no place to keep it, no room, or a damaged file.
+        # There may be no place to keep it, no room, or a damaged file, which must not be there for ever.
+        with contextlib.suppress(Exception):
+            FunctionCache(function).flush()
         return cfunc(_KERNEL, error_model="numpy")(function)
 
 

@@ -112,9 +112,17 @@ class Extractor(extract.Extractor):
             "threads": threads,
         }
         self._forward = self._batches
+        self._compiled: tuple[Any, Features] | None = None
+
+    def _features(self, weights: Any) -> Features:
+        """Kept while the weights are the same, as for the query and the gallery."""
+        leaves = jax.tree.leaves(weights)
+        if self._compiled is None or any(a is not b for a, b in zip(self._compiled[0], leaves, strict=True)):
+            self._compiled = leaves, compile_features(self._model, *weights, **self._inputs)
+        return self._compiled[1]
 
     def _batches(self, weights: Any, split: Rows, *, cache: ImageCache | None) -> Iterator[np.ndarray]:
-        features = compile_features(self._model, *weights, **self._inputs)
+        features = self._features(weights)
         workers = 0 if cache is not None else self._workers
         for batch in evaluation_batches(split, workers=workers, cache=cache, **self._options):
             images = batch["image"][batch["mask"]]

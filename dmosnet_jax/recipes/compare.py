@@ -1,5 +1,6 @@
 """Several checkpoints beside each other in one table: scores on data sets, parameters, operations and latency."""
 
+import functools
 import os
 import pathlib
 import statistics
@@ -12,10 +13,12 @@ import numpy as np
 
 from dmosnet_jax.core import tables
 from dmosnet_jax.core.config import checkpoint_paths, dataset_names
+from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.files import make_folder
 from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.data import augment
 from dmosnet_jax.evaluation import report
+from dmosnet_jax.export import onnx_runtime
 from dmosnet_jax.models import counting
 from dmosnet_jax.recipes import scoring
 from dmosnet_jax.recipes.network import Network, open_network
@@ -28,7 +31,7 @@ def run(config: Any, workdir: pathlib.Path) -> list[dict[str, Any]]:
     """Runs the recipe; returns the rows of the table.
 
     Raises:
-        ConfigError: no checkpoints given, or one twice.
+        ConfigError: no checkpoints given, or one twice, or the workdir is where they are.
         DataError: data or a checkpoint missing, damaged, or of another model.
     """
     paths, names = checkpoint_paths(config.checkpoints), dataset_names(config.dataset)
@@ -37,6 +40,7 @@ def run(config: Any, workdir: pathlib.Path) -> list[dict[str, Any]]:
     scorers = {
         label: scoring.Scorer(network.config, network.model, make_mesh(), names) for label, network in networks.items()
     }
+    _check_places(workdir, dict(zip(networks, paths, strict=True)))
     make_folder(workdir)
     rows: list[dict[str, Any]] = []
     curves: dict[str, dict[str, Sequence[float]]] = {name: {} for name in names}
@@ -50,6 +54,18 @@ def run(config: Any, workdir: pathlib.Path) -> list[dict[str, Any]]:
     if jax.process_index() == 0:
         _write(workdir, rows, curves, config)
     return rows
+
+
+def _check_places(workdir: pathlib.Path, paths: dict[str, str]) -> None:
+    """Raises ConfigError where a checkpoint's results would be written into one of the checkpoints."""
+    for label in paths:
+        place = (workdir / label).resolve()
+        for path in paths.values():
+            if place == pathlib.Path(path).resolve() or pathlib.Path(path).resolve() in place.parents:
+                raise ConfigError(
+                    f"--workdir={workdir}: the results of {label} would be written into the checkpoint {path}: give a "
+                    "folder of its own"
+                )
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
@@ -90,16 +106,22 @@ def milliseconds(network: Network, *, batch_size: int, repeats: int) -> float:
     model, config = network.model, network.config
 
     @jax.jit
-    def features(params, stats, images):
+    def forward(params, stats, images):
         pixels = augment.normalise(images, config.pixel_mean, config.pixel_std)
         return model.apply(params, stats, pixels, train=False)[0]["feature"]
 
     images = np.zeros((batch_size, *model.image_size, 3), np.uint8)
-    arguments = jax.device_put((network.params, network.stats, images), jax.local_devices()[0])
+    if config.eval.runtime == onnx_runtime.JAX:
+        arguments = jax.device_put((network.params, network.stats, images), jax.local_devices()[0])
+        features = functools.partial(forward, *arguments)
+    else:
+        inputs: Any = {"mean": config.pixel_mean, "std": config.pixel_std}
+        compiled = onnx_runtime.compile_features(model, network.params, network.stats, **inputs)
+        features = functools.partial(compiled, images)
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        jax.block_until_ready(features(*arguments))
+        jax.block_until_ready(features())
         seconds.append(time.perf_counter() - start)
     # The first call compiles.
     return 1000 * statistics.median(seconds[1:]) / batch_size
@@ -110,6 +132,7 @@ def _write(
 ) -> None:
     device = jax.local_devices()[0].device_kind
     latency = f"latency: median of {config.latency.repeats} batches of {config.latency.batch_size} on {device}"
+    latency += "" if config.eval.runtime == onnx_runtime.JAX else f" by {config.eval.runtime}"
     print(f"\n{tables.as_text(rows)}\n{latency}")
     tables.write_csv(workdir / TABLE, rows)
     report.write_report(

@@ -187,7 +187,7 @@ class Epochs:
         """Unit features of images, float32 [N, D]."""
         experiment, config = self.experiment, self.experiment.config
         inputs = tuple(config.pixel_mean), tuple(config.pixel_std), config.data.interpolation
-        about = repr((settings_of(experiment.model), *inputs))
+        about = repr((settings_of(experiment.model), *inputs, config.eval.runtime))
         return feature_pass.extract(
             experiment.extractor, state.params, state.stats, images, experiment.workdir, cache=cache, about=about
         )

@@ -63,6 +63,9 @@ def test_kernels_outlive_a_full_disk_and_damaged_files(tmp_path, harm):
         content = file.read_bytes()
         file.write_bytes({"truncated": content[: len(content) // 2], "emptied": b"", "no pickle": b"x" * 99}[harm])
     run()
+    # It is kept again, for later processes.
+    run()
+    assert all(file.stat().st_size > 99 for file in files)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

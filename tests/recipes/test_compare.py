@@ -108,6 +108,15 @@ def test_refusals(cli, flags, runs, tmp_path, checkpoints, status, part):
     assert not workdir.exists()
 
 
+def test_results_are_not_written_into_a_checkpoint(cli, flags, runs):
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
+    command = flags("compare", checkpoints=f"{runs}/first,{runs}/second")
+    finished = cli.forked(*command, f"--workdir={runs}")
+    assert (finished.status, len(finished.errors)) == (2, 1), finished.err
+    assert "the results of first would be written into the checkpoint" in finished.errors[0]
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == before
+
+
 def test_paths_in_every_form():
     for value in ("a,b", " a , b", ("a", "b"), ["a", "b"], '("a", "b")'):
         assert checkpoint_paths(value) == ("a", "b")
