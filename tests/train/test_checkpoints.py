@@ -115,6 +115,22 @@ def test_the_state_may_be_donated_while_it_is_being_saved(tmp_path):
     assert_same(found.params, expected.params)
 
 
+def test_arrays_that_all_devices_hold_are_saved_by_one(tmp_path, monkeypatch):
+    devices, original = [], checkpoints.ocp.CheckpointManager.save
+
+    def noting(self, step, *, args, metrics):
+        leaves = jax.tree.leaves([args[item].item for item in ("model", "train")])
+        devices.extend(leaf.sharding.num_devices for leaf in leaves)
+        return original(self, step, args=args, metrics=metrics)
+
+    monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", noting)
+    state = make_state(make_mesh(), memory=True)
+    assert state.params["conv1"]["kernel"].sharding.num_devices == 8
+    save(tmp_path, state)
+    assert len(devices) > 8
+    assert set(devices) == {1}
+
+
 def test_what_a_killed_process_left_is_removed(tmp_path):
     mesh = make_mesh()
     save(tmp_path, make_state(mesh, step=1), make_state(mesh, step=2))
