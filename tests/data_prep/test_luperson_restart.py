@@ -188,7 +188,7 @@ def test_a_killed_worker_ends_the_run_at_once(pictures, tmp_path):
     options = ["--shard_mib=0.25", "--workers=2", f"--source={source}"]
     command = [sys.executable, "-m", "data_prep.convert", "--dataset=luperson", f"--data_dir={data_dir}", *options]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (stage / "done").exists():
+    while not list((stage / "done").glob("[0-9]" * 5)):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     workers = _children(process.pid)
@@ -219,7 +219,8 @@ def test_a_killed_process_of_beam_ends_the_run_at_once(pictures, tmp_path, kille
     options = ["--shard_mib=0.03", f"--source={source}", f"--beam_options={beam}"]
     command = [sys.executable, "-m", "data_prep.convert", "--dataset=luperson", f"--data_dir={data_dir}", *options]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (stage / "done").exists():
+    # The folder is there before the first result in it is whole.
+    while not list((stage / "done").glob("[0-9]" * 5)):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     [pipeline] = _children(process.pid)
