@@ -75,6 +75,16 @@ def numbers(what: str, values: Any, *, shape: str = "") -> np.ndarray:
     return array
 
 
+def arrays(**given: Any) -> None:
+    """Raises ArgumentError for what is no array of JAX or NumPy; under `jax.jit` too."""
+    # Worker processes that only decode do without JAX.
+    import jax
+
+    for name, value in given.items():
+        if not isinstance(value, np.ndarray | jax.Array):
+            raise ArgumentError(f"{name} are a {type(value).__name__}: give an array of JAX or NumPy")
+
+
 def matrix(what: str, values: Any, *, may_be_empty: bool = False) -> np.ndarray:
     """Features: float32 [images, dimension], contiguous; what is not finite stays so.
 

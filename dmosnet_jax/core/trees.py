@@ -1,6 +1,6 @@
 """Nested dicts of arrays, seen by name."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dmosnet_jax.core.errors import DataError, first
@@ -26,11 +26,14 @@ def differences(expected: Any, found: Any) -> list[str]:
     return missing + unexpected + [f"{name} has shape {given[name]}, not {wanted[name]}" for name in shared]
 
 
-def check(where: str, expected: Any, found: Any) -> None:
-    """Raises DataError where `found` is not nested dicts of arrays of the expected names and shapes."""
-    leaves = [leaf for _, leaf in named_leaves(found)] if isinstance(found, Mapping) else [None]
-    if not all(hasattr(leaf, "shape") for leaf in leaves):
-        raise DataError(f"{where}: the weights are no nested dicts of arrays: give `params` and `stats` of the model")
-    problems = differences(expected, found)
-    if problems:
-        raise DataError(f"{where}: the arrays are not those of the model: {first(problems, most=4)}")
+def check(where: str, expected: Iterable[Any], found: Iterable[Any]) -> None:
+    """Raises DataError where trees, `params` and `stats`, are not nested dicts of the expected names and shapes."""
+    for wanted, tree in zip(expected, found, strict=True):
+        leaves = [leaf for _, leaf in named_leaves(tree)] if isinstance(tree, Mapping) else [None]
+        if not all(hasattr(leaf, "shape") for leaf in leaves):
+            raise DataError(
+                f"{where}: the weights are no nested dicts of arrays: give `params` and `stats` of the model"
+            )
+        problems = differences(wanted, tree)
+        if problems:
+            raise DataError(f"{where}: the arrays are not those of the model: {first(problems, most=4)}")

@@ -99,8 +99,11 @@ def serialise(
     """
     if input not in INPUTS:
         raise ConfigError(f"onnx.input={input!r} is not known: use one of {', '.join(INPUTS)}")
-    for expected, found in zip(model.shapes(), (params, stats), strict=True):
-        check(f"ONNX of {model.name}", _without_classifier(expected), _without_classifier(found))
+    check(
+        f"ONNX of {model.name}",
+        map(_without_classifier, model.shapes()),
+        map(_without_classifier, (params, stats)),
+    )
     graph = Graph()
     images = graph.input("images", ("batch", 3, *model.image_size))
     pixels = onnx_network.affine(graph, images, "input", _normalisation(input, mean, std))

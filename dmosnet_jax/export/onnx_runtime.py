@@ -19,7 +19,6 @@ from dmosnet_jax.data import augment
 from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.pipeline import evaluation_batches
 from dmosnet_jax.data.splits import Rows
-from dmosnet_jax.data.transforms import DEFAULT_FILTER
 from dmosnet_jax.evaluation import extract
 from dmosnet_jax.export import onnx_file
 from dmosnet_jax.models import Model
@@ -94,23 +93,16 @@ class Extractor(extract.Extractor):
         self,
         model: Model,
         *,
-        batch_size: int,
-        threads: int = 2,
         workers: int = 0,
-        interpolation: str = DEFAULT_FILTER,
         flip: bool = False,
         mean: Sequence[float] = augment.IMAGENET_MEAN,
         std: Sequence[float] = augment.IMAGENET_STD,
+        **reading: Any,
     ):
-        """Takes what the other extractor takes, but for devices."""
+        """Takes what the other extractor takes, but for devices; `reading` has batch size, threads and interpolation."""
         self._model, self._workers, self._flip = model, workers, flip
         self._inputs: dict[str, Any] = {"mean": mean, "std": std}
-        self._options: dict[str, Any] = {
-            "image_size": model.image_size,
-            "interpolation": interpolation,
-            "batch_size": batch_size,
-            "threads": threads,
-        }
+        self._options: dict[str, Any] = {"image_size": model.image_size, **reading}
         self._forward = self._batches
         self._compiled: tuple[Any, Features] | None = None
 

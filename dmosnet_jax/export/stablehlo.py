@@ -37,8 +37,7 @@ def serialise(model: Model, params: Any, stats: Any, *, mean: Sequence[float], s
     Raises:
         DataError: the arrays are not the model's.
     """
-    for expected, found in zip(model.shapes(), (params, stats), strict=True):
-        check(f"program of {model.name}", expected, found)
+    check(f"program of {model.name}", model.shapes(), (params, stats))
     weights = jax.tree.map(np.asarray, (params, stats))
 
     @jax.jit

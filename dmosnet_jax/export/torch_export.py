@@ -50,8 +50,7 @@ def to_state_dict(
         DataError: the arrays are not the model's.
     """
     check_layout(model, layout)
-    for expected, found in zip(model.shapes(), (params, stats), strict=True):
-        check(f"{model.name} for {layout}", expected, found)
+    check(f"{model.name} for {layout}", model.shapes(), (params, stats))
     return by_torch_names(params, stats, batches=batches, layout=EXPORTS[layout].names)
 
 

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from dmosnet_jax.core import arguments
@@ -96,9 +95,7 @@ def accuracy(
 
 
 def _check(logits: jax.Array, labels: jax.Array, mask: jax.Array | None) -> None:
-    for name, array in (("logits", logits), ("labels", labels)):
-        if not isinstance(array, np.ndarray | jax.Array):
-            raise ArgumentError(f"{name} are a {type(array).__name__}: give an array of JAX or NumPy")
+    arguments.arrays(logits=logits, labels=labels)
     if logits.ndim != 2 or 0 in logits.shape or not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ArgumentError(f"logits must be floating point [B, C], not empty, got {logits.dtype}{list(logits.shape)}")
     if labels.shape != logits.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):

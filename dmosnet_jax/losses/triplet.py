@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from dmosnet_jax.core import arguments
@@ -29,9 +28,7 @@ def batch_hard(
     Raises:
       ConfigError: shapes or dtypes do not fit, or the margin is not positive; raised while tracing.
     """
-    for name, array in (("embeddings", embeddings), ("pids", pids)):
-        if not isinstance(array, np.ndarray | jax.Array):
-            raise ArgumentError(f"{name} are a {type(array).__name__}: give an array of JAX or NumPy")
+    arguments.arrays(embeddings=embeddings, pids=pids)
     if embeddings.ndim != 2 or 0 in embeddings.shape or not jnp.issubdtype(embeddings.dtype, jnp.floating):
         raise ArgumentError(
             f"embeddings must be floating point [B, D], not empty, got {embeddings.dtype}{list(embeddings.shape)}"

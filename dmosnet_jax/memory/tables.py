@@ -149,9 +149,7 @@ def check_batch(inputs: Any, indices: Any, dim: int, images: int) -> None:
 
     Indices are looked at outside of `jax.jit` alone; inside, those that are too high mean the last image.
     """
-    for name, array in (("inputs", inputs), ("indices", indices)):
-        if not isinstance(array, np.ndarray | jax.Array):
-            raise ArgumentError(f"memory: {name} are a {type(array).__name__}; give an array of JAX or NumPy")
+    arguments.arrays(inputs=inputs, indices=indices)
     if inputs.ndim != 2 or inputs.shape[1] != dim or indices.shape != inputs.shape[:1]:
         raise ArgumentError(
             f"memory: inputs {inputs.shape} and indices {indices.shape} do not fit features of {dim} values"
