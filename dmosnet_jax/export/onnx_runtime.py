@@ -99,7 +99,7 @@ class Extractor(extract.Extractor):
         std: Sequence[float] = augment.IMAGENET_STD,
         **reading: Any,
     ):
-        """Takes what the other extractor takes, but for devices; `reading` has batch size, threads and interpolation."""
+        """Takes what the other extractor takes, but for devices; `reading`: batch size, threads, interpolation."""
         self._model, self._workers, self._flip = model, workers, flip
         self._inputs: dict[str, Any] = {"mean": mean, "std": std}
         self._options: dict[str, Any] = {"image_size": model.image_size, **reading}
