@@ -4,19 +4,16 @@ There is one axis, `data`: batches and memory rows are split over it, parameters
 is always the global batch, so no result depends on the number of devices.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dmosnet_jax.core.errors import ConfigError, LostProcessError
 
 AXIS = "data"
-GATHERED_BYTES = 1 << 28
 
 _Result = TypeVar("_Result")
 
@@ -64,39 +61,12 @@ def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arr
 
 
 def to_host(tree: Any) -> Any:
-    """NumPy copies of arrays that may be split over devices of several processes."""
-    return jax.tree.map(np.asarray if jax.process_count() == 1 else _gathered, tree)
-
-
-def _gathered(array: jax.Array) -> np.ndarray:
-    """A copy, by parts where it is large: every device holds all of what is gathered at once."""
+    """NumPy copies of arrays that may be split over devices of several processes; every device holds all of each."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
     from jax.experimental import multihost_utils
 
-    if array.nbytes <= GATHERED_BYTES or not isinstance(array.sharding, NamedSharding) or array.is_fully_replicated:
-        return multihost_utils.process_allgather(array, tiled=True)
-    devices = array.sharding.mesh.size
-    local = len(array) // devices
-    # Some rows of each device's.
-    rows = max(1, GATHERED_BYTES * local // array.nbytes)
-    found = np.empty((devices, local, *array.shape[1:]), array.dtype)
-    for begin in range(0, local, rows):
-        # The last part may begin in the one before, so that all are one program.
-        start = max(0, min(begin, local - rows))
-        part = _local_rows(array, np.int32(start), rows=min(rows, local), mesh=array.sharding.mesh)
-        some = multihost_utils.process_allgather(part, tiled=True)
-        found[:, start : start + rows] = some.reshape(devices, -1, *array.shape[1:])
-    return found.reshape(array.shape)
-
-
-@functools.partial(jax.jit, static_argnames=("rows", "mesh"))
-def _local_rows(array: jax.Array, start: jax.Array, *, rows: int, mesh: Mesh) -> jax.Array:
-    """So many rows of each device's part, from one on."""
-
-    def local(part: jax.Array, start: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(part, start, rows)
-
-    spec = PartitionSpec(AXIS)
-    return jax.shard_map(local, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)(array, start)
+    return jax.tree.map(lambda array: multihost_utils.process_allgather(array, tiled=True), tree)
 
 
 def from_first(tree: Any) -> Any:

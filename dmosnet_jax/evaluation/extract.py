@@ -162,9 +162,13 @@ class Extractor:
         Raises:
             DataError: a record or image can't be read.
         """
-        done: list[np.ndarray] = []
+        return np.concatenate(list(self.batches(params, stats, split, label=label, cache=cache)))
+
+    def batches(
+        self, params: Any, stats: Any, split: Rows, *, label: str = "extract", cache: ImageCache | None = None
+    ) -> Iterator[Float32[np.ndarray, "b e"]]:
+        """The same batch by batch, so that no process need keep them all."""
         with progress_bar(len(split), label=label) as bar:
             for features in self._forward((params, stats), split, cache=cache):
-                done.append(features)
+                yield features
                 bar.update(len(features))
-        return np.concatenate(done)

@@ -169,7 +169,7 @@ def set_labels(
     memory: Memory,
     labels: Int[np.ndarray, " n"],
     *,
-    features: Float[np.ndarray | jax.Array, "n d"],
+    features: Float[np.ndarray | jax.Array, "n d"] | tables.TableRows,
     capacity: int | None = None,
 ) -> Memory:
     """The memory at the start of an epoch (paper, Eq. 3 and Algorithm 1).
@@ -211,7 +211,7 @@ def class_labels(found: Clustering) -> Int32[np.ndarray, " n"]:
     return found.dbscan
 
 
-def stored_features(memory: Memory) -> Float32[np.ndarray, "n d"] | None:
+def stored_features(memory: Memory) -> tables.TableRows | None:
     """None: centroids do not tell images apart, so that features are extracted before each clustering."""
     del memory
     return None

@@ -185,7 +185,7 @@ def set_labels(
     memory: Memory,
     labels: Int[np.ndarray, " n"],
     *,
-    features: Float[np.ndarray | jax.Array, "n d"] | None = None,
+    features: Float[np.ndarray | jax.Array, "n d"] | tables.TableRows | None = None,
     capacity: int | None = None,
 ) -> Memory:
     """The memory with the pseudo-labels of a new epoch; class sums and counts are rebuilt.
@@ -234,9 +234,9 @@ def class_labels(found: Clustering) -> Int32[np.ndarray, " n"]:
     return found.labels
 
 
-def stored_features(memory: Memory) -> Float32[np.ndarray, "n d"] | None:
-    """Features to cluster next, on the host of every process."""
-    return parallel.to_host(memory.features)[: memory.num_rows]
+def stored_features(memory: Memory) -> tables.TableRows | None:
+    """Features to cluster next."""
+    return tables.TableRows(memory.features, 0, memory.num_rows, memory.mesh)
 
 
 def diagnostics(memory: Memory) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Tables split by rows over the devices of a mesh: allocation, access to rows, sums by class, momentum update."""
 
+import dataclasses
 import functools
 import math
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from dmosnet_jax.core.unit import unit_rows
 PADDING = 1024
 # Values of a partial table of class sums, which every device holds of all classes: 256 MiB.
 PARTIAL_SUMS = 2**26
+# Most bytes that every process holds of a table while process 0 takes a copy.
+PIECE_BYTES = 2**26
 
 BY_ROWS, EVERYWHERE = PartitionSpec(parallel.AXIS), PartitionSpec()
 
@@ -72,6 +75,110 @@ def allocate(
     return jax.make_array_from_callback(like.shape, sharding, part)
 
 
+@dataclasses.dataclass(frozen=True)
+class TableRows:
+    """Some rows of a table that is split over the devices of all processes; none of these need hold all of it.
+
+    Attributes:
+        table: float32 [R, D], by rows.
+        start: the first row.
+        stop: the row after the last.
+        mesh: the devices.
+    """
+
+    table: jax.Array
+    start: int
+    stop: int
+    mesh: Mesh
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of rows and of values."""
+        return self.stop - self.start, self.table.shape[1]
+
+    def fetch(self, start: int, stop: int) -> Float32[np.ndarray, "n d"]:
+        """A copy of a few rows on every process; all of them call this with the same rows."""
+        if self.table.is_fully_addressable:
+            return self._here[start:stop]
+        found = _rows_of(self.table, np.int32(self.start + start), count=stop - start, mesh=self.mesh)
+        return np.asarray(found)
+
+    @functools.cached_property
+    def on_first(self) -> Float32[np.ndarray, "n d"] | None:
+        """All rows on process 0, None elsewhere; all processes ask for it. The others never hold more than a piece."""
+        if self.table.is_fully_addressable:
+            return self._here
+        rows, dim = self.shape
+        found = np.empty((rows, dim), np.float32) if jax.process_index() == 0 else None
+        piece = min(rows, max(1, PIECE_BYTES // (4 * dim)))
+        for begin in range(0, rows, piece):
+            # The last one reaches back, so that all are one program.
+            begin = max(0, min(begin, rows - piece))
+            values = self.fetch(begin, begin + piece)
+            if found is not None:
+                found[begin : begin + piece] = values
+        return found
+
+    @functools.cached_property
+    def _here(self) -> np.ndarray:
+        return np.asarray(self.table)[self.start : self.stop]
+
+
+@functools.partial(jax.jit, static_argnames=("count", "mesh"))
+def _rows_of(table: jax.Array, start: jax.Array, *, count: int, mesh: Mesh) -> jax.Array:
+    def local(part: jax.Array, start: jax.Array) -> jax.Array:
+        return lax.psum(read(part, start + jnp.arange(count)), parallel.AXIS)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(BY_ROWS, EVERYWHERE), out_specs=EVERYWHERE)(table, start)
+
+
+class Filling:
+    """A table of features that come piece by piece; each process keeps the rows of its own devices alone."""
+
+    def __init__(self, images: int, dim: int, mesh: Mesh):
+        """An empty table.
+
+        Args:
+            images: N.
+            dim: D.
+            mesh: the devices to split it over.
+        """
+        self._shape, self._mesh = (padded(images, mesh), dim), mesh
+        # A process's devices stand together in the mesh.
+        mine = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+        local = self._shape[0] // mesh.size
+        self._first = mine[0] * local
+        self._rows = np.zeros((len(mine) * local, dim), np.float32)
+        self._images, self._bad, self._first_bad = images, 0, images
+
+    def write(self, start: int, piece: Float[np.ndarray, "n d"]) -> None:
+        """Takes some rows, the same on every process, from `start` on."""
+        if found := arguments.first_not_finite(piece):
+            self._bad, self._first_bad = self._bad + found[0], min(self._first_bad, start + found[1])
+        low, high = max(start, self._first), min(start + len(piece), self._first + len(self._rows))
+        if low < high:
+            self._rows[low - self._first : high - self._first] = piece[low - start : high - start]
+
+    def finish(self) -> TableRows:
+        """The table, once all rows are there.
+
+        Raises:
+            DataError: some are not finite.
+        """
+        if self._bad:
+            raise DataError(
+                f"memory: {self._bad} of {self._images} features are not finite, the first is row {self._first_bad}; "
+                "the network has diverged: go on from an earlier checkpoint, with a lower learning rate"
+            )
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(self._shape[0])
+            return self._rows[start - self._first : stop - self._first]
+
+        table = jax.make_array_from_callback(self._shape, parallel.by_rows(self._mesh), part)
+        return TableRows(table, 0, self._images, self._mesh)
+
+
 def allocate_labels(labels: Int[np.ndarray, " n"], memory: Any, *, lowest: int, capacity: int) -> Int32[Array, " r"]:
     """The labels of all images as a memory's table.
 
@@ -98,23 +205,20 @@ def allocate_labels(labels: Int[np.ndarray, " n"], memory: Any, *, lowest: int, 
     return allocate(labels, like, parallel.replicated(memory.mesh), fill=-1)
 
 
-def allocate_features(features: Float[np.ndarray | jax.Array, "n d"], memory: Any) -> Float32[Array, "r d"]:
-    """Features of a memory's images as its table, by rows.
+def allocate_features(features: Float[np.ndarray | jax.Array, "n d"] | TableRows, memory: Any) -> Float32[Array, "r d"]:
+    """Features of a memory's images as its table, by rows; a `Filling`'s is taken as it is.
 
     Raises:
         DataError: they are of another shape, or not finite.
     """
-    images, dim = features_shape(features)
+    images, dim = features.shape if isinstance(features, TableRows) else features_shape(features)
     if images != memory.num_rows:
         raise DataError(f"memory: features of {images} images; the memory holds {memory.num_rows}")
-    rows = arguments.matrix("memory: features", features)
-    if found := arguments.first_not_finite(rows):
-        raise DataError(
-            f"memory: {found[0]} of {images} features are not finite, the first is row {found[1]}; the network has "
-            "diverged: go on from an earlier checkpoint, with a lower learning rate"
-        )
-    like = jax.ShapeDtypeStruct((padded(images, memory.mesh), dim), jnp.float32)
-    return allocate(rows, like, parallel.by_rows(memory.mesh))
+    if isinstance(features, TableRows):
+        return features.table
+    filling = Filling(images, dim, memory.mesh)
+    filling.write(0, arguments.matrix("memory: features", features))
+    return filling.finish().table
 
 
 def features_shape(features: np.ndarray | jax.Array) -> tuple[int, int]:

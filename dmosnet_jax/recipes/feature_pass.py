@@ -8,7 +8,7 @@ import contextlib
 import pathlib
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -40,8 +40,8 @@ def extract(
     part: int = PART,
     label: str = "memory",
     about: str = "",
-) -> np.ndarray:
-    """Unit features of all images, float32 [N, E], the same on every process.
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Unit features of all images, piece by piece, so that a process need not keep those of other processes' devices.
 
     Args:
         extractor: compiled forward pass.
@@ -54,15 +54,22 @@ def extract(
         label: of the progress bar.
         about: what else decides the features, such as the image size and the pixel statistics.
 
+    Yields:
+        The first row of a piece, and float32 [n, E], the same on every process.
+
     Raises:
         DataError: an image can't be read, or a part can't be written.
     """
     count = len(split.pids)
     if count <= part or cache is not None:
-        return unit_rows_np(extractor(params, stats, split, label=label, cache=cache))
+        start = 0
+        for features in extractor.batches(params, stats, split, label=label, cache=cache):
+            yield start, unit_rows_np(features)
+            start += len(features)
+        return
     folder, prefix = workdir / FOLDER, _fingerprint(params, stats, split, about)
     _remove_parts(folder, but=prefix)
-    features, known = np.empty((0, 0), np.float32), 0
+    known = 0
     for start in range(0, count, part):
         rows = np.arange(start, min(start + part, count))
         path = folder / f"{prefix}-{start:09d}.npy"
@@ -75,12 +82,9 @@ def extract(
                     np.save(file, piece, allow_pickle=False)
         else:
             known += len(rows)
-        if not start:
-            features = np.empty((count, piece.shape[1]), np.float32)
-        features[start : start + len(rows)] = piece
+        yield start, piece
     if known:
         print_once(f"{known:,} of {count:,} features were there from an interrupted pass")
-    return features
 
 
 def clear(workdir: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ import pathlib
 import time
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -12,6 +13,7 @@ from dmosnet_jax.core.parallel import agree, print_once
 from dmosnet_jax.evaluation.report_charts import Chart, Line, draw_svg
 from dmosnet_jax.memory import quality
 from dmosnet_jax.memory.clustering import Clustering, TooFewClusteredError, cluster, host_memory
+from dmosnet_jax.memory.tables import TableRows
 from dmosnet_jax.train.metrics import progress_bar
 
 PICTURE = "k_distances.svg"
@@ -38,19 +40,20 @@ def check_memory(images: int, dim: int, settings: Any) -> None:
     parts = host_memory.estimate_memory(images, dim, k1=k1)
     total = parts.pop("total")
     largest = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in sorted(parts.items(), key=lambda p: -p[1])[:3])
+    whose = "host memory" if jax.process_count() == 1 else "process 0's host memory"
     print_once(
-        f"clustering {images:,} images of {dim} values takes up to {total / 2**30:.2f} GiB of host memory ({largest})"
+        f"clustering {images:,} images of {dim} values takes up to {total / 2**30:.2f} GiB of {whose} ({largest})"
     )
     agree(lambda: host_memory.check_memory(images, dim, k1=k1))
 
 
 def run_clustering(
-    features: np.ndarray, settings: Any, *, eps: float, threshold: float | None, mesh: Mesh, workdir: pathlib.Path
+    features: TableRows, settings: Any, *, eps: float, threshold: float | None, mesh: Mesh, workdir: pathlib.Path
 ) -> Clustering:
     """Clusters the features with a progress bar.
 
     Args:
-        features: float32 [N, D] of unit length, the same on every process.
+        features: rows of unit length.
         settings: `config.spcl`.
         eps: radius of this epoch.
         threshold: independence threshold of the first epoch, None in it.
@@ -60,7 +63,7 @@ def run_clustering(
     Raises:
         TooFewClusteredError: the message names the picture.
     """
-    images, candidates = len(features), 0
+    images, candidates = features.shape[0], 0
     if settings.search == "bfloat16":
         candidates = _CANDIDATES * min(settings.k1, images)
     with progress_bar(images * len(_STAGES), label="cluster") as bar:

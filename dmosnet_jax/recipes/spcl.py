@@ -9,7 +9,7 @@ al. 2021): features are extracted before each epoch, and images outside of clust
 import dataclasses
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +21,7 @@ from dmosnet_jax.data.pipeline import Batches
 from dmosnet_jax.data.samplers import class_epoch
 from dmosnet_jax.data.splits import Rows
 from dmosnet_jax.memory import cluster, hybrid
+from dmosnet_jax.memory.tables import Filling, TableRows
 from dmosnet_jax.recipes import feature_pass, pseudo_labels
 from dmosnet_jax.recipes.datasets import training_images
 from dmosnet_jax.recipes.dry_run import describe
@@ -178,13 +179,21 @@ class Epochs:
         lengths = {"instances": config.sampler.instances, "steps": self.experiment.lengths.steps_per_epoch}
         return class_epoch(labels, cameras, seed=config.seed, epoch=epoch, **lengths, **options)
 
-    def rows(self, run: RunState, epoch: int) -> np.ndarray:
+    def rows(self, run: RunState, epoch: int) -> TableRows:
         """The memory's rows from the network as it is now."""
         del epoch
-        return self.extract(run.state, self.experiment.images, self.experiment.cache)
+        filling = self.filling()
+        for start, features in self.extract(run.state, self.experiment.images, self.experiment.cache):
+            filling.write(start, features)
+        return filling.finish()
 
-    def extract(self, state: TrainState, images: Rows, cache: ImageCache | None) -> np.ndarray:
-        """Unit features of images, float32 [N, D]."""
+    def filling(self) -> Filling:
+        """The memory's rows, none of them there yet."""
+        experiment = self.experiment
+        return Filling(self.fixed + len(self.clustered), experiment.model.feature_dim, experiment.mesh)
+
+    def extract(self, state: TrainState, images: Rows, cache: ImageCache | None) -> Iterator[tuple[int, np.ndarray]]:
+        """Unit features of images, piece by piece; see `feature_pass.extract`."""
         experiment, config = self.experiment, self.experiment.config
         inputs = tuple(config.pixel_mean), tuple(config.pixel_std), config.data.interpolation
         about = repr((settings_of(experiment.model), *inputs, config.eval.runtime))
@@ -209,10 +218,11 @@ class Epochs:
             feature_pass.clear(experiment.workdir)
         eps = pseudo_labels.radius(settings, epoch, experiment.lengths.epochs)
         threshold = run.meta["loop"]["indep_threshold"]
+        images = dataclasses.replace(rows, start=self.fixed)
         found = pseudo_labels.run_clustering(
-            rows[self.fixed :], settings, eps=eps, threshold=threshold, mesh=experiment.mesh, workdir=experiment.workdir
+            images, settings, eps=eps, threshold=threshold, mesh=experiment.mesh, workdir=experiment.workdir
         )
-        labels, capacity = self.memory.class_labels(found), self._capacity or len(rows)
+        labels, capacity = self.memory.class_labels(found), self._capacity or rows.stop
         every = np.concatenate([np.arange(self.fixed, dtype=labels.dtype), labels + self.fixed])
         try:
             memory = self.memory.set_labels(memory, every, features=fresh, capacity=capacity)

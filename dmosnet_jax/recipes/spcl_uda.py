@@ -17,6 +17,7 @@ from dmosnet_jax.core.unit import unit_rows_np
 from dmosnet_jax.data.samplers import SOURCE, alternating
 from dmosnet_jax.data.splits import Rows, Subset, relabel
 from dmosnet_jax.memory import hybrid
+from dmosnet_jax.memory.tables import TableRows
 from dmosnet_jax.recipes import feature_pass, spcl
 from dmosnet_jax.recipes.datasets import domain_images
 from dmosnet_jax.recipes.dry_run import describe
@@ -83,16 +84,21 @@ class Epochs(spcl.Epochs):
         rows = self.fixed + np.arange(len(labels), dtype=np.int32)
         return alternating(known, found + np.int32(self.source)), np.concatenate([self.source_labels, rows])
 
-    def rows(self, run: RunState, epoch: int) -> np.ndarray:
+    def rows(self, run: RunState, epoch: int) -> TableRows:
         """Centroids of the source's classes, and the target's features; later only these are taken anew."""
-        experiment = self.experiment
+        experiment, filling = self.experiment, self.filling()
         if epoch:
             assert isinstance(run.state.memory, hybrid.Memory)
             stored = hybrid.stored_features(run.state.memory)
             assert stored is not None
-            centroids = stored[: self.fixed]
-            return np.concatenate([centroids, self.extract(run.state, self.clustered, None)])
-        features = self.extract(run.state, experiment.images, experiment.cache)
-        sums = np.zeros((self.fixed, features.shape[1]), np.float32)
-        np.add.at(sums, self.source_labels, features[: self.source])
-        return np.concatenate([unit_rows_np(sums), features[self.source :]])
+            filling.write(0, stored.fetch(0, self.fixed))
+            for start, features in self.extract(run.state, self.clustered, None):
+                filling.write(self.fixed + start, features)
+            return filling.finish()
+        sums = np.zeros((self.fixed, experiment.model.feature_dim), np.float32)
+        for start, features in self.extract(run.state, experiment.images, experiment.cache):
+            known = features[: max(self.source - start, 0)]
+            np.add.at(sums, self.source_labels[start : start + len(known)], known)
+            filling.write(self.fixed + max(start - self.source, 0), features[len(known) :])
+        filling.write(0, unit_rows_np(sums))
+        return filling.finish()

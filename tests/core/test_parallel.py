@@ -26,24 +26,6 @@ def test_batches_are_split_by_rows_in_order(rng, count):
         np.testing.assert_array_equal(value, batch[name], strict=True)
 
 
-@pytest.mark.parametrize(("local", "rows"), [(37, 10), (37, 1), (40, 20), (5, 100)])
-def test_large_arrays_are_gathered_by_parts(rng, monkeypatch, local, rows):
-    value = rng.random((8 * local, 6), np.float32)
-    placed = jax.device_put(value, parallel.by_rows(parallel.make_mesh()))
-    monkeypatch.setattr(parallel, "GATHERED_BYTES", 8 * rows * 6 * 4)
-    gathered, taken = [], parallel._local_rows
-
-    def noting(*args, **options):
-        part = taken(*args, **options)
-        gathered.append(part.nbytes)
-        return part
-
-    monkeypatch.setattr(parallel, "_local_rows", noting)
-    np.testing.assert_array_equal(parallel._gathered(placed), value, strict=True)
-    assert all(size <= parallel.GATHERED_BYTES for size in gathered)
-    assert len(gathered) == (0 if rows >= local else -(-local // rows))
-
-
 def test_every_device_takes_part_by_default():
     assert parallel.make_mesh().size == jax.device_count() == 8
 

@@ -34,6 +34,23 @@ found = {}
 for backend in ("host", "device"):
     nearest = neighbours.search(features, 20, mesh=mesh, backend=backend)
     found[backend], found[backend + "_similarities"] = nearest.indices, nearest.similarities
+# The same as rows of a table, none of whose processes but the first ever makes a copy of it all.
+tables.PIECE_BYTES = 10_000
+filling = tables.Filling(507, 64, mesh)
+for start in range(0, 500, 90):
+    filling.write(7 + start, features[start : start + 90])
+table = filling.finish()
+assert sum(len(shard.data) for shard in table.table.addressable_shards) == len(table.table) // processes
+images = tables.TableRows(table.table, 7, 507, mesh)
+assert (images.on_first is None) == (process > 0)
+assert process or (images.on_first == features).all()
+found["some"] = images.fetch(80, 330)
+for backend in ("host", "device"):
+    nearest = neighbours.search(images, 20, backend=backend)
+    found[backend + "_of_table"], found[backend + "_of_table_similarities"] = nearest.indices, nearest.similarities
+for name, values in (("candidates", features), ("candidates_of_table", images)):
+    found[name] = neighbours.search(values, 20, mesh=mesh, backend="device", candidates=40).indices
+found["labels_of_table"] = cluster(images, k1=20).labels
 result = cluster(features, k1=20, mesh=mesh)
 names = ("labels", "dbscan", "dbscan_tight", "dbscan_loose", "r_comp", "r_indep", "indep_threshold", "num_clusters",
          "num_unclustered", "largest_cluster")
@@ -114,6 +131,8 @@ def test_two_processes_equal_one_device(tmp_path):
     assert "not one cluster" in str(one["refusal"]) or "only" in str(one["refusal"])
     assert str(two[0]["refusal"]) == str(one["refusal"])
     assert str(two[1]["refusal"]) == "process 0 failed, and its message says why"
+    for name in ("host", "device", "candidates", "labels"):
+        np.testing.assert_array_equal(one[f"{name}_of_table"], one[name])
     close = ("similarities", "loss", "gradient", "features", "sums", "drift")
     for found in two:
         assert found["devices"] == 4

@@ -30,12 +30,23 @@ class Extractor:
     def __init__(self, breaks_after=99):
         self.parts, self.left = [], breaks_after
 
+    def batches(self, params, stats, split, *, label, cache=None):
+        features = self(params, stats, split, label=label, cache=cache)
+        yield features[:20]
+        yield features[20:]
+
     def __call__(self, params, stats, split, *, label, cache=None):
         if not self.left:
             raise KeyboardInterrupt
         self.left -= 1
         self.parts.append(np.asarray(split.pids))
         return np.stack([params["w"] + split.pids, np.ones(len(split.pids))], axis=1).astype(np.float32)
+
+
+def extract(*args, **options):
+    pieces = list(feature_pass.extract(*args, **options))
+    assert [start for start, _ in pieces] == np.cumsum([0] + [len(piece) for _, piece in pieces])[:-1].tolist()
+    return np.concatenate([piece for _, piece in pieces])
 
 
 def unit(features):
@@ -52,13 +63,13 @@ def test_an_interrupted_pass_goes_on(tmp_path, capsys):
     expected = unit(np.stack([2 + np.arange(50), np.ones(50)], axis=1).astype(np.float32))
     broken = Extractor(breaks_after=3)
     with pytest.raises(KeyboardInterrupt):
-        feature_pass.extract(broken, params, {}, split, tmp_path, part=12)
+        extract(broken, params, {}, split, tmp_path, part=12)
     assert len(files(tmp_path)) == 3
     # One part was damaged since.
     path = tmp_path / feature_pass.FOLDER / files(tmp_path)[1]
     path.write_bytes(path.read_bytes()[:-5])
     second = Extractor()
-    found = feature_pass.extract(second, params, {}, split, tmp_path, part=12)
+    found = extract(second, params, {}, split, tmp_path, part=12)
     np.testing.assert_array_equal(found, expected)
     assert found.dtype == np.float32
     assert [part[0] for part in second.parts] == [12, 36, 48]
@@ -70,10 +81,10 @@ def test_an_interrupted_pass_goes_on(tmp_path, capsys):
 
 
 def test_parts_of_other_weights_or_images_are_not_used(tmp_path):
-    feature_pass.extract(Extractor(), {"w": np.float32(2)}, {}, Split(50), tmp_path, part=12)
+    extract(Extractor(), {"w": np.float32(2)}, {}, Split(50), tmp_path, part=12)
     for params, split in (({"w": np.float32(3)}, Split(50)), ({"w": np.float32(3)}, Split(49))):
         extractor = Extractor()
-        found = feature_pass.extract(extractor, params, {}, split, tmp_path, part=12)
+        found = extract(extractor, params, {}, split, tmp_path, part=12)
         assert len(extractor.parts) == 5
         assert len(files(tmp_path)) == 5
         np.testing.assert_allclose(found[:, 0] / found[:, 1], 3 + np.arange(len(split)), rtol=1e-5)
@@ -85,7 +96,7 @@ def test_parts_of_other_settings_are_not_used_and_files_of_others_stay(tmp_path)
     mine.touch()
     for about, parts in (("256x128", 5), ("256x128", 0), ("128x64", 5)):
         extractor = Extractor()
-        feature_pass.extract(extractor, {"w": np.float32(2)}, {}, Split(50), tmp_path, part=12, about=about)
+        extract(extractor, {"w": np.float32(2)}, {}, Split(50), tmp_path, part=12, about=about)
         assert len(extractor.parts) == parts
     assert len(files(tmp_path)) == 6
     feature_pass.clear(tmp_path)
@@ -94,6 +105,7 @@ def test_parts_of_other_settings_are_not_used_and_files_of_others_stay(tmp_path)
 
 def test_small_sets_are_extracted_at_once(tmp_path):
     extractor = Extractor()
-    feature_pass.extract(extractor, {"w": np.float32(2)}, {}, Split(50), tmp_path, part=50)
+    found = extract(extractor, {"w": np.float32(2)}, {}, Split(50), tmp_path, part=50)
+    np.testing.assert_array_equal(found, unit(Extractor()({"w": np.float32(2)}, {}, Split(50), label="")))
     assert len(extractor.parts) == 1
     assert files(tmp_path) == []

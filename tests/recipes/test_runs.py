@@ -42,11 +42,11 @@ WITHOUT_CONVERTERS = """
 import runpy, sys
 
 sys.modules.update(dict.fromkeys(("tensorflow", "torch", "apache_beam", "data_prep")))
-from dmosnet_jax.core import parallel
+from dmosnet_jax.memory import tables
 from dmosnet_jax.recipes import training
 
-# Several processes gather by parts what would be large in a real run.
-parallel.GATHERED_BYTES = 1024
+# Process 0 copies by pieces what would be large in a real run.
+tables.PIECE_BYTES = 1024
 
 original = training.train_batches
 

@@ -8,7 +8,7 @@ import pytest
 from configs import spcl_uda as experiment_file
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.unit import unit_rows_np
-from dmosnet_jax.memory import hybrid
+from dmosnet_jax.memory import hybrid, tables
 from dmosnet_jax.recipes import spcl_uda
 from dmosnet_jax.recipes.datasets import domain_images
 
@@ -34,7 +34,8 @@ def epochs(domains):
     config.data_dir, config.batch_size = str(domains), 32
     images, source = domain_images(config)
     lengths = types.SimpleNamespace(steps_per_epoch=6)
-    experiment = types.SimpleNamespace(config=config, images=images, lengths=lengths, cache=None)
+    about = {"model": types.SimpleNamespace(feature_dim=7), "mesh": tables.default_mesh()}
+    experiment = types.SimpleNamespace(config=config, images=images, lengths=lengths, cache=None, **about)
     return spcl_uda.Epochs(experiment, hybrid, {}, source)
 
 
@@ -66,12 +67,13 @@ def test_rows_are_centroids_and_then_features(epochs, rng, monkeypatch):
 
     def extract(self, state, images, cache):
         asked.append(len(images))
-        return features[-len(images) :]
+        for start in range(0, len(images), 20):
+            yield start, features[-len(images) :][start : start + 20]
 
     monkeypatch.setattr(spcl_uda.Epochs, "extract", extract)
     features = unit_rows_np(rng.normal(size=(102, 7)).astype(np.float32))
     run = types.SimpleNamespace(state=types.SimpleNamespace(memory=None))
-    rows = epochs.rows(run, 0)
+    rows = epochs.rows(run, 0).on_first
     for number, pid in enumerate(np.unique(epochs.experiment.images.pids[:54])):
         mean = features[:54][epochs.experiment.images.pids[:54] == pid].mean(axis=0)
         np.testing.assert_allclose(rows[number], mean / np.linalg.norm(mean), atol=1e-6)
@@ -79,7 +81,7 @@ def test_rows_are_centroids_and_then_features(epochs, rng, monkeypatch):
     # Later the centroids stay, and only the target's features are taken anew.
     labels = np.concatenate([np.arange(9), 9 + np.arange(48) // 4])
     run.state.memory = hybrid.init(unit_rows_np(rows + 0.5), labels, momentum=0.2, temperature=0.05)
-    again = epochs.rows(run, 1)
+    again = epochs.rows(run, 1).on_first
     np.testing.assert_array_equal(again[:9], unit_rows_np(rows + 0.5)[:9])
     np.testing.assert_array_equal(again[9:], features[54:])
     assert asked == [102, 48]

@@ -9,7 +9,7 @@ neighbour, unless exact duplicates with lower indices come before it.
 
 import concurrent.futures
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +20,11 @@ from jaxtyping import Float, Float32, Int, Int32
 from dmosnet_jax.core import arguments, parallel
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.kernels import jit, thread_count
+from dmosnet_jax.memory.tables import TableRows
 
 BLOCK = 2048
+# Blocks of rows that columns are compared with before the next rows.
+_STRIP = 16
 _MERGE_ROWS = 65_536
 _PROBE_CELLS = 2**26  # similarities at once in measuring recall
 
@@ -78,13 +81,20 @@ def _take_columns(block, row0, col0, start, stop, values, ids, worst):
                 worst[column] = values[column, last]
 
 
+def _strips(rows: int, block: int) -> Iterator[tuple[int, int]]:
+    """First rows of strips, each with the first columns of all blocks from there on."""
+    for first in range(0, rows, _STRIP * block):
+        for col0 in range(first, rows, block):
+            yield first, col0
+
+
 def _spans(count: int, parts: int) -> list[tuple[int, int]]:
     edges = [count * part // parts for part in range(parts + 1)]
     return [(a, b) for a, b in itertools.pairwise(edges) if b > a]
 
 
 def search_host(
-    features: Float[np.ndarray, "n d"],
+    features: Float[np.ndarray, "n d"] | TableRows,
     k: int,
     *,
     half_norms: Float32[np.ndarray, " n"] | None = None,
@@ -97,7 +107,8 @@ def search_host(
     """Exact k nearest neighbours on the processor.
 
     Args:
-        features: L2-normalised for cosine similarity; computed in float32.
+        features: L2-normalised for cosine similarity; computed in float32. Of a table that is split over processes
+            each holds a strip of rows and a block; all of them call this at once.
         k: list length; at most n entries are returned.
         half_norms: half the squared norm of each row: ranks by Euclidean distance instead.
         farthest: also find each row's lowest similarity.
@@ -109,7 +120,11 @@ def search_host(
     Returns:
         `Neighbours` with min(k, n) columns.
     """
-    features = np.ascontiguousarray(features, np.float32)
+    if isinstance(features, TableRows):
+        fetch = features.fetch
+    else:
+        whole = np.ascontiguousarray(features, np.float32)
+        fetch = lambda start, stop: whole[start:stop]  # noqa: E731
     rows, k = features.shape[0], min(k, features.shape[0])
     values = np.full((rows, k), -np.inf, np.float32)
     ids = np.full((rows, k), -1, np.int32)
@@ -121,15 +136,17 @@ def search_host(
     part, parts = share
     buffer = np.empty(min(block, rows) ** 2, np.float32)
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        for row0 in starts:
-            left = features[row0 : row0 + block]
-            # Row blocks ascend and column blocks start at the diagonal, so every list sees its candidates by rising
-            # index, which is what makes `_insert` break ties by index.
-            for col0 in range(row0, rows, block):
+        for first, col0 in _strips(rows, block):
+            if col0 == first:
+                strip = fetch(first, min(first + _STRIP * block, rows))
+            right = fetch(col0, min(col0 + block, rows))
+            # Every list sees its candidates by rising index, which is what makes `_insert` break ties by index: those
+            # of earlier strips as a column, then those of its own, at last the columns behind it.
+            for row0 in range(first, min(col0 + 1, first + _STRIP * block), block):
                 done += 1
                 if done % parts != part:
                     continue
-                right = features[col0 : col0 + block]
+                left = strip[row0 - first : row0 - first + block]
                 shape = (left.shape[0], right.shape[0])
                 similarity = np.matmul(left, right.T, out=buffer[: shape[0] * shape[1]].reshape(shape))
                 if half_norms is not None:
@@ -171,7 +188,7 @@ def merge(parts: Sequence[Neighbours]) -> Neighbours:
     return Neighbours(indices, similarities)
 
 
-def _search_hosts(features: np.ndarray, k: int, processes: Sequence[int], **options: Any) -> Neighbours:
+def _search_hosts(features: np.ndarray | TableRows, k: int, processes: Sequence[int], **options: Any) -> Neighbours:
     """`search_host` with the blocks shared out over processes, which all call this with the same features."""
     share = (sorted(processes).index(jax.process_index()), len(processes))
     mine = search_host(features, k, share=share, **options)
@@ -205,7 +222,7 @@ def recall(
 
 
 def search(
-    features: Float[np.ndarray | jax.Array, "n d"],
+    features: Float[np.ndarray | jax.Array, "n d"] | TableRows,
     k: int,
     *,
     mesh: Mesh | None = None,
@@ -217,10 +234,11 @@ def search(
     """Exact k nearest neighbours by inner product, on the accelerators of the mesh or on the processor.
 
     Args:
-        features: L2-normalised; NumPy, or a jax array for the device search. With several processes the same in each;
-            all of them call this and get the same result.
+        features: L2-normalised; NumPy, or a jax array for the device search, the same in each of several processes; or
+            rows of a table that is split over them. All processes call this and get the same result.
         k: list length, the row itself included; at most n entries are returned.
-        mesh: `jax.sharding.Mesh`; the work is shared out over all its devices. None: all devices of all processes.
+        mesh: `jax.sharding.Mesh`; the work is shared out over all its devices. None: all devices of all processes, or
+            those of the table.
         backend: "host", "device", or "auto": device where those are accelerators, host on CPU, where it is faster.
         candidates: for devices: look for this many, more than k, with bfloat16 products, and take the k best of them
             by exact similarity. `recall` says what that loses. 0: exact throughout, as the host's search always is.
@@ -238,7 +256,9 @@ def search(
         arguments.count("neighbours: k", k),
         arguments.count("neighbours: candidates", candidates, least=0),
     )
-    if not isinstance(features, jax.Array):
+    if isinstance(features, TableRows):
+        mesh = features.mesh
+    elif not isinstance(features, jax.Array):
         features = arguments.matrix("neighbours: features", features)
         if found := arguments.first_not_finite(features):
             raise DataError(f"neighbours: {found[0]} features are not finite, the first is row {found[1]}")
@@ -252,10 +272,11 @@ def search(
     if backend == "auto":
         backend = "device" if devices[0].platform != "cpu" else "host"
     if backend == "host":
+        rows = features if isinstance(features, TableRows) else np.asarray(features)
         processes = sorted({device.process_index for device in devices})
         if len(processes) > 1:
-            return _search_hosts(np.asarray(features), k, processes, threads=threads, progress=progress)
-        return search_host(np.asarray(features), k, threads=threads, progress=progress)
+            return _search_hosts(rows, k, processes, threads=threads, progress=progress)
+        return search_host(rows, k, threads=threads, progress=progress)
     from dmosnet_jax.memory.clustering import neighbours_device  # which imports this module
 
     return neighbours_device.search_device(

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from dmosnet_jax.core import parallel
 from dmosnet_jax.memory.clustering import jaccard
 from dmosnet_jax.memory.clustering.neighbours import Neighbours
-from dmosnet_jax.memory.tables import allocate
+from dmosnet_jax.memory.tables import TableRows, allocate
 
 QUERY_BLOCK = 4096
 CANDIDATE_BLOCK = 32_768
@@ -41,6 +41,7 @@ class _How(NamedTuple):
     query: int  # rows of a query block
     per_part: int  # query blocks of a call
     block: int  # columns of a block of similarities
+    padded: int  # rows of a device's part, filled up to whole blocks
     dtype: Any  # of the products
 
 
@@ -91,9 +92,13 @@ def _take_block(similarity: jax.Array, first: jax.Array, best: Lists, k: int) ->
     return lax.cond(promising.max() <= FEW, lambda: take(FEW), lambda: take(k))
 
 
-def _search_part(shard: jax.Array, start: jax.Array, *, axis: str, devices: int, rows: int, how: _How):
-    """What one device does: some of its rows, from `start`, against every shard in turn; values and indices [n, k]."""
+def _search_part(shard: jax.Array, start: jax.Array, *, axis: str, devices: int, first: int, rows: int, how: _How):
+    """What one device does: some of its rows, from `start`, against every shard in turn; values and indices [n, k].
+
+    Of the table's rows those from `first` on count, so many as `rows`.
+    """
     local, k = shard.shape[0], how.k
+    shard = jnp.pad(shard, ((0, how.padded - local), (0, 0)))
     me = lax.axis_index(axis)
     queries = lax.dynamic_slice_in_dim(shard, start, how.query * how.per_part).astype(how.dtype)
     queries = queries.reshape(how.per_part, how.query, shard.shape[1])
@@ -107,12 +112,13 @@ def _search_part(shard: jax.Array, start: jax.Array, *, axis: str, devices: int,
                 similarity = jnp.matmul(
                     query, part.T, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
                 )
-                first = (owner * local + j * how.block).astype(jnp.int32)
-                padding = first + jnp.arange(how.block, dtype=jnp.int32) >= rows
-                similarity = jnp.where(padding[None, :], -jnp.inf, similarity)
-                return _take_block(similarity, first, running, k)
+                column = j * how.block + jnp.arange(how.block, dtype=jnp.int32)
+                index = owner * local + column - first
+                real = (column < local) & (index >= 0) & (index < rows)
+                similarity = jnp.where(real[None, :], similarity, -jnp.inf)
+                return _take_block(similarity, index[0].astype(jnp.int32), running, k)
 
-            return lax.fori_loop(0, local // how.block, one_candidate_block, (values, ids))
+            return lax.fori_loop(0, how.padded // how.block, one_candidate_block, (values, ids))
 
         return lax.map(one_query_block, (queries, *best))
 
@@ -131,9 +137,9 @@ def _search_part(shard: jax.Array, start: jax.Array, *, axis: str, devices: int,
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(mesh: Mesh, rows: int, how: _How):
+def _compiled(mesh: Mesh, first: int, rows: int, how: _How):
     axis = mesh.axis_names[0]
-    body = functools.partial(_search_part, axis=axis, devices=mesh.size, rows=rows, how=how)
+    body = functools.partial(_search_part, axis=axis, devices=mesh.size, first=first, rows=rows, how=how)
     spec = PartitionSpec(axis)
     return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=(spec, spec)))
 
@@ -150,7 +156,7 @@ def _blocks(local: int, query_block: int, candidate_block: int) -> tuple[int, in
 
 
 def search_device(
-    features: Float[np.ndarray | jax.Array, "n d"],
+    features: Float[np.ndarray | jax.Array, "n d"] | TableRows,
     k: int,
     *,
     mesh: Mesh | None = None,
@@ -165,7 +171,8 @@ def search_device(
     Similarities are float32 products at the highest precision the device offers.
 
     Args:
-        features: L2-normalised. With several processes: the same array in each.
+        features: L2-normalised. With several processes: the same array in each, or rows of a table over the mesh, of
+            which only process 0 takes a copy, and only to score candidates.
         k: list length, the row itself included; at most n entries are returned.
         mesh: the devices, default all; a mesh with one axis.
         candidates: more than 0: find this many with bfloat16 products, then the k best of them by float32 similarity.
@@ -181,31 +188,40 @@ def search_device(
     rows, dim = features.shape
     k = min(k, rows)
     length = min(max(candidates, k), rows)
-    query, block, local = _blocks(-(-rows // mesh.size), query_block, candidate_block)
-    sharded = isinstance(features, jax.Array) and not features.is_fully_addressable
-    host = np.asarray(parallel.to_host(features) if sharded else features, np.float32)
-    table = jax.ShapeDtypeStruct((local * mesh.size, dim), jnp.float32)
-    array = allocate(host, table, parallel.by_rows(mesh))
-    queries = local // query
+    if not isinstance(features, TableRows):
+        like = jax.ShapeDtypeStruct((-(-rows // mesh.size) * mesh.size, dim), jnp.float32)
+        table = allocate(np.asarray(features, np.float32), like, parallel.by_rows(mesh))
+        features = TableRows(table, 0, rows, mesh)
+    local = features.table.shape[0] // mesh.size
+    query, block, padded = _blocks(local, query_block, candidate_block)
+    queries = padded // query
     per_part = -(-queries // min(_PARTS, queries))
-    how = _How(length, query, per_part, block, jnp.bfloat16 if candidates else jnp.float32)
-    run, span = _compiled(mesh, rows, how), query * per_part
+    how = _How(length, query, per_part, block, padded, jnp.bfloat16 if candidates else jnp.float32)
+    run, span = _compiled(mesh, features.start, rows, how), query * per_part
     values = np.empty((mesh.size, local, length), np.float32)
     ids = np.empty((mesh.size, local, length), np.int32)
     for begin in range(0, local, span):
         # The last call may look at some rows again, so that all calls are one program.
-        start = min(begin, local - span)
-        found = parallel.to_host(run(array, np.int32(start)))
+        start = min(begin, padded - span)
+        stop = min(start + span, local)
+        found = parallel.to_host(run(features.table, np.int32(start)))
         for whole, part in zip((values, ids), found, strict=True):
-            whole[:, start : start + span] = part.reshape(mesh.size, span, length)
+            whole[:, start:stop] = part.reshape(mesh.size, span, length)[:, : stop - start]
         if progress is not None:
             progress(min((begin + span) / local, 1.0))
-    found = Neighbours(ids.reshape(-1, length)[:rows], values.reshape(-1, length)[:rows])
-    return _rescore(host, found, k, threads) if candidates else found
+    mine = slice(features.start, features.stop)
+    found = Neighbours(ids.reshape(-1, length)[mine], values.reshape(-1, length)[mine])
+    if not candidates:
+        return found
+    best = parallel.agree(functools.partial(_rescore, features.on_first, found, k, threads))
+    return Neighbours(
+        *parallel.from_first((found.indices[:, :k], found.similarities[:, :k]) if best is None else best[:2])
+    )
 
 
-def _rescore(features: np.ndarray, found: Neighbours, k: int, threads: int | None) -> Neighbours:
-    """The k best candidates by exact similarity, ties by lower index."""
+def _rescore(features: np.ndarray | None, found: Neighbours, k: int, threads: int | None) -> Neighbours:
+    """The k best candidates by exact similarity, ties by lower index; where the features are."""
+    assert features is not None
     rows, length = found.indices.shape
     indptr = np.arange(rows + 1, dtype=np.int64) * length
     flat = np.ascontiguousarray(found.indices).reshape(-1)

@@ -20,6 +20,7 @@ from dmosnet_jax.memory.clustering import criterion, jaccard, neighbours
 from dmosnet_jax.memory.clustering.dbscan import dbscan
 from dmosnet_jax.memory.clustering.host_memory import check_memory
 from dmosnet_jax.memory.clustering.k_distance import check_clusters
+from dmosnet_jax.memory.tables import TableRows
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,12 @@ def _check_settings(k1: int, k2: int, eps: float, eps_gap: float, min_samples: i
         )
 
 
-def _check_features(features: np.ndarray | jax.Array) -> np.ndarray:
-    """Features as float32 rows of unit length; bit-identical where all of them are so already."""
+def _check_features(features: np.ndarray | jax.Array | None, *, normalise: bool = True) -> np.ndarray:
+    """Features as float32 rows of unit length; bit-identical where all of them are so already.
+
+    Raises:
+        DataError: they have no direction, or are not of unit length and not to be `normalise`d.
+    """
     rows = arguments.matrix("clustering: features", features)
     # A row's norm is finite exactly when the row is (and its squares fit float32), so one pass checks both.
     norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
@@ -101,7 +106,11 @@ def _check_features(features: np.ndarray | jax.Array) -> np.ndarray:
             f"clustering: {bad.size} of {rows.shape[0]} feature rows are not finite or all zero, the first is row "
             f"{bad[0]}; the network has diverged or features are missing: lower the learning rate or extract again"
         )
-    return rows / norms[:, None] if np.abs(norms - 1).max() > 1e-3 else rows
+    if (off := np.abs(norms - 1)).max() <= 1e-3:
+        return rows
+    if not normalise:
+        raise DataError(f"clustering: row {off.argmax()} of the table has length {norms[off.argmax()]:g}, not 1")
+    return rows / norms[:, None]
 
 
 def _check_nearest(nearest: Any, images: int, k1: int) -> np.ndarray:
@@ -115,7 +124,7 @@ def _check_nearest(nearest: Any, images: int, k1: int) -> np.ndarray:
 
 
 def cluster(
-    features: Float[np.ndarray | jax.Array, "n d"],
+    features: Float[np.ndarray | jax.Array, "n d"] | TableRows,
     *,
     k1: int = 30,
     k2: int = 6,
@@ -135,9 +144,10 @@ def cluster(
 
     Where there are several processes, all of them call this with the same features. They share the neighbour search;
     the other stages run on process 0, which sends its result: hosts that differ in a last bit train on the same labels.
+    Of the rows of a table, which are split over the devices of all processes, process 0 alone makes a copy.
 
     Args:
-        features: rows that are not of unit length are L2-normalised.
+        features: rows that are not of unit length are L2-normalised; those of a table must be so.
         k1: nearest images of the k-reciprocal sets, the image itself included; clipped to n.
         k2: nearest images of query expansion; clipped to k1.
         eps: DBSCAN radius, a Jaccard distance.
@@ -147,7 +157,7 @@ def cluster(
         min_clustered: share of the images that clusters of more than one image must hold, or the radius is refused.
         nearest: the k >= k1 nearest images, best first, itself included, when they are known already.
         candidates: see `neighbours.search`; the recall that this leaves is measured.
-        mesh: devices of the neighbour search, all of them by default.
+        mesh: devices of the neighbour search, by default all of them, or those of the table.
         threads: host threads, default all cores.
         memory_limit: bytes; refuse to start when the estimate is above. Default: the machine's memory.
         progress: called with (stage, finished fraction of the stage).
@@ -169,10 +179,14 @@ def cluster(
     if memory_limit is not None:
         memory_limit = arguments.count("clustering: memory_limit", memory_limit, most=2**63)
     stages = _Stages(progress)
-    features = _check_features(features)
+    if not isinstance(features, TableRows):
+        features = _check_features(features)
     images, dim = features.shape
     k1 = min(k1, images)
     parallel.agree(lambda: check_memory(images, dim, k1=k1, threads=threads, limit=memory_limit))
+    whole = features.on_first if isinstance(features, TableRows) else features
+    if isinstance(features, TableRows):
+        parallel.agree(lambda: _check_features(whole, normalise=False))
     if nearest is not None:
         nearest = _check_nearest(nearest, images, k1)
     with stages("neighbours") as report:
@@ -182,13 +196,12 @@ def cluster(
     options: dict[str, Any] = {"k1": k1, "k2": k2, "radii": (eps, eps - eps_gap, eps + eps_gap)}
     options |= {"min_samples": min_samples, "min_clustered": min_clustered}
     options |= {"indep_threshold": indep_threshold, "threads": threads}
-    tables = parallel.agree(lambda: _label(features, nearest, stages, **options))
-    recall = neighbours.recall(features, nearest) if candidates else None
-    return _from_first(tables, images, stages.seconds, recall)
+    tables = parallel.agree(lambda: _label(whole, nearest, stages, measure=bool(candidates), **options))
+    return _from_first(tables, images, stages.seconds)
 
 
 def _label(
-    features: np.ndarray,
+    features: np.ndarray | None,
     nearest: np.ndarray,
     stages: _Stages,
     *,
@@ -199,8 +212,10 @@ def _label(
     indep_threshold: float | None,
     min_clustered: float,
     threads: int | None,
+    measure: bool,
 ) -> tuple[np.ndarray, ...]:
-    """Everything after the neighbours: the arrays of a `Clustering` in their order, last the threshold's bits."""
+    """Everything after the neighbours: arrays and figures of a `Clustering` in its order, last the recall or NaN."""
+    assert features is not None
     with stages("weights") as report:
         order = jaccard.visiting_order(nearest, threads=threads)
         weights = jaccard.reciprocal_weights(
@@ -213,19 +228,19 @@ def _label(
     check_clusters(middle, weights, radii[0], min_samples, min_clustered)
     with stages("criterion"):
         chosen = criterion.select(middle, tight, loose, threshold=indep_threshold)
+    recall = neighbours.recall(features, nearest) if measure else np.nan
     # Between processes a float64 would become a float32.
-    threshold = np.array([chosen.threshold]).view(np.uint32)
-    return chosen.labels, middle, tight, loose, chosen.r_comp, chosen.r_indep, threshold
+    figures = np.array([chosen.threshold, recall]).view(np.uint32)
+    return chosen.labels, middle, tight, loose, chosen.r_comp, chosen.r_indep, figures
 
 
-def _from_first(
-    tables: tuple[np.ndarray, ...] | None, images: int, seconds: dict[str, float], recall: float | None
-) -> Clustering:
+def _from_first(tables: tuple[np.ndarray, ...] | None, images: int, seconds: dict[str, float]) -> Clustering:
     """The clustering of process 0, the only one that has `tables`, in every process."""
     if tables is None:
         numbers, scores = np.zeros(images, np.int32), np.zeros(images, np.float32)
-        tables = (numbers, numbers, numbers, numbers, scores, scores, np.zeros(2, np.uint32))
-    labels, middle, tight, loose, r_comp, r_indep, threshold = parallel.from_first(tables)
+        tables = (numbers, numbers, numbers, numbers, scores, scores, np.zeros(4, np.uint32))
+    labels, middle, tight, loose, r_comp, r_indep, figures = parallel.from_first(tables)
+    threshold, recall = figures.view(np.float64).tolist()
     return Clustering(
         labels=labels,
         dbscan=middle,
@@ -233,7 +248,7 @@ def _from_first(
         dbscan_loose=loose,
         r_comp=r_comp,
         r_indep=r_indep,
-        indep_threshold=float(threshold.view(np.float64)[0]),
+        indep_threshold=threshold,
         seconds=seconds,
-        recall=recall,
+        recall=None if np.isnan(recall) else recall,
     )
