@@ -1,7 +1,9 @@
 """What the report shows of a ranking: its worst queries beside typical ones, pairs of cameras, the embeddings' map."""
 
+import dataclasses
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64, Integer
@@ -14,6 +16,11 @@ from dmosnet_jax.evaluation.report import EmbeddingMap, MapPoint, RankItem, Rank
 TOP = 10
 # Every point has a picture in the page; a table of more cameras than these says nothing.
 MAP_POINTS, MOST_CAMERAS = 240, 30
+# Lists of each kind that have activation maps: a network has to see their images once more.
+MAPPED = 4
+
+# From encoded images to their activation maps, float32 [n, h, w].
+Maps = Callable[[Sequence[Any]], np.ndarray]
 
 
 def worst_and_typical(
@@ -42,6 +49,7 @@ def rank_lists(
     found: ranking.Ranking,
     *,
     count: int,
+    maps: Maps | None = None,
 ) -> dict[str, list[RankList]]:
     """Rank-10 lists of the worst queries and of typical ones, each followed by its first match where that is not in it.
 
@@ -52,6 +60,7 @@ def rank_lists(
         gallery_features: likewise.
         found: the ranking.
         count: how many of each kind.
+        maps: gives the first lists of each kind activation maps.
 
     Raises:
         DataError: a record can't be read.
@@ -69,7 +78,21 @@ def rank_lists(
             note = f"Average precision {100 * found.average_precision[row]:.2f} %, first true match at rank {first:,}"
             items = _items(gallery, ranked, place, ranks)
             lists[heading].append(RankList(query.record(row).image, _caption(query, row), items, note))
-    return lists
+    return lists if maps is None else _mapped(lists, maps)
+
+
+def _mapped(lists: dict[str, list[RankList]], maps: Maps) -> dict[str, list[RankList]]:
+    """The lists, the first of each kind with activation maps."""
+    chosen = [entry for entries in lists.values() for entry in entries[:MAPPED]]
+    images = [image for entry in chosen for image in (entry.query, *(item.image for item in entry.items))]
+    left: Iterator[np.ndarray] = iter(maps(images) if images else ())
+
+    def filled(entry: RankList) -> RankList:
+        query = next(left)
+        items = [dataclasses.replace(item, activation=next(left)) for item in entry.items]
+        return dataclasses.replace(entry, query_activation=query, items=items)
+
+    return {heading: [*map(filled, entries[:MAPPED]), *entries[MAPPED:]] for heading, entries in lists.items()}
 
 
 def _items(gallery: Rows, ranked: ranking.RankingLists, place: int, ranks: Sequence[int]) -> list[RankItem]:

@@ -17,6 +17,7 @@ from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.records import GALLERY, QUERY
 from dmosnet_jax.data.splits import Rows, Split, load_split
 from dmosnet_jax.evaluation import ranking, report, report_parts, thresholds
+from dmosnet_jax.evaluation.activation import maps_of
 from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.evaluation.report_charts import charts_from_metrics
 from dmosnet_jax.evaluation.rerank import rerank
@@ -176,7 +177,13 @@ def describe_thresholds(found: Mapping[str, Any]) -> str:
 
 
 def publish(
-    scores: Mapping[str, Scores], workdir: pathlib.Path, config: Any, *, model: Model, extra: dict[str, Any]
+    scores: Mapping[str, Scores],
+    workdir: pathlib.Path,
+    config: Any,
+    *,
+    model: Model,
+    weights: tuple[Any, Any],
+    extra: dict[str, Any],
 ) -> dict[str, Any]:
     """Prints the scores and writes `results.json` and `report.html`.
 
@@ -188,6 +195,7 @@ def publish(
         workdir: where to write; the reports draw its metrics, or those of the run that `extra["checkpoint"]` is of.
         config: the run's config.
         model: the network.
+        weights: its parameters and batch statistics.
         extra: further values for `results.json`.
 
     Returns:
@@ -202,7 +210,7 @@ def publish(
             folder = workdir / name if several else workdir
             folder.mkdir(parents=True, exist_ok=True)
             print(f"{name}: " if several else "", end="")
-            _write(found, results, folder, config, run=workdir, model=model)
+            _write(found, results, folder, config, run=workdir, model=model, weights=weights)
     if not several:
         return each[next(iter(scores))]
     mean = {
@@ -230,7 +238,14 @@ def _results(scores: Scores, config: Any) -> dict[str, Any]:
 
 
 def _write(
-    scores: Scores, results: dict[str, Any], folder: pathlib.Path, config: Any, *, run: pathlib.Path, model: Model
+    scores: Scores,
+    results: dict[str, Any],
+    folder: pathlib.Path,
+    config: Any,
+    *,
+    run: pathlib.Path,
+    model: Model,
+    weights: tuple[Any, Any],
 ) -> None:
     """Prints the results of one data set and writes its files; the report has the curves of `run`."""
     write_json(folder / RESULTS, results)
@@ -240,13 +255,28 @@ def _write(
     if config.eval.rerank:
         print(f"re-ranked: mAP {100 * results['reranked_mAP']:.2f}  rank-1 {100 * results['reranked_rank1']:.2f}")
     if config.eval.report:
-        _write_report(scores, results, folder / REPORT, config, run=run, model=model)
+        _write_report(scores, results, folder / REPORT, config, run=run, model=model, weights=weights)
     print(f"written: {folder / RESULTS}" + (f", {folder / REPORT}" if config.eval.report else ""))
 
 
 def _write_report(
-    scores: Scores, results: dict[str, Any], path: pathlib.Path, config: Any, *, run: pathlib.Path, model: Model
+    scores: Scores,
+    results: dict[str, Any],
+    path: pathlib.Path,
+    config: Any,
+    *,
+    run: pathlib.Path,
+    model: Model,
+    weights: tuple[Any, Any],
 ) -> None:
+    maps = functools.partial(
+        maps_of,
+        model,
+        weights,
+        interpolation=config.data.interpolation,
+        mean=config.pixel_mean,
+        std=config.pixel_std,
+    )
     found, features = scores.thresholds, (scores.query_features, scores.gallery_features)
     operations = counting.operations(model)
     report.write_report(
@@ -259,7 +289,7 @@ def _write_report(
             *charts_from_metrics(_training_rows(run, results.get("checkpoint"))),
         ],
         rank_lists=report_parts.rank_lists(
-            scores.query, scores.gallery, *features, scores.ranking, count=config.eval.rank_lists
+            scores.query, scores.gallery, *features, scores.ranking, count=config.eval.rank_lists, maps=maps
         ),
         pairs=report_parts.camera_table(*features, *scores.labels),
         embedding=report_parts.embedding_map(scores.query, scores.gallery, *features),

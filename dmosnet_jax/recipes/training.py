@@ -246,7 +246,8 @@ def train(
             # An earlier process finished the last epoch.
             evaluate(run, int(run.state.step) // experiment.lengths.steps_per_epoch)
         extra = {"step": int(run.state.step), "with_val": bool(config.get("with_val"))}
-        return scoring.publish(latest, workdir, config, model=experiment.model, extra=extra)
+        weights = run.state.params, run.state.stats
+        return scoring.publish(latest, workdir, config, model=experiment.model, weights=weights, extra=extra)
 
 
 def _start_or_resume(experiment: Experiment, store: Checkpoints, prepare: Prepare) -> RunState:

@@ -1,8 +1,10 @@
 """The report is complete, self-contained, escaped, and never half-written."""
 
 import base64
+import dataclasses
 import html.parser
 import io
+import itertools
 import pathlib
 import re
 import shutil
@@ -69,9 +71,15 @@ def _encoded(rng: np.random.Generator, kind: str, size=(128, 64)) -> bytes:
 
 
 def _rank_lists(rng: np.random.Generator, lists: int = 10) -> list[report.RankList]:
+    """The first two have activation maps."""
     images = [_encoded(rng, "JPEG"), _encoded(rng, "PNG", (900, 400)), rng.integers(0, 255, (128, 64, 3), np.uint8)]
     items = [report.RankItem(images[rank % 3], f"id {rank} & camera <{rank}>", rank % 4 == 0) for rank in range(10)]
-    return [report.RankList(images[0], f"id {number}", items) for number in range(lists)]
+    mapped = [dataclasses.replace(item, activation=rng.random((16, 8), np.float32)) for item in items]
+    own = rng.random((16, 8), np.float32)
+    return [
+        report.RankList(images[0], f"id {number}", *((mapped, "", own) if number < 2 else (items,)))
+        for number in range(lists)
+    ]
 
 
 PAIRS = CameraPairs(
@@ -124,7 +132,7 @@ def test_page_holds_every_part(tmp_path, rng):
     for part in ("Pairs of cameras", "75.0 12 100.0 3,456", "across, 25.0 % of their variance; up, 12.5 %", "201,864"):
         assert part in text
     assert "python -m dmosnet_jax.main --config.checkpoint='a <b>'" in text
-    assert len(page.all("img")) == 10 * 11 + 12
+    assert len(page.all("img")) == (10 + 2) * 11 + 12
     frames = [attributes.get("class") for attributes in page.all("figure")]
     assert (frames.count("query"), frames.count("match"), frames.count("miss"), frames.count("chart")) == (
         10,
@@ -149,7 +157,11 @@ def test_page_is_self_contained_and_escaped(tmp_path, rng):
 
 def test_every_image_and_chart_has_a_description(tmp_path, rng):
     page = _Page(_write(tmp_path, rng))
-    alternatives = [attributes["alt"] for attributes in page.all("img")]
+    # What an activation map shows beyond its picture has no words: readers who cannot see it are spared its name.
+    maps = [attributes for attributes in page.all("img") if attributes.get("class") == "heat"]
+    assert {attributes["alt"] for attributes in maps} == {""}
+    alternatives = [attributes["alt"] for attributes in page.all("img") if attributes not in maps]
+    assert all(alternatives)
     assert alternatives[:3] == [
         "Query: id 0",
         "Rank 1, same person: id 0 & camera <0>",
@@ -160,6 +172,30 @@ def test_every_image_and_chart_has_a_description(tmp_path, rng):
         "Cumulative matching characteristic, queries matched (%) over rank: matching rate goes from 90 at 1"
     )
     assert len(labels) == 5
+
+
+def test_maps_lie_over_their_pictures(tmp_path, rng):
+    text = _write(tmp_path, rng)
+    page = _Page(text)
+    boxes = [given["id"] for given in page.all("input") if given.get("class") == "look"]
+    assert boxes == [given["for"] for given in page.all("label") if given["for"].startswith("look")]
+    assert len(set(boxes)) == 2
+    images = page.all("img")
+    sizes = []
+    for picture, heat in itertools.pairwise(images):
+        if heat.get("class") == "heat":
+            sizes += [
+                [Image.open(io.BytesIO(base64.b64decode(one["src"].partition(",")[2]))).size for one in (picture, heat)]
+            ]
+            assert len(heat["src"]) < 1300
+    assert len(sizes) == 22
+    # Of the same proportions, so that the browser fits both into the same place.
+    assert {(width / height, wide / high) for (width, height), (wide, high) in sizes if width == 64} == {(0.5, 0.5)}
+    for (width, height), (wide, high) in sizes:
+        assert width / height == pytest.approx(wide / high, abs=0.02)
+    assert "show where the network looks" in text
+    plain = report.write_report(tmp_path / "p.html", title="t", results={}, rank_lists={"A": _rank_lists(rng)[2:]})
+    assert "where the network looks" not in plain.read_text()
 
 
 def test_points_of_the_map_lie_in_order_and_in_place(tmp_path, rng):

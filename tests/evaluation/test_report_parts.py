@@ -80,6 +80,30 @@ def test_worst_and_typical_lists(case):
     assert places[-1] == round(3 * last / 4)
 
 
+def test_the_first_lists_have_the_maps_of_their_images(case):
+    seen = []
+
+    def maps(images):
+        seen.extend(images)
+        return np.arange(len(images), dtype=np.float32)[:, None, None]
+
+    lists = report_parts.rank_lists(*case, count=report_parts.MAPPED + 2, maps=maps)
+    plain = report_parts.rank_lists(*case, count=report_parts.MAPPED + 2)
+    found = 0
+    for heading, entries in lists.items():
+        for place, (entry, without) in enumerate(zip(entries, plain[heading], strict=True)):
+            given = [entry.query_activation, *(item.activation for item in entry.items)]
+            images = [entry.query, *(item.image for item in entry.items)]
+            assert [without.query, *(item.image for item in without.items)] == images
+            if place >= report_parts.MAPPED:
+                assert all(one is None for one in given)
+                continue
+            found += len(given)
+            assert [seen[int(one[0, 0])] for one in given] == images
+    assert found == len(seen) > 2 * report_parts.MAPPED * 11 - 1
+    assert report_parts.rank_lists(*case, count=0, maps=maps) == {heading: [] for heading in lists}
+
+
 @pytest.mark.parametrize(("valid", "count"), [(1, 10), (3, 2), (7, 10), (0, 3), (5, 0)])
 def test_few_queries_are_in_one_list_only(valid, count):
     worst, typical = report_parts.worst_and_typical(np.array([np.nan, *np.linspace(0.9, 0.1, valid)]), count)

@@ -84,7 +84,13 @@ def test_several_data_sets_are_scored_as_each_alone(cli, flags, data_dir, checkp
         assert "Similarity of pairs" in page
         assert "true accepts at 0.01 % false accepts" in page
         parts = ("Worst queries", "Typical queries", "Receiver operating", "Pairs of cameras", "Map of the embeddings")
-        for part in (*parts, "multiply-adds of convolutions", "first true match at rank", f"--config.dataset={name} "):
+        for part in (
+            *parts,
+            "multiply-adds of convolutions",
+            "first true match at rank",
+            "show where the network looks",
+            f"--config.dataset={name} ",
+        ):
             assert part in page
         assert "python -m dmosnet_jax.main --config=" in page
     workdir = tmp_path / "both"
