@@ -26,17 +26,20 @@ from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.data import transforms
 from dmosnet_jax.evaluation.activation import coloured
 from dmosnet_jax.evaluation.ranking import CameraPairs
-from dmosnet_jax.evaluation.report_charts import Chart, Line, charts_from_metrics, describe, draw_svg
+from dmosnet_jax.evaluation.report_charts import Chart, Line, charts_from_metrics, cluster_charts, describe, draw_svg
 from dmosnet_jax.evaluation.thresholds import Thresholds
 
 __all__ = [
     "Chart",
+    "ClusterSheet",
+    "Clusters",
     "EmbeddingMap",
     "Line",
     "MapPoint",
     "RankItem",
     "RankList",
     "charts_from_metrics",
+    "cluster_charts",
     "cmc_chart",
     "library_versions",
     "roc_chart",
@@ -101,6 +104,34 @@ class RankList:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClusterSheet:
+    """Images of a cluster, from the one nearest to its centroid to the farthest.
+
+    Attributes:
+        note: a line about the cluster.
+        items: `match` says whether an image shows the person whom most of the cluster's images show.
+    """
+
+    note: str
+    items: Sequence[RankItem]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clusters:
+    """The clusters that a run trained on.
+
+    Attributes:
+        note: how many there are, and of when.
+        sizes: how many images are in a cluster, and how many such clusters there are.
+        sheets: some of the clusters, by heading.
+    """
+
+    note: str
+    sizes: Sequence[tuple[str, int]]
+    sheets: Mapping[str, Sequence[ClusterSheet]]
+
+
+@dataclasses.dataclass(frozen=True)
 class MapPoint:
     """An image in the map of the embeddings.
 
@@ -155,6 +186,7 @@ def write_report(
     cmc: Sequence[float] | np.ndarray = (),
     curves: Sequence[Chart] = (),
     rank_lists: Mapping[str, Sequence[RankList]] | None = None,
+    clusters: Clusters | None = None,
     pairs: CameraPairs | None = None,
     embedding: EmbeddingMap | None = None,
     network: Mapping[str, Any] | None = None,
@@ -173,6 +205,7 @@ def write_report(
         cmc: matching rate at ranks 1, 2, ..., fractions.
         curves: charts of the training, see `charts_from_metrics`.
         rank_lists: queries with their best matches, by heading.
+        clusters: of a run without labels.
         pairs: mAP by pair of cameras.
         embedding: the map of the embeddings.
         network: what is to be said of the network, e.g. its parameters.
@@ -202,6 +235,7 @@ def write_report(
             item.match is not None for lists in (rank_lists or {}).values() for entry in lists for item in entry.items
         ),
         mapped=any(entry.query_activation is not None for lists in (rank_lists or {}).values() for entry in lists),
+        clusters=clusters,
         pairs=_pair_rows(pairs) if pairs else None,
         cameras=pairs.gallery_cameras.tolist() if pairs else [],
         embedding=_placed(embedding) if embedding else None,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import posixpath
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64, Integer
 from dmosnet_jax.data.splits import Rows
 from dmosnet_jax.evaluation import distances, ranking
 from dmosnet_jax.evaluation.principal import project, some_identities
-from dmosnet_jax.evaluation.report import EmbeddingMap, MapPoint, RankItem, RankList
+from dmosnet_jax.evaluation.report import Clusters, ClusterSheet, EmbeddingMap, MapPoint, RankItem, RankList
 
 TOP = 10
 # Every point has a picture in the page; a table of more cameras than these says nothing.
@@ -108,7 +108,56 @@ def _items(gallery: Rows, ranked: ranking.RankingLists, place: int, ranks: Seque
 
 def _caption(split: Rows, row: int, more: Sequence[str] = ()) -> str:
     name = posixpath.basename(split.record(row).filename)
-    return ", ".join([f"id {split.pids[row]}", f"camera {split.camids[row]}", *more, name])
+    known = [f"id {split.pids[row]}"] if split.pids[row] >= 0 else []
+    return ", ".join([*known, f"camera {split.camids[row]}", *more, name])
+
+
+# Of the kinds of clusters in `memory.cluster_summary.summary`.
+_KINDS = {
+    "largest": "Largest clusters",
+    "tightest": "Tightest clusters, by the mean cosine of their pairs, of the larger half",
+    "mixed": "Most mixed clusters, by images of others than their most frequent identity",
+    "loosest": "Loosest clusters, by the mean cosine of their pairs, of the larger half",
+}
+
+
+def cluster_part(images: Rows, summary: Mapping[str, Any], epoch: int) -> Clusters:
+    """Sizes of the clusters and sheets of some of them; only the images that are shown are read.
+
+    Args:
+        images: those that were clustered.
+        summary: see `memory.cluster_summary.summary`.
+        epoch: that they were trained on in, from 1.
+
+    Raises:
+        DataError: a record can't be read.
+    """
+    count = sum(number for _, number in summary["sizes"])
+    note = f"Of epoch {epoch}: {count:,}; un-clustered images: {summary['unclustered']:,} of {summary['images']:,}."
+    if summary["pure"] is not None:
+        note += f" {100 * summary['pure']:.1f} % of the clusters have images of one identity alone."
+        note += " ✓: the identity of most of a cluster's images; ✗: another."
+    note += " Images from the nearest to a cluster's centroid to the farthest."
+    sizes = [(f"{low:,} to {2 * low - 1:,}", number) for low, number in summary["sizes"]]
+    sheets = {
+        _KINDS[kind]: [_sheet(images, example) for example in examples]
+        for kind, examples in summary["examples"].items()
+    }
+    return Clusters(note, sizes, sheets)
+
+
+def _sheet(images: Rows, example: Mapping[str, Any]) -> ClusterSheet:
+    note = f"images: {example['size']:,}, mean cosine: {example['similarity']:.3f}"
+    if example["identities"]:
+        note += (
+            f", identities: {example['identities']:,}, images not of the most frequent one: {example['strangers']:,}"
+        )
+    items = []
+    for row in example["rows"]:
+        pid = int(images.pids[row])
+        match = None if pid < 0 or not example["identities"] else pid == example["identity"]
+        items.append(RankItem(images.record(row).image, _caption(images, row), match))
+    return ClusterSheet(note, items)
 
 
 def camera_table(

@@ -100,17 +100,28 @@ def _embedding(rng: np.random.Generator, points: int = 12) -> report.EmbeddingMa
     return report.EmbeddingMap(shown, (0.25, 0.125), f"{points} of 99 images.")
 
 
+def _clusters(rng: np.random.Generator) -> report.Clusters:
+    def sheet(*matches: bool | None) -> report.ClusterSheet:
+        items = [report.RankItem(_encoded(rng, "JPEG"), f"image <{n}>", match) for n, match in enumerate(matches)]
+        return report.ClusterSheet(f"{len(items)} images, mean cosine 0.812", items)
+
+    sheets = {"Largest clusters": [sheet(True, True, False), sheet(None, None)], "Mixed": [sheet(*[False] * 8)]}
+    return report.Clusters("Epoch 7 & last.", [("2 to 3", 1200), ("4 to 7", 300)], sheets | {"None": []})
+
+
 def _write(folder: pathlib.Path, rng: np.random.Generator) -> str:
     rows = [{"step": step, "train/loss": 5.0 / (step + 1), "lr": 3.5e-4, "seconds": 1.0} for step in range(40)]
-    rows += [{"step": 10 * epoch, "mAP": 0.3 + 0.01 * epoch, "clusters": 528 - epoch} for epoch in range(4)]
+    rows += [{"step": 10 * epoch, "mAP": 0.3 + 0.01 * epoch} for epoch in range(4)]
+    rows += [{"step": epoch, "epoch": epoch, "clusters": 528 - epoch, "pseudo_nmi": 0.5} for epoch in range(4)]
     path = report.write_report(
         folder / "new" / "report.html",
         title='<script>alert("x")</script> & co',
         subtitle="market1501 'qq'",
         results=RESULTS,
         cmc=np.linspace(0.9, 1.0, 50),
-        curves=report.charts_from_metrics(rows),
+        curves=[*report.charts_from_metrics(rows), *report.cluster_charts(rows)],
         rank_lists={"Rank lists": _rank_lists(rng)},
+        clusters=_clusters(rng),
         pairs=PAIRS,
         embedding=_embedding(rng),
         network={"parameters": "201,864"},
@@ -132,13 +143,15 @@ def test_page_holds_every_part(tmp_path, rng):
     for part in ("Pairs of cameras", "75.0 12 100.0 3,456", "across, 25.0 % of their variance; up, 12.5 %", "201,864"):
         assert part in text
     assert "python -m dmosnet_jax.main --config.checkpoint='a <b>'" in text
-    assert len(page.all("img")) == (10 + 2) * 11 + 12
+    for part in ("Epoch 7 & last.", "2 to 3 1,200 4 to 7 300", "Largest clusters 3 images, mean cosine 0.812"):
+        assert part in text
+    assert len(page.all("img")) == (10 + 2) * 11 + 13 + 12
     frames = [attributes.get("class") for attributes in page.all("figure")]
     assert (frames.count("query"), frames.count("match"), frames.count("miss"), frames.count("chart")) == (
         10,
-        30,
-        70,
-        5,
+        30 + 2,
+        70 + 1 + 8,
+        6,
     )
 
 
@@ -171,7 +184,14 @@ def test_every_image_and_chart_has_a_description(tmp_path, rng):
     assert labels[0].startswith(
         "Cumulative matching characteristic, queries matched (%) over rank: matching rate goes from 90 at 1"
     )
-    assert len(labels) == 5
+    assert len(labels) == 6
+    clusters = [text for text in alternatives if "image <" in text]
+    assert clusters[:4] == [
+        "The person of most images: image <0>",
+        "The person of most images: image <1>",
+        "Another person: image <2>",
+        "image <0>",
+    ]
 
 
 def test_maps_lie_over_their_pictures(tmp_path, rng):
@@ -281,6 +301,20 @@ def test_charts_from_metrics_groups_and_ignores():
     ]
     assert list(charts[0].lines[0].x) == [1, 3]
     assert list(charts[0].lines[0].y) == [2, 1]
+
+
+def test_charts_of_clusters_are_by_epoch_from_1():
+    rows = [{"step": 9 * n + 1, "epoch": n, "clusters": 5 + n, "unclustered": 7, "pseudo_nmi": 0.5} for n in range(3)]
+    rows.insert(1, {"step": 4, "epoch": 0, "loss": 1.0})
+    charts = report.cluster_charts(rows)
+    found = [(chart.title, chart.x_label, [line.label for line in chart.lines]) for chart in charts]
+    assert found == [
+        ("Clusters", "epoch", ["clusters", "unclustered"]),
+        ("Pseudo-labels against identities", "epoch", ["nmi"]),
+    ]
+    assert list(charts[0].lines[0].x) == [1, 2, 3]
+    assert list(charts[0].lines[0].y) == [5, 6, 7]
+    assert report.cluster_charts(rows[:1]) == []
 
 
 def test_same_input_gives_the_same_page(tmp_path):

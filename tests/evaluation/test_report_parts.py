@@ -10,6 +10,7 @@ from dmosnet_jax.core.unit import unit_rows_np
 from dmosnet_jax.data.records import Record
 from dmosnet_jax.data.splits import Rows
 from dmosnet_jax.evaluation import ranking, report_parts
+from dmosnet_jax.memory import cluster_summary
 
 
 class _Rows(Rows):
@@ -127,6 +128,34 @@ def test_the_map_shows_where_the_features_lie(case):
         assert point.image == split.record(row).image
         place = np.abs(centred[offset + row] @ axes[:, ::-1][:, :2])
         np.testing.assert_allclose(np.abs(point.place), place, atol=1e-5)
+
+
+def test_sheets_of_clusters(rng):
+    ids = np.array([4, 4, 4, 7, -1, 7], np.int32)
+    images = _Rows("case", "train", ids, np.arange(6, dtype=np.int32))
+    read = []
+    images.record = lambda row: read.append(row) or _Rows.record(images, row)
+    labels, features = np.array([0, 0, 0, 0, 0, 1]), unit_rows_np(rng.normal(size=(6, 4)).astype(np.float32))
+    found = cluster_summary.find(features, labels, ids)
+    part = report_parts.cluster_part(images, cluster_summary.summary(found, features, shown=4), 3)
+    assert part.note.startswith("Of epoch 3: 1; un-clustered images: 1 of 6. 0.0 % of the clusters have images of one")
+    assert part.sizes == [("4 to 7", 1)]
+    assert [heading.split()[0] for heading in part.sheets] == ["Largest", "Tightest", "Most"]
+    for (sheet,) in part.sheets.values():
+        assert sheet.note.startswith("images: 5, mean cosine: ")
+        assert sheet.note.endswith(", identities: 2, images not of the most frequent one: 1")
+        assert len(sheet.items) == 4
+        for item in sheet.items:
+            row = int(item.caption.rpartition("_")[2].removesuffix(".png"))
+            assert item.match is (None if ids[row] < 0 else bool(ids[row] == 4))
+            assert item.caption.startswith(f"camera {row}" if ids[row] < 0 else f"id {ids[row]}, camera {row}")
+    # Nothing but what is shown.
+    assert 5 not in read
+    unknown = cluster_summary.find(features, labels, np.full(6, -1))
+    part = report_parts.cluster_part(images, cluster_summary.summary(unknown, features), 1)
+    assert "✓" not in part.note
+    assert "Loosest" in [heading.split()[0] for heading in part.sheets]
+    assert {item.match for sheets in part.sheets.values() for sheet in sheets for item in sheet.items} == {None}
 
 
 def test_too_many_cameras_for_a_table(case, monkeypatch):
