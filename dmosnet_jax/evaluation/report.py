@@ -1,4 +1,4 @@
-"""A self-contained HTML page about one evaluation (`report.html`): figures, curves, rank lists, configuration.
+"""A self-contained HTML page about one run (`report.html`): figures, curves, rank lists, clusters, configuration.
 
 The page refers to nothing outside itself and has no script (its content policy forbids both), follows the reader's
 light or dark setting, works with the keyboard alone, and tells matches from mismatches by sign and line style as well

@@ -1,4 +1,4 @@
-"""What the report shows of a ranking: its worst queries beside typical ones, pairs of cameras, the embeddings' map."""
+"""What the report shows: worst and typical queries, pairs of cameras, the embeddings' map, clusters in pictures."""
 
 import dataclasses
 import posixpath

@@ -1,4 +1,4 @@
-"""The clustering of one epoch as a run reports it: memory needed, progress, quality, and why it failed."""
+"""The clustering of one epoch as a run reports it: memory needed, progress, quality, pictures, and why it failed."""
 
 import pathlib
 import time

@@ -16,7 +16,7 @@ from dmosnet_jax.core.config import dataset_names, joined
 from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.records import GALLERY, QUERY
 from dmosnet_jax.data.splits import Rows, Split, load_split
-from dmosnet_jax.evaluation import ranking, report, report_parts, thresholds
+from dmosnet_jax.evaluation import projector, ranking, report, report_parts, thresholds
 from dmosnet_jax.evaluation.activation import maps_of
 from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.evaluation.report_charts import charts_from_metrics, cluster_charts
@@ -186,7 +186,7 @@ def publish(
     extra: dict[str, Any],
     clusters: Callable[[], report.Clusters | None] = lambda: None,
 ) -> dict[str, Any]:
-    """Prints the scores and writes `results.json` and `report.html`.
+    """Prints the scores and writes `results.json`, `report.html` and, where asked for, the projector's files.
 
     Of several data sets each gets them in a folder of its name, and the workdir a `results.json` with `datasets` (the
     contents of each one's) and `mean`; then a table is printed. The clusters of a run that scores several are in a
@@ -217,6 +217,12 @@ def publish(
             print(f"{name}: " if several else "", end="")
             own = None if several else shown
             _write(found, results, folder, config, functools.partial(page, scores=found, weights=weights, clusters=own))
+    if config.eval.projector and first_process:
+        embeddings = {
+            name: projector.Embeddings(found.query, found.gallery, found.query_features, found.gallery_features)
+            for name, found in scores.items()
+        }
+        print(f"written: {projector.write(workdir, embeddings)}, for tensorboard --logdir={workdir}")
     if not several:
         return each[next(iter(scores))]
     mean = {
