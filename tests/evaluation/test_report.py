@@ -378,6 +378,29 @@ def test_in_a_browser(tmp_path, rng, width, scheme):
         by_camera = page.evaluate(colour)
         page.check("#by-identity")
         assert page.evaluate(colour) != by_camera
+        # The box of a list, found by Tab and ticked by Space, shows the maps of that list alone, each where its picture
+        # is.
+        places = """[...document.querySelectorAll('.heat')].filter(one => one.offsetParent).map(one =>
+            [one, one.previousElementSibling].map(each => Object.values(each.getBoundingClientRect().toJSON())))"""
+        assert page.evaluate(places) == []
+        page.click("text=Best gallery images")
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.className") == "look"
+        page.keyboard.press("Space")
+        assert len(page.evaluate(places)) == 11
+        assert all(heat == picture for heat, picture in page.evaluate(places))
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.className") == "scroll"
+        # The longest bar fills its cell, and no row has two lines.
+        bars = page.evaluate(
+            """[...document.querySelectorAll('.sizes i')].map(one => [one, one.parentElement].map(each => {
+            const {left, right, height} = each.getBoundingClientRect(); return [left, right, height]}))"""
+        )
+        (longest, cell), (other, _) = bars
+        assert longest[1] - longest[0] == pytest.approx(cell[1] - cell[0], abs=20)
+        assert longest[1] - longest[0] == pytest.approx(4 * (other[1] - other[0]), abs=3)
+        assert all(bar[1] <= cell[1] and cell[2] < 40 for bar, cell in bars)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.screenshot(path=tmp_path / "page.png", full_page=True)
         browser.close()
     with Image.open(tmp_path / "page.png") as shot:
