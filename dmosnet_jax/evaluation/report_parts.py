@@ -133,7 +133,8 @@ def cluster_part(images: Rows, summary: Mapping[str, Any], epoch: int) -> Cluste
         DataError: a record can't be read.
     """
     count = sum(number for _, number in summary["sizes"])
-    note = f"Of epoch {epoch}: {count:,}; un-clustered images: {summary['unclustered']:,} of {summary['images']:,}."
+    outside, images_in_all = summary["unclustered"], summary["images"]
+    note = f"Clusters of epoch {epoch}: {count:,}; un-clustered images: {outside:,} of {images_in_all:,}."
     if summary["pure"] is not None:
         note += f" {100 * summary['pure']:.1f} % of the clusters have images of one identity alone."
         note += " ✓: the identity of most of a cluster's images; ✗: another."

@@ -138,7 +138,7 @@ def test_sheets_of_clusters(rng):
     labels, features = np.array([0, 0, 0, 0, 0, 1]), unit_rows_np(rng.normal(size=(6, 4)).astype(np.float32))
     found = cluster_summary.find(features, labels, ids)
     part = report_parts.cluster_part(images, cluster_summary.summary(found, features, shown=4), 3)
-    assert part.note.startswith("Of epoch 3: 1; un-clustered images: 1 of 6. 0.0 % of the clusters have images of one")
+    assert part.note.startswith("Clusters of epoch 3: 1; un-clustered images: 1 of 6. 0.0 % of the clusters have")
     assert part.sizes == [("4 to 7", 1)]
     assert [heading.split()[0] for heading in part.sheets] == ["Largest", "Tightest", "Most"]
     for (sheet,) in part.sheets.values():
