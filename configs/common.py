@@ -116,6 +116,8 @@ def base(recipe: str, model_name: str | None = None) -> ConfigDict:
             "report": True,
             # In the report, of the worst queries, and as many of typical ones.
             "rank_lists": 10,
+            # Files for TensorBoard's projector, in the workdir: features, what they are of, and their pictures.
+            "projector": False,
         }
     )
     return config

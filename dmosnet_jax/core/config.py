@@ -190,7 +190,8 @@ def validate(config: Any) -> None:
 
 def _check_test_time(config: Any, recipe: str) -> None:
     """Of choices that only rankings and features have."""
-    for field in ("eval.flip", "eval.multi_query", "eval.query_expansion", "eval.expansion_alpha", "eval.rerank"):
+    named = ("flip", "multi_query", "query_expansion", "expansion_alpha", "rerank", "projector")
+    for field in (f"eval.{name}" for name in named):
         value = read(config, field)
         if value and recipe not in _RANKING:
             raise ConfigError(f"{field}={value} is for a ranking, which the {recipe} recipe has not: leave it out")

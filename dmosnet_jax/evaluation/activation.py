@@ -6,6 +6,7 @@ paper's Figure 7 is made by it.
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,33 @@ from jaxtyping import Float, Float32, UInt8
 from PIL import Image, ImageDraw
 
 from dmosnet_jax.core.files import atomic_write
+from dmosnet_jax.data import augment, transforms
+from dmosnet_jax.models import Model
 
+_BATCH = 32
 _GAP, _PAPER, _MARK = 8, "#ffffff", "#ffffff"
 # What the map covers of the picture, as in the source.
 _SHARE = 0.7
+
+
+def last_map(
+    model: Model, weights: tuple[Any, Any], images: jax.Array, *, mean: Sequence[float], std: Sequence[float]
+) -> jax.Array:
+    """The last convolutional map of images at test time.
+
+    Args:
+        model: the network.
+        weights: its parameters and batch statistics.
+        images: uint8 `[B, H, W, 3]`, of the network's size.
+        mean: per channel, in [0, 1] units.
+        std: likewise.
+
+    Returns:
+        `[B, h, w, C]`.
+    """
+    pixels = augment.normalise(images, mean, std)
+    stages = model.apply(*weights, pixels, train=False, stages=True)[0]["stages"]
+    return list(stages.values())[-1]
 
 
 def activation_maps(features: jax.Array) -> jax.Array:
@@ -33,6 +57,38 @@ def activation_maps(features: jax.Array) -> jax.Array:
     energy = jnp.sum(jnp.square(features.astype(jnp.float32)), axis=-1)
     length = jnp.sqrt(jnp.sum(jnp.square(energy), axis=(1, 2), keepdims=True))
     return energy / jnp.maximum(length, 1e-12)
+
+
+def maps_of(
+    model: Model,
+    weights: tuple[Any, Any],
+    images: Sequence[bytes],
+    *,
+    interpolation: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Float32[np.ndarray, "n h w"]:
+    """`activation_maps` of a few encoded images, at least one, by XLA on one device of this process alone.
+
+    Args:
+        model: the network.
+        weights: its parameters and batch statistics, on the host or on every device.
+        images: encoded.
+        interpolation: filter that resizes.
+        mean: per channel, in [0, 1] units.
+        std: likewise.
+
+    Raises:
+        DataError: an image can't be decoded.
+    """
+    # Copies on the host: arrays on the devices of several processes would need all of these.
+    weights = jax.tree.map(np.asarray, weights)
+    pixels = np.stack([transforms.load(image, model.image_size, interpolation) for image in images])
+    batches = -(-len(pixels) // _BATCH)
+    # One program: the last batch is filled with images that are there.
+    padded = np.resize(pixels, (batches * _BATCH, *pixels.shape[1:]))
+    program = jax.jit(lambda weights, images: activation_maps(last_map(model, weights, images, mean=mean, std=std)))
+    return np.concatenate([program(weights, part) for part in np.split(padded, batches)])[: len(pixels)]
 
 
 def coloured(values: Float[np.ndarray, "h w"], size: tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:

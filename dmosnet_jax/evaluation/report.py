@@ -1,4 +1,4 @@
-"""A self-contained HTML page about one evaluation (`report.html`): figures, curves, rank lists, configuration.
+"""A self-contained HTML page about one run (`report.html`): figures, curves, rank lists, clusters, configuration.
 
 The page refers to nothing outside itself and has no script (its content policy forbids both), follows the reader's
 light or dark setting, works with the keyboard alone, and tells matches from mismatches by sign and line style as well
@@ -24,18 +24,22 @@ from PIL import Image
 from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.data import transforms
+from dmosnet_jax.evaluation.activation import coloured
 from dmosnet_jax.evaluation.ranking import CameraPairs
-from dmosnet_jax.evaluation.report_charts import Chart, Line, charts_from_metrics, describe, draw_svg
+from dmosnet_jax.evaluation.report_charts import Chart, Line, charts_from_metrics, cluster_charts, describe, draw_svg
 from dmosnet_jax.evaluation.thresholds import Thresholds
 
 __all__ = [
     "Chart",
+    "ClusterSheet",
+    "Clusters",
     "EmbeddingMap",
     "Line",
     "MapPoint",
     "RankItem",
     "RankList",
     "charts_from_metrics",
+    "cluster_charts",
     "cmc_chart",
     "library_versions",
     "roc_chart",
@@ -47,6 +51,8 @@ __all__ = [
 # Width, height and bytes of a picture; JPEG's quality falls until it has no more.
 _THUMBNAIL, _THUMBNAIL_BYTES = (128, 192), 6000
 _SMALL, _SMALL_BYTES = (64, 96), 1600
+# A map has 16 x 8 places in all.
+_HEAT, _HEAT_BYTES = (32, 48), 900
 _QUALITIES = (88, 75, 60, 40, 20)
 _CMC_RANKS = 20
 # Axes of shares begin at nothing, and have some room above all.
@@ -73,22 +79,56 @@ class RankItem:
         caption: e.g. "id 12, camera 3".
         match: whether it shows the query's person; None where that is not known.
         rank: None: its place in the list, from 1.
+        activation: its activation map, float [h, w]; None draws none.
     """
 
     image: bytes | np.ndarray
     caption: str
     match: bool | None
     rank: int | None = None
+    activation: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class RankList:
-    """A query image and its best gallery images, best first, under a line that says how well it was found."""
+    """A query image and its best gallery images, best first, under a line that says how well it was found.
+
+    A list whose query has an activation map, as in `RankItem`, has a box that lays the maps over the pictures.
+    """
 
     query: bytes | np.ndarray
     query_caption: str
     items: Sequence[RankItem]
     note: str = ""
+    query_activation: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterSheet:
+    """Images of a cluster, from the one nearest to its centroid to the farthest.
+
+    Attributes:
+        note: a line about the cluster.
+        items: `match` says whether an image shows the person whom most of the cluster's images show.
+    """
+
+    note: str
+    items: Sequence[RankItem]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clusters:
+    """The clusters that a run trained on.
+
+    Attributes:
+        note: how many there are, and of when.
+        sizes: how many images are in a cluster, and how many such clusters there are.
+        sheets: some of the clusters, by heading.
+    """
+
+    note: str
+    sizes: Sequence[tuple[str, int]]
+    sheets: Mapping[str, Sequence[ClusterSheet]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +186,7 @@ def write_report(
     cmc: Sequence[float] | np.ndarray = (),
     curves: Sequence[Chart] = (),
     rank_lists: Mapping[str, Sequence[RankList]] | None = None,
+    clusters: Clusters | None = None,
     pairs: CameraPairs | None = None,
     embedding: EmbeddingMap | None = None,
     network: Mapping[str, Any] | None = None,
@@ -164,6 +205,7 @@ def write_report(
         cmc: matching rate at ranks 1, 2, ..., fractions.
         curves: charts of the training, see `charts_from_metrics`.
         rank_lists: queries with their best matches, by heading.
+        clusters: of a run without labels.
         pairs: mAP by pair of cameras.
         embedding: the map of the embeddings.
         network: what is to be said of the network, e.g. its parameters.
@@ -192,6 +234,8 @@ def write_report(
         known=any(
             item.match is not None for lists in (rank_lists or {}).values() for entry in lists for item in entry.items
         ),
+        mapped=any(entry.query_activation is not None for lists in (rank_lists or {}).values() for entry in lists),
+        clusters=clusters,
         pairs=_pair_rows(pairs) if pairs else None,
         cameras=pairs.gallery_cameras.tolist() if pairs else [],
         embedding=_placed(embedding) if embedding else None,
@@ -204,6 +248,7 @@ def write_report(
             ("Versions", list(versions.items())),
         ],
         thumbnail=thumbnail,
+        heat=_heat,
         small=lambda image, name: thumbnail(image, name, _SMALL, _SMALL_BYTES),
     )
     target = pathlib.Path(path)
@@ -315,18 +360,32 @@ def thumbnail(
     Raises:
         DataError: it can't be decoded.
     """
+    return _jpeg(_fitted(image, name, box), most_bytes)
+
+
+def _fitted(image: bytes | np.ndarray, name: str, box: tuple[int, int]) -> Image.Image:
     try:
         # As the network saw it.
         picture = Image.fromarray(transforms.decode(image) if isinstance(image, bytes) else image).convert("RGB")
     except (DataError, ValueError, TypeError) as error:
         raise DataError(f"report: {name}: the image cannot be decoded ({error}); convert the dataset again") from error
     picture.thumbnail(box, Image.Resampling.LANCZOS)
+    return picture
+
+
+def _jpeg(picture: Image.Image, most_bytes: int) -> str:
     for quality in _QUALITIES:
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=quality)
         if buffer.tell() <= most_bytes:
             break
     return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _heat(values: np.ndarray, image: bytes | np.ndarray, name: str) -> str:
+    """A map in colours, of the picture's proportions, for the browser to enlarge over it."""
+    width, height = _fitted(image, name, _HEAT).size
+    return _jpeg(Image.fromarray(coloured(values, (height, width))), _HEAT_BYTES)
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

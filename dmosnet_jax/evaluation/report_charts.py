@@ -56,9 +56,13 @@ class Chart:
 _METRIC_CHARTS = (
     ("Loss", "loss", r"loss|.*_loss|loss_.*"),
     ("Accuracy", "fraction", r"mAP|rank1|mINP"),
-    ("Clusters", "count", r"clusters|unclustered|un_clustered|largest_cluster"),
     ("Learning rate", "rate", r"learning_rate|lr"),
     ("Speed", "images per second", r"images_per_second|images_per_sec"),
+)
+# Those of SpCL have a value for each epoch.
+_CLUSTER_CHARTS = (
+    ("Clusters", "count", r"clusters|unclustered|largest_cluster"),
+    ("Pseudo-labels against identities", "agreement", r"pseudo_.*"),
 )
 
 
@@ -67,12 +71,29 @@ def charts_from_metrics(rows: Iterable[Mapping[str, Any]], x: str = "step") -> l
 
     Args:
         rows: the lines of `metrics.jsonl`: mappings with `x` and any of the known metrics (loss, mAP, rank1, mINP,
-            clusters, learning rate, images per second), also with a prefix such as `train/loss`; others are ignored.
+            learning rate, images per second), also with a prefix such as `train/loss`; others are ignored.
         x: the name of the horizontal axis, "step" or "epoch"; rows without it are ignored.
 
     Returns:
         One chart per kind of metric that has at least two points.
     """
+    return _charts(rows, x, _METRIC_CHARTS)
+
+
+def cluster_charts(rows: Iterable[Mapping[str, Any]]) -> list[Chart]:
+    """Charts of a run's clusters and of how well they agree with identities, by epoch from 1, as the log counts them.
+
+    Args:
+        rows: the lines of `metrics.jsonl`; those without `epoch` and `clusters` are ignored.
+
+    Returns:
+        Up to two charts; none of a single epoch.
+    """
+    epochs = [{**row, "epoch": row["epoch"] + 1} for row in rows if _is_number(row.get("epoch")) and "clusters" in row]
+    return _charts(epochs, "epoch", _CLUSTER_CHARTS)
+
+
+def _charts(rows: Iterable[Mapping[str, Any]], x: str, kinds: Iterable[tuple[str, str, str]]) -> list[Chart]:
     series: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:
         if not _is_number(row.get(x)):
@@ -83,9 +104,13 @@ def charts_from_metrics(rows: Iterable[Mapping[str, Any]], x: str = "step") -> l
                 xs.append(float(row[x]))
                 ys.append(float(value))
     charts = []
-    for title, label, pattern in _METRIC_CHARTS:
+    for title, label, pattern in kinds:
         names = [name for name in series if re.fullmatch(pattern, name.rsplit("/", 1)[-1])]
-        lines = [Line(name, *series[name]) for name in names if len(series[name][0]) > 1]
+        lines = [
+            Line(name.removeprefix("pseudo_").replace("_", " "), *series[name])
+            for name in names
+            if len(series[name][0]) > 1
+        ]
         if lines:
             charts.append(Chart(title, x, label, lines))
     return charts

@@ -1,7 +1,9 @@
-"""What the report shows of a ranking: its worst queries beside typical ones, pairs of cameras, the embeddings' map."""
+"""What the report shows: worst and typical queries, pairs of cameras, the embeddings' map, clusters in pictures."""
 
+import dataclasses
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int64, Integer
@@ -9,11 +11,16 @@ from jaxtyping import Float, Int64, Integer
 from dmosnet_jax.data.splits import Rows
 from dmosnet_jax.evaluation import distances, ranking
 from dmosnet_jax.evaluation.principal import project, some_identities
-from dmosnet_jax.evaluation.report import EmbeddingMap, MapPoint, RankItem, RankList
+from dmosnet_jax.evaluation.report import Clusters, ClusterSheet, EmbeddingMap, MapPoint, RankItem, RankList
 
 TOP = 10
 # Every point has a picture in the page; a table of more cameras than these says nothing.
 MAP_POINTS, MOST_CAMERAS = 240, 30
+# Lists of each kind that have activation maps: a network has to see their images once more.
+MAPPED = 4
+
+# From encoded images to their activation maps, float32 [n, h, w].
+Maps = Callable[[Sequence[Any]], np.ndarray]
 
 
 def worst_and_typical(
@@ -42,6 +49,7 @@ def rank_lists(
     found: ranking.Ranking,
     *,
     count: int,
+    maps: Maps | None = None,
 ) -> dict[str, list[RankList]]:
     """Rank-10 lists of the worst queries and of typical ones, each followed by its first match where that is not in it.
 
@@ -52,6 +60,7 @@ def rank_lists(
         gallery_features: likewise.
         found: the ranking.
         count: how many of each kind.
+        maps: gives the first lists of each kind activation maps.
 
     Raises:
         DataError: a record can't be read.
@@ -69,7 +78,21 @@ def rank_lists(
             note = f"Average precision {100 * found.average_precision[row]:.2f} %, first true match at rank {first:,}"
             items = _items(gallery, ranked, place, ranks)
             lists[heading].append(RankList(query.record(row).image, _caption(query, row), items, note))
-    return lists
+    return lists if maps is None else _mapped(lists, maps)
+
+
+def _mapped(lists: dict[str, list[RankList]], maps: Maps) -> dict[str, list[RankList]]:
+    """The lists, the first of each kind with activation maps."""
+    chosen = [entry for entries in lists.values() for entry in entries[:MAPPED]]
+    images = [image for entry in chosen for image in (entry.query, *(item.image for item in entry.items))]
+    left: Iterator[np.ndarray] = iter(maps(images) if images else ())
+
+    def filled(entry: RankList) -> RankList:
+        query = next(left)
+        items = [dataclasses.replace(item, activation=next(left)) for item in entry.items]
+        return dataclasses.replace(entry, query_activation=query, items=items)
+
+    return {heading: [*map(filled, entries[:MAPPED]), *entries[MAPPED:]] for heading, entries in lists.items()}
 
 
 def _items(gallery: Rows, ranked: ranking.RankingLists, place: int, ranks: Sequence[int]) -> list[RankItem]:
@@ -85,7 +108,57 @@ def _items(gallery: Rows, ranked: ranking.RankingLists, place: int, ranks: Seque
 
 def _caption(split: Rows, row: int, more: Sequence[str] = ()) -> str:
     name = posixpath.basename(split.record(row).filename)
-    return ", ".join([f"id {split.pids[row]}", f"camera {split.camids[row]}", *more, name])
+    known = [f"id {split.pids[row]}"] if split.pids[row] >= 0 else []
+    return ", ".join([*known, f"camera {split.camids[row]}", *more, name])
+
+
+# Of the kinds of clusters in `memory.cluster_summary.summary`.
+_KINDS = {
+    "largest": "Largest clusters",
+    "tightest": "Tightest clusters, by the mean cosine of their pairs, of the larger half",
+    "mixed": "Most mixed clusters, by images of others than their most frequent identity",
+    "loosest": "Loosest clusters, by the mean cosine of their pairs, of the larger half",
+}
+
+
+def cluster_part(images: Rows, summary: Mapping[str, Any], epoch: int) -> Clusters:
+    """Sizes of the clusters and sheets of some of them; only the images that are shown are read.
+
+    Args:
+        images: those that were clustered.
+        summary: see `memory.cluster_summary.summary`.
+        epoch: that they were trained on in, from 1.
+
+    Raises:
+        DataError: a record can't be read.
+    """
+    count = sum(number for _, number in summary["sizes"])
+    outside, images_in_all = summary["unclustered"], summary["images"]
+    note = f"Clusters of epoch {epoch}: {count:,}; un-clustered images: {outside:,} of {images_in_all:,}."
+    if summary["pure"] is not None:
+        note += f" {100 * summary['pure']:.1f} % of the clusters have images of one identity alone."
+        note += " ✓: the identity of most of a cluster's images; ✗: another."
+    note += " Images from the nearest to a cluster's centroid to the farthest."
+    sizes = [(f"{low:,} to {2 * low - 1:,}", number) for low, number in summary["sizes"]]
+    sheets = {
+        _KINDS[kind]: [_sheet(images, example) for example in examples]
+        for kind, examples in summary["examples"].items()
+    }
+    return Clusters(note, sizes, sheets)
+
+
+def _sheet(images: Rows, example: Mapping[str, Any]) -> ClusterSheet:
+    note = f"images: {example['size']:,}, mean cosine: {example['similarity']:.3f}"
+    if example["identities"]:
+        note += (
+            f", identities: {example['identities']:,}, images not of the most frequent one: {example['strangers']:,}"
+        )
+    items = []
+    for row in example["rows"]:
+        pid = int(images.pids[row])
+        match = None if pid < 0 or not example["identities"] else pid == example["identity"]
+        items.append(RankItem(images.record(row).image, _caption(images, row), match))
+    return ClusterSheet(note, items)
 
 
 def camera_table(

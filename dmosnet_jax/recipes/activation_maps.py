@@ -10,8 +10,8 @@ import numpy as np
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.parallel import make_mesh
-from dmosnet_jax.data import augment, transforms
-from dmosnet_jax.evaluation.activation import activation_maps, write_panel
+from dmosnet_jax.data import transforms
+from dmosnet_jax.evaluation.activation import activation_maps, last_map, write_panel
 from dmosnet_jax.evaluation.extract import BatchProgram
 from dmosnet_jax.models.attention import watching, weights_at
 from dmosnet_jax.recipes.extract import ImageFiles, find_images
@@ -50,12 +50,9 @@ def _maps(network: Network, images: ImageFiles, place: tuple[float, float]) -> l
     """Of each image `maps` [h, w] and, where the network has attention, `attention` [heads, h', w'] of the place."""
     model, config = network.model, network.config
 
-    def program(weights, pixels):
-        pixels = augment.normalise(pixels, config.pixel_mean, config.pixel_std)
+    def program(weights, images):
         with watching() as watched:
-            params, stats = weights
-            stages = model.apply(params, stats, pixels, train=False, stages=True)[0]["stages"]
-        last = list(stages.values())[-1]
+            last = last_map(model, weights, images, mean=config.pixel_mean, std=config.pixel_std)
         attention = {"attention": weights_at(watched[-1], place)} if watched else {}
         return {"maps": activation_maps(last), **attention}
 

@@ -47,7 +47,14 @@ def run(config: Any, workdir: pathlib.Path) -> list[dict[str, Any]]:
     for label, network in networks.items():
         print(f"\n{label}: {network.model.name}")
         scores = scorers[label](network.params, network.stats)
-        scoring.publish(scores, workdir / label, network.config, model=network.model, extra=network.origin)
+        scoring.publish(
+            scores,
+            workdir / label,
+            network.config,
+            model=network.model,
+            weights=(network.params, network.stats),
+            extra=network.origin,
+        )
         rows += _rows(label, network, scores, config.latency)
         for name, found in scores.items():
             curves[name][label] = found.ranking.cmc.tolist()

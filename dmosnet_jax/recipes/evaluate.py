@@ -23,4 +23,5 @@ def run(config: Any, workdir: pathlib.Path) -> dict[str, Any]:
     scorer = scoring.Scorer(network.config, network.model, make_mesh(), names)
     make_folder(workdir)
     scores = scorer(network.params, network.stats)
-    return scoring.publish(scores, workdir, network.config, model=network.model, extra=network.origin)
+    weights = network.params, network.stats
+    return scoring.publish(scores, workdir, network.config, model=network.model, weights=weights, extra=network.origin)

@@ -1,4 +1,4 @@
-"""The clustering of one epoch as a run reports it: memory needed, progress, quality, and why it failed."""
+"""The clustering of one epoch as a run reports it: memory needed, progress, quality, pictures, and why it failed."""
 
 import pathlib
 import time
@@ -8,15 +8,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dmosnet_jax.core import safe_json
+from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.core.parallel import agree, print_once
+from dmosnet_jax.data.splits import Rows
+from dmosnet_jax.evaluation import report_parts
+from dmosnet_jax.evaluation.report import Clusters
 from dmosnet_jax.evaluation.report_charts import Chart, Line, draw_svg
-from dmosnet_jax.memory import quality
+from dmosnet_jax.memory import cluster_summary, quality
 from dmosnet_jax.memory.clustering import Clustering, TooFewClusteredError, cluster, host_memory
 from dmosnet_jax.memory.tables import TableRows
-from dmosnet_jax.train.metrics import progress_bar
+from dmosnet_jax.train.metrics import progress_bar, write_json
 
-PICTURE = "k_distances.svg"
+PICTURE, CLUSTERS = "k_distances.svg", "clusters.json"
 # Stages that report their progress; the others take a hundredth of the time.
 _STAGES = ("neighbours", "weights", "jaccard")
 # Candidates for each neighbour of the low-precision search.
@@ -160,3 +165,38 @@ def report(
         f"{time.perf_counter() - since:.1f} s ({stages})"
     )
     return notes | {f"seconds_{name}": value for name, value in found.seconds.items()}
+
+
+def keep_clusters(
+    workdir: pathlib.Path, features: np.ndarray | None, labels: np.ndarray, images: Rows, *, epoch: int
+) -> None:
+    """Writes what the report will say of an epoch's clusters to `clusters.json`, on process 0.
+
+    A file, because a run that goes on within the epoch does not cluster again, and its features have moved.
+
+    Args:
+        workdir: of the run.
+        features: float32 [N, D] of unit length, those that were clustered; None on other processes.
+        labels: int [N], the pseudo-labels that training will use.
+        images: those that were clustered.
+        epoch: from 0.
+    """
+    if features is not None:
+        found = cluster_summary.summary(cluster_summary.find(features, labels, images.pids), features)
+        write_json(workdir / CLUSTERS, {"epoch": epoch + 1, **found})
+
+
+def kept_clusters(workdir: pathlib.Path, images: Rows) -> Clusters | None:
+    """The report's part about the clusters of the last epoch; None where the run was trained before there was one.
+
+    Raises:
+        DataError: the file or a record is damaged.
+    """
+    fix = "remove it, and the report does without"
+    try:
+        found = safe_json.read_object(workdir / CLUSTERS, fix=fix)
+        return report_parts.cluster_part(images, found, found["epoch"])
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise DataError(f"{workdir / CLUSTERS}: is damaged, or of another kind: {fix}") from error

@@ -5,20 +5,21 @@ import functools
 import pathlib
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dmosnet_jax.core.config import joined
+from dmosnet_jax.core.config import dataset_names, joined
 from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.records import GALLERY, QUERY
 from dmosnet_jax.data.splits import Rows, Split, load_split
-from dmosnet_jax.evaluation import ranking, report, report_parts, thresholds
+from dmosnet_jax.evaluation import projector, ranking, report, report_parts, thresholds
+from dmosnet_jax.evaluation.activation import maps_of
 from dmosnet_jax.evaluation.extract import Extractor
-from dmosnet_jax.evaluation.report_charts import charts_from_metrics
+from dmosnet_jax.evaluation.report_charts import charts_from_metrics, cluster_charts
 from dmosnet_jax.evaluation.rerank import rerank
 from dmosnet_jax.export import onnx_runtime
 from dmosnet_jax.models import Model, counting
@@ -176,25 +177,37 @@ def describe_thresholds(found: Mapping[str, Any]) -> str:
 
 
 def publish(
-    scores: Mapping[str, Scores], workdir: pathlib.Path, config: Any, *, model: Model, extra: dict[str, Any]
+    scores: Mapping[str, Scores],
+    workdir: pathlib.Path,
+    config: Any,
+    *,
+    model: Model,
+    weights: tuple[Any, Any],
+    extra: dict[str, Any],
+    clusters: Callable[[], report.Clusters | None] = lambda: None,
 ) -> dict[str, Any]:
-    """Prints the scores and writes `results.json` and `report.html`.
+    """Prints the scores and writes `results.json`, `report.html` and, where asked for, the projector's files.
 
     Of several data sets each gets them in a folder of its name, and the workdir a `results.json` with `datasets` (the
-    contents of each one's) and `mean`; then a table is printed.
+    contents of each one's) and `mean`; then a table is printed. The clusters of a run that scores several are in a
+    report in the workdir.
 
     Args:
         scores: by data set.
         workdir: where to write; the reports draw its metrics, or those of the run that `extra["checkpoint"]` is of.
         config: the run's config.
         model: the network.
+        weights: its parameters and batch statistics.
         extra: further values for `results.json`.
+        clusters: what the report says of clusters, called on process 0.
 
     Returns:
         The contents of the workdir's `results.json`.
     """
     several, first_process = len(scores) > 1, jax.process_index() == 0
-    each = {}
+    each: dict[str, dict[str, Any]] = {}
+    page = functools.partial(_write_report, config=config, run=workdir, model=model)
+    shown = clusters() if first_process and config.eval.report else None
     for name, found in scores.items():
         results = _results(found, config) | extra | {"model": model.name, "dataset": name}
         each[name] = results
@@ -202,7 +215,14 @@ def publish(
             folder = workdir / name if several else workdir
             folder.mkdir(parents=True, exist_ok=True)
             print(f"{name}: " if several else "", end="")
-            _write(found, results, folder, config, run=workdir, model=model)
+            own = None if several else shown
+            _write(found, results, folder, config, functools.partial(page, scores=found, weights=weights, clusters=own))
+    if config.eval.projector and first_process:
+        embeddings = {
+            name: projector.Embeddings(found.query, found.gallery, found.query_features, found.gallery_features)
+            for name, found in scores.items()
+        }
+        print(f"written: {projector.write(workdir, embeddings)}, for tensorboard --logdir={workdir}")
     if not several:
         return each[next(iter(scores))]
     mean = {
@@ -214,6 +234,9 @@ def publish(
     if first_process:
         write_json(workdir / RESULTS, results)
         print(f"\n{table(each, mean)}\n\nwritten: {workdir / RESULTS}")
+        if shown is not None:
+            page(workdir / REPORT, {"model": model.name, "dataset": results["dataset"]}, clusters=shown)
+            print(f"written: {workdir / REPORT}")
     return results
 
 
@@ -230,9 +253,9 @@ def _results(scores: Scores, config: Any) -> dict[str, Any]:
 
 
 def _write(
-    scores: Scores, results: dict[str, Any], folder: pathlib.Path, config: Any, *, run: pathlib.Path, model: Model
+    scores: Scores, results: dict[str, Any], folder: pathlib.Path, config: Any, write_report: Callable[..., None]
 ) -> None:
-    """Prints the results of one data set and writes its files; the report has the curves of `run`."""
+    """Prints the results of one data set and writes its files."""
     write_json(folder / RESULTS, results)
     print(describe(results))
     if results["thresholds"] is not None:
@@ -240,29 +263,52 @@ def _write(
     if config.eval.rerank:
         print(f"re-ranked: mAP {100 * results['reranked_mAP']:.2f}  rank-1 {100 * results['reranked_rank1']:.2f}")
     if config.eval.report:
-        _write_report(scores, results, folder / REPORT, config, run=run, model=model)
+        write_report(folder / REPORT, results)
     print(f"written: {folder / RESULTS}" + (f", {folder / REPORT}" if config.eval.report else ""))
 
 
-def _write_report(
-    scores: Scores, results: dict[str, Any], path: pathlib.Path, config: Any, *, run: pathlib.Path, model: Model
+def publish_run(
+    workdir: pathlib.Path, config: Any, *, model: Model, clusters: Callable[[], report.Clusters | None]
 ) -> None:
-    found, features = scores.thresholds, (scores.query_features, scores.gallery_features)
+    """Writes the `report.html` of a run that is not scored, on process 0.
+
+    Args:
+        workdir: of the run.
+        config: of the run.
+        model: the network.
+        clusters: what it says of clusters, called on process 0.
+    """
+    if config.eval.report and jax.process_index() == 0:
+        results = {"model": model.name, "dataset": joined(dataset_names(config.dataset))}
+        _write_report(workdir / REPORT, results, config=config, run=workdir, model=model, clusters=clusters())
+        print(f"written: {workdir / REPORT}")
+
+
+def _write_report(
+    path: pathlib.Path,
+    results: dict[str, Any],
+    *,
+    config: Any,
+    run: pathlib.Path,
+    model: Model,
+    clusters: report.Clusters | None,
+    scores: Scores | None = None,
+    weights: tuple[Any, Any] = (None, None),
+) -> None:
+    """A report with the curves of `run`, and where there are scores with all that is shown of them."""
+    found, rows = scores.thresholds if scores else None, _training_rows(run, results.get("checkpoint"))
     operations = counting.operations(model)
     report.write_report(
         path,
         title=f"{results['model']} on {results['dataset']}",
         results=results,
-        cmc=scores.ranking.cmc,
         curves=[
             *([report.similarity_chart(found), report.roc_chart(found)] if found else []),
-            *charts_from_metrics(_training_rows(run, results.get("checkpoint"))),
+            *charts_from_metrics(rows),
+            *cluster_charts(rows),
         ],
-        rank_lists=report_parts.rank_lists(
-            scores.query, scores.gallery, *features, scores.ranking, count=config.eval.rank_lists
-        ),
-        pairs=report_parts.camera_table(*features, *scores.labels),
-        embedding=report_parts.embedding_map(scores.query, scores.gallery, *features),
+        clusters=clusters,
+        **(_of_ranking(scores, config, model, weights) if scores else {}),
         network={
             "parameters, without classifier and BNNeck": f"{counting.parameters(model):,}",
             "multiply-adds of convolutions and linear maps": f"{operations.weighted:,}",
@@ -272,6 +318,20 @@ def _write_report(
         command=command(),
         config=config.to_dict(),
     )
+
+
+def _of_ranking(scores: Scores, config: Any, model: Model, weights: tuple[Any, Any]) -> dict[str, Any]:
+    features = scores.query_features, scores.gallery_features
+    inputs = {"interpolation": config.data.interpolation, "mean": config.pixel_mean, "std": config.pixel_std}
+    maps = functools.partial(maps_of, model, weights, **inputs)
+    return {
+        "cmc": scores.ranking.cmc,
+        "rank_lists": report_parts.rank_lists(
+            scores.query, scores.gallery, *features, scores.ranking, count=config.eval.rank_lists, maps=maps
+        ),
+        "pairs": report_parts.camera_table(*features, *scores.labels),
+        "embedding": report_parts.embedding_map(scores.query, scores.gallery, *features),
+    }
 
 
 def _training_rows(run: pathlib.Path, checkpoint: str | None) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.pipeline import Batches
 from dmosnet_jax.data.samplers import class_epoch
 from dmosnet_jax.data.splits import Rows
+from dmosnet_jax.evaluation.report import Clusters
 from dmosnet_jax.memory import cluster, hybrid
 from dmosnet_jax.memory.tables import Filling, TableRows
 from dmosnet_jax.recipes import feature_pass, pseudo_labels
@@ -54,7 +55,7 @@ def run(config: Any, workdir: pathlib.Path, *, dry: bool = False) -> dict[str, A
     step = spcl_step(experiment.model, experiment.optimiser, experiment.config, memory=memory)
     if dry:
         return describe(experiment, step, epochs.begin, **epochs.hooks())
-    results = train(experiment, step, epochs.begin, **epochs.hooks())
+    results = train(experiment, step, epochs.begin, clusters=epochs.shown, **epochs.hooks())
     feature_pass.clear(workdir)
     return results
 
@@ -201,6 +202,10 @@ class Epochs:
             experiment.extractor, state.params, state.stats, images, experiment.workdir, cache=cache, about=about
         )
 
+    def shown(self) -> Clusters | None:
+        """The last epoch's clusters for the report."""
+        return pseudo_labels.kept_clusters(self.experiment.workdir, self.clustered)
+
     @property
     def _capacity(self) -> int | None:
         most = self.experiment.config.spcl.max_classes
@@ -224,6 +229,9 @@ class Epochs:
         )
         labels, capacity = self.memory.class_labels(found), self._capacity or rows.stop
         every = np.concatenate([np.arange(self.fixed, dtype=labels.dtype), labels + self.fixed])
+        if epoch == experiment.lengths.epochs - 1:
+            target = self.clustered
+            pseudo_labels.keep_clusters(experiment.workdir, images.on_first, labels, target, epoch=epoch)
         try:
             memory = self.memory.set_labels(memory, every, features=fresh, capacity=capacity)
         except ConfigError as error:

@@ -42,7 +42,7 @@ def run(config: Any, workdir: pathlib.Path, *, dry: bool = False) -> dict[str, A
     step = spcl_uda_step(experiment.model, experiment.optimiser, experiment.config)
     if dry:
         return describe(experiment, step, epochs.begin, **epochs.hooks())
-    results = train(experiment, step, epochs.begin, **epochs.hooks())
+    results = train(experiment, step, epochs.begin, clusters=epochs.shown, **epochs.hooks())
     feature_pass.clear(workdir)
     return results
 

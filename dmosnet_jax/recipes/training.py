@@ -27,6 +27,7 @@ from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.pipeline import Batches, train_batches
 from dmosnet_jax.data.splits import Rows
 from dmosnet_jax.evaluation.extract import Extractor
+from dmosnet_jax.evaluation.report import Clusters
 from dmosnet_jax.export.weights import MODEL_OPTIONS, Weights, describe_run, open_weights
 from dmosnet_jax.models import Model
 from dmosnet_jax.recipes import scoring
@@ -200,9 +201,12 @@ def train(
     begin_epoch: BeginEpoch,
     *,
     prepare: Prepare | None = None,
+    clusters: Callable[[], Clusters | None] = lambda: None,
     **hooks: Callable[..., Any],
 ) -> dict:
     """Trains from the newest checkpoint, or from the start, to the end; returns the contents of `results.json`.
+
+    It ends with a report, also where no data set has queries.
 
     Args:
         experiment: what is trained.
@@ -210,6 +214,7 @@ def train(
         begin_epoch: see `loop.Recipe`.
         prepare: (state, host values of the checkpoint or None for a fresh run) -> (state, host values): adds what is
             the recipe's own to the state, as arrays or as shapes to restore into.
+        clusters: what the report says of the last epoch's clusters, for process 0.
         **hooks: `before_step`, `end_epoch` and `compact` of `loop.Recipe`.
 
     Raises:
@@ -241,12 +246,16 @@ def train(
         store.wait()
         print_once(f"trained {int(run.state.step)} steps; checkpoints in {workdir / 'checkpoints'}")
         if not names:
+            scoring.publish_run(workdir, config, model=experiment.model, clusters=clusters)
             return {}
         if not latest:
             # An earlier process finished the last epoch.
             evaluate(run, int(run.state.step) // experiment.lengths.steps_per_epoch)
         extra = {"step": int(run.state.step), "with_val": bool(config.get("with_val"))}
-        return scoring.publish(latest, workdir, config, model=experiment.model, extra=extra)
+        weights = run.state.params, run.state.stats
+        return scoring.publish(
+            latest, workdir, config, model=experiment.model, weights=weights, extra=extra, clusters=clusters
+        )
 
 
 def _start_or_resume(experiment: Experiment, store: Checkpoints, prepare: Prepare) -> RunState:

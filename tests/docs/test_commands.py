@@ -59,6 +59,7 @@ NOT_RUN = {
     "pip": "installs packages; .ci/run does",
     "venv": "makes an environment; .ci/run runs the README's test command word for word",
     "mkdocs": "shows the site; .ci/run builds it",
+    "tensorboard": "is another package's command; evaluation/test_projector.py reads the files as it does",
     "tfds": "is another package's command; data_prep/test_tfds.py builds with it",
 }
 
@@ -86,7 +87,7 @@ def _parsed(command: str) -> tuple[str, list[str]]:
     """What runs it, by its name in `RUN_BY` or `NOT_RUN`, and its arguments."""
     words = shlex.split(re.sub(r"^RUN\b|\bdmosnet_jax\.main\b", "python -m dmosnet_jax.main", command, count=1))
     words = [word for word in words if not re.match(r"[A-Z]+=", word)]
-    if words[0] in ("pip", "tfds", "mkdocs"):
+    if words[0] in ("pip", "tfds", "mkdocs", "tensorboard"):
         return words[0], words[1:]
     if words[0].startswith("launch/"):
         return "launch", [words[0].removeprefix("launch/"), *words[1:]]

@@ -1,8 +1,10 @@
 """The report is complete, self-contained, escaped, and never half-written."""
 
 import base64
+import dataclasses
 import html.parser
 import io
+import itertools
 import pathlib
 import re
 import shutil
@@ -69,9 +71,15 @@ def _encoded(rng: np.random.Generator, kind: str, size=(128, 64)) -> bytes:
 
 
 def _rank_lists(rng: np.random.Generator, lists: int = 10) -> list[report.RankList]:
+    """The first two have activation maps."""
     images = [_encoded(rng, "JPEG"), _encoded(rng, "PNG", (900, 400)), rng.integers(0, 255, (128, 64, 3), np.uint8)]
     items = [report.RankItem(images[rank % 3], f"id {rank} & camera <{rank}>", rank % 4 == 0) for rank in range(10)]
-    return [report.RankList(images[0], f"id {number}", items) for number in range(lists)]
+    mapped = [dataclasses.replace(item, activation=rng.random((16, 8), np.float32)) for item in items]
+    own = rng.random((16, 8), np.float32)
+    return [
+        report.RankList(images[0], f"id {number}", *((mapped, "", own) if number < 2 else (items,)))
+        for number in range(lists)
+    ]
 
 
 PAIRS = CameraPairs(
@@ -92,17 +100,28 @@ def _embedding(rng: np.random.Generator, points: int = 12) -> report.EmbeddingMa
     return report.EmbeddingMap(shown, (0.25, 0.125), f"{points} of 99 images.")
 
 
+def _clusters(rng: np.random.Generator) -> report.Clusters:
+    def sheet(*matches: bool | None) -> report.ClusterSheet:
+        items = [report.RankItem(_encoded(rng, "JPEG"), f"image <{n}>", match) for n, match in enumerate(matches)]
+        return report.ClusterSheet(f"{len(items)} images, mean cosine 0.812", items)
+
+    sheets = {"Largest clusters": [sheet(True, True, False), sheet(None, None)], "Mixed": [sheet(*[False] * 8)]}
+    return report.Clusters("Epoch 7 & last.", [("2 to 3", 1200), ("4 to 7", 300)], sheets | {"None": []})
+
+
 def _write(folder: pathlib.Path, rng: np.random.Generator) -> str:
     rows = [{"step": step, "train/loss": 5.0 / (step + 1), "lr": 3.5e-4, "seconds": 1.0} for step in range(40)]
-    rows += [{"step": 10 * epoch, "mAP": 0.3 + 0.01 * epoch, "clusters": 528 - epoch} for epoch in range(4)]
+    rows += [{"step": 10 * epoch, "mAP": 0.3 + 0.01 * epoch} for epoch in range(4)]
+    rows += [{"step": epoch, "epoch": epoch, "clusters": 528 - epoch, "pseudo_nmi": 0.5} for epoch in range(4)]
     path = report.write_report(
         folder / "new" / "report.html",
         title='<script>alert("x")</script> & co',
         subtitle="market1501 'qq'",
         results=RESULTS,
         cmc=np.linspace(0.9, 1.0, 50),
-        curves=report.charts_from_metrics(rows),
+        curves=[*report.charts_from_metrics(rows), *report.cluster_charts(rows)],
         rank_lists={"Rank lists": _rank_lists(rng)},
+        clusters=_clusters(rng),
         pairs=PAIRS,
         embedding=_embedding(rng),
         network={"parameters": "201,864"},
@@ -124,13 +143,15 @@ def test_page_holds_every_part(tmp_path, rng):
     for part in ("Pairs of cameras", "75.0 12 100.0 3,456", "across, 25.0 % of their variance; up, 12.5 %", "201,864"):
         assert part in text
     assert "python -m dmosnet_jax.main --config.checkpoint='a <b>'" in text
-    assert len(page.all("img")) == 10 * 11 + 12
+    for part in ("Epoch 7 & last.", "2 to 3 1,200 4 to 7 300", "Largest clusters 3 images, mean cosine 0.812"):
+        assert part in text
+    assert len(page.all("img")) == (10 + 2) * 11 + 13 + 12
     frames = [attributes.get("class") for attributes in page.all("figure")]
     assert (frames.count("query"), frames.count("match"), frames.count("miss"), frames.count("chart")) == (
         10,
-        30,
-        70,
-        5,
+        30 + 2,
+        70 + 1 + 8,
+        6,
     )
 
 
@@ -149,7 +170,11 @@ def test_page_is_self_contained_and_escaped(tmp_path, rng):
 
 def test_every_image_and_chart_has_a_description(tmp_path, rng):
     page = _Page(_write(tmp_path, rng))
-    alternatives = [attributes["alt"] for attributes in page.all("img")]
+    # What an activation map shows beyond its picture has no words: readers who cannot see it are spared its name.
+    maps = [attributes for attributes in page.all("img") if attributes.get("class") == "heat"]
+    assert {attributes["alt"] for attributes in maps} == {""}
+    alternatives = [attributes["alt"] for attributes in page.all("img") if attributes not in maps]
+    assert all(alternatives)
     assert alternatives[:3] == [
         "Query: id 0",
         "Rank 1, same person: id 0 & camera <0>",
@@ -159,7 +184,38 @@ def test_every_image_and_chart_has_a_description(tmp_path, rng):
     assert labels[0].startswith(
         "Cumulative matching characteristic, queries matched (%) over rank: matching rate goes from 90 at 1"
     )
-    assert len(labels) == 5
+    assert len(labels) == 6
+    clusters = [text for text in alternatives if "image <" in text]
+    assert clusters[:4] == [
+        "The person of most images: image <0>",
+        "The person of most images: image <1>",
+        "Another person: image <2>",
+        "image <0>",
+    ]
+
+
+def test_maps_lie_over_their_pictures(tmp_path, rng):
+    text = _write(tmp_path, rng)
+    page = _Page(text)
+    boxes = [given["id"] for given in page.all("input") if given.get("class") == "look"]
+    assert boxes == [given["for"] for given in page.all("label") if given["for"].startswith("look")]
+    assert len(set(boxes)) == 2
+    images = page.all("img")
+    sizes = []
+    for picture, heat in itertools.pairwise(images):
+        if heat.get("class") == "heat":
+            sizes += [
+                [Image.open(io.BytesIO(base64.b64decode(one["src"].partition(",")[2]))).size for one in (picture, heat)]
+            ]
+            assert len(heat["src"]) < 1300
+    assert len(sizes) == 22
+    # Of the same proportions, so that the browser fits both into the same place.
+    assert {(width / height, wide / high) for (width, height), (wide, high) in sizes if width == 64} == {(0.5, 0.5)}
+    for (width, height), (wide, high) in sizes:
+        assert width / height == pytest.approx(wide / high, abs=0.02)
+    assert "show where the network looks" in text
+    plain = report.write_report(tmp_path / "p.html", title="t", results={}, rank_lists={"A": _rank_lists(rng)[2:]})
+    assert "where the network looks" not in plain.read_text()
 
 
 def test_points_of_the_map_lie_in_order_and_in_place(tmp_path, rng):
@@ -247,6 +303,20 @@ def test_charts_from_metrics_groups_and_ignores():
     assert list(charts[0].lines[0].y) == [2, 1]
 
 
+def test_charts_of_clusters_are_by_epoch_from_1():
+    rows = [{"step": 9 * n + 1, "epoch": n, "clusters": 5 + n, "unclustered": 7, "pseudo_nmi": 0.5} for n in range(3)]
+    rows.insert(1, {"step": 4, "epoch": 0, "loss": 1.0})
+    charts = report.cluster_charts(rows)
+    found = [(chart.title, chart.x_label, [line.label for line in chart.lines]) for chart in charts]
+    assert found == [
+        ("Clusters", "epoch", ["clusters", "unclustered"]),
+        ("Pseudo-labels against identities", "epoch", ["nmi"]),
+    ]
+    assert list(charts[0].lines[0].x) == [1, 2, 3]
+    assert list(charts[0].lines[0].y) == [5, 6, 7]
+    assert report.cluster_charts(rows[:1]) == []
+
+
 def test_same_input_gives_the_same_page(tmp_path):
     pages = [_write(tmp_path / name, np.random.default_rng(3)) for name in "ab"]
     assert pages[0] == pages[1]
@@ -308,6 +378,29 @@ def test_in_a_browser(tmp_path, rng, width, scheme):
         by_camera = page.evaluate(colour)
         page.check("#by-identity")
         assert page.evaluate(colour) != by_camera
+        # The box of a list, found by Tab and ticked by Space, shows the maps of that list alone, each where its picture
+        # is.
+        places = """[...document.querySelectorAll('.heat')].filter(one => one.offsetParent).map(one =>
+            [one, one.previousElementSibling].map(each => Object.values(each.getBoundingClientRect().toJSON())))"""
+        assert page.evaluate(places) == []
+        page.click("text=Best gallery images")
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.className") == "look"
+        page.keyboard.press("Space")
+        assert len(page.evaluate(places)) == 11
+        assert all(heat == picture for heat, picture in page.evaluate(places))
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.className") == "scroll"
+        # The longest bar fills its cell, and no row has two lines.
+        bars = page.evaluate(
+            """[...document.querySelectorAll('.sizes i')].map(one => [one, one.parentElement].map(each => {
+            const {left, right, height} = each.getBoundingClientRect(); return [left, right, height]}))"""
+        )
+        (longest, cell), (other, _) = bars
+        assert longest[1] - longest[0] == pytest.approx(cell[1] - cell[0], abs=20)
+        assert longest[1] - longest[0] == pytest.approx(4 * (other[1] - other[0]), abs=3)
+        assert all(bar[1] <= cell[1] and cell[2] < 40 for bar, cell in bars)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.screenshot(path=tmp_path / "page.png", full_page=True)
         browser.close()
     with Image.open(tmp_path / "page.png") as shot:

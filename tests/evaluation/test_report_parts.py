@@ -10,6 +10,7 @@ from dmosnet_jax.core.unit import unit_rows_np
 from dmosnet_jax.data.records import Record
 from dmosnet_jax.data.splits import Rows
 from dmosnet_jax.evaluation import ranking, report_parts
+from dmosnet_jax.memory import cluster_summary
 
 
 class _Rows(Rows):
@@ -80,6 +81,30 @@ def test_worst_and_typical_lists(case):
     assert places[-1] == round(3 * last / 4)
 
 
+def test_the_first_lists_have_the_maps_of_their_images(case):
+    seen = []
+
+    def maps(images):
+        seen.extend(images)
+        return np.arange(len(images), dtype=np.float32)[:, None, None]
+
+    lists = report_parts.rank_lists(*case, count=report_parts.MAPPED + 2, maps=maps)
+    plain = report_parts.rank_lists(*case, count=report_parts.MAPPED + 2)
+    found = 0
+    for heading, entries in lists.items():
+        for place, (entry, without) in enumerate(zip(entries, plain[heading], strict=True)):
+            given = [entry.query_activation, *(item.activation for item in entry.items)]
+            images = [entry.query, *(item.image for item in entry.items)]
+            assert [without.query, *(item.image for item in without.items)] == images
+            if place >= report_parts.MAPPED:
+                assert all(one is None for one in given)
+                continue
+            found += len(given)
+            assert [seen[int(one[0, 0])] for one in given] == images
+    assert found == len(seen) > 2 * report_parts.MAPPED * 11 - 1
+    assert report_parts.rank_lists(*case, count=0, maps=maps) == {heading: [] for heading in lists}
+
+
 @pytest.mark.parametrize(("valid", "count"), [(1, 10), (3, 2), (7, 10), (0, 3), (5, 0)])
 def test_few_queries_are_in_one_list_only(valid, count):
     worst, typical = report_parts.worst_and_typical(np.array([np.nan, *np.linspace(0.9, 0.1, valid)]), count)
@@ -103,6 +128,34 @@ def test_the_map_shows_where_the_features_lie(case):
         assert point.image == split.record(row).image
         place = np.abs(centred[offset + row] @ axes[:, ::-1][:, :2])
         np.testing.assert_allclose(np.abs(point.place), place, atol=1e-5)
+
+
+def test_sheets_of_clusters(rng):
+    ids = np.array([4, 4, 4, 7, -1, 7], np.int32)
+    images = _Rows("case", "train", ids, np.arange(6, dtype=np.int32))
+    read = []
+    images.record = lambda row: read.append(row) or _Rows.record(images, row)
+    labels, features = np.array([0, 0, 0, 0, 0, 1]), unit_rows_np(rng.normal(size=(6, 4)).astype(np.float32))
+    found = cluster_summary.find(features, labels, ids)
+    part = report_parts.cluster_part(images, cluster_summary.summary(found, features, shown=4), 3)
+    assert part.note.startswith("Clusters of epoch 3: 1; un-clustered images: 1 of 6. 0.0 % of the clusters have")
+    assert part.sizes == [("4 to 7", 1)]
+    assert [heading.split()[0] for heading in part.sheets] == ["Largest", "Tightest", "Most"]
+    for (sheet,) in part.sheets.values():
+        assert sheet.note.startswith("images: 5, mean cosine: ")
+        assert sheet.note.endswith(", identities: 2, images not of the most frequent one: 1")
+        assert len(sheet.items) == 4
+        for item in sheet.items:
+            row = int(item.caption.rpartition("_")[2].removesuffix(".png"))
+            assert item.match is (None if ids[row] < 0 else bool(ids[row] == 4))
+            assert item.caption.startswith(f"camera {row}" if ids[row] < 0 else f"id {ids[row]}, camera {row}")
+    # Nothing but what is shown.
+    assert 5 not in read
+    unknown = cluster_summary.find(features, labels, np.full(6, -1))
+    part = report_parts.cluster_part(images, cluster_summary.summary(unknown, features), 1)
+    assert "✓" not in part.note
+    assert "Loosest" in [heading.split()[0] for heading in part.sheets]
+    assert {item.match for sheets in part.sheets.values() for sheet in sheets for item in sheet.items} == {None}
 
 
 def test_too_many_cameras_for_a_table(case, monkeypatch):

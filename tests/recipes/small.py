@@ -22,7 +22,8 @@ class _Network(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, dict[str, jax.Array]]:
         x = average_pool(max_pool3x3(self.conv1(x, train=train)), 2)
-        return self.conv2[0](x, train=train), {}
+        x = self.conv2[0](x, train=train)
+        return x, {"conv2": x}
 
 
 @dataclasses.dataclass(frozen=True)

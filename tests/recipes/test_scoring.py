@@ -84,11 +84,17 @@ def test_several_data_sets_are_scored_as_each_alone(cli, flags, data_dir, checkp
         assert "Similarity of pairs" in page
         assert "true accepts at 0.01 % false accepts" in page
         parts = ("Worst queries", "Typical queries", "Receiver operating", "Pairs of cameras", "Map of the embeddings")
-        for part in (*parts, "multiply-adds of convolutions", "first true match at rank", f"--config.dataset={name} "):
+        for part in (
+            *parts,
+            "multiply-adds of convolutions",
+            "first true match at rank",
+            "show where the network looks",
+            f"--config.dataset={name} ",
+        ):
             assert part in page
         assert "python -m dmosnet_jax.main --config=" in page
     workdir = tmp_path / "both"
-    command = flags("evaluate", dataset='("tiny", "other")', **fields)
+    command = flags("evaluate", dataset='("tiny", "other")', **fields, **{"eval.projector": True})
     finished = cli.forked(*command, f"--workdir={workdir}")
     assert finished.status == 0, finished.err
     assert finished.errors == []
@@ -100,6 +106,11 @@ def test_several_data_sets_are_scored_as_each_alone(cli, flags, data_dir, checkp
     for name in alone:
         assert results_in(workdir / name) == alone[name]
         assert f"{small.NAME} on {name}" in (workdir / name / "report.html").read_text()
+    projected = (workdir / "projector_config.pbtxt").read_text()
+    assert re.findall('tensor_name: "(.*)"', projected) == ["tiny", "other"]
+    for path in re.findall('_path: "(.*)"', projected):
+        assert (workdir / path).stat().st_size
+    assert not (tmp_path / "tiny" / "projector_config.pbtxt").exists(), "only where it is asked for"
     lines = finished.out.splitlines()
     start = next(number for number, line in enumerate(lines) if line.split()[:2] == ["mAP", "rank-1"])
     table = {line.split()[0]: line.split()[1:] for line in lines[start + 1 : start + 4]}
@@ -263,6 +274,7 @@ def test_mirror_images_are_for_scores_alone(data_dir, monkeypatch, flip):
         ("evaluate", {"eval.query_expansion": -1}, 2, "eval.query_expansion=-1 must not be negative"),
         ("evaluate", {"eval.expansion_alpha": 3.0}, 2, "eval.expansion_alpha=3.0 weights the images of eval.query"),
         ("extract", {"eval.flip": True}, 2, "eval.flip=True is for a ranking, which the extract recipe has not"),
+        ("extract", {"eval.projector": True}, 2, "eval.projector=True is for a ranking, which the extract recipe has"),
         ("extract", {"eval.rerank": True}, 2, "eval.rerank=True is for a ranking, which the extract recipe has not"),
     ],
 )

@@ -82,6 +82,7 @@ def settings(data_dir):
             "train__steps_per_epoch": 2,
             "train__log_every_steps": 1,
             "train__keep": 1,
+            "eval__report": False,
             "spcl__k1": 8,
             "spcl__k2": 3,
         }
@@ -98,6 +99,34 @@ def settings(data_dir):
 
 def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("memory", ["image", "cluster"])
+def test_a_run_without_labels_ends_with_a_report(settings, tmp_path, monkeypatch, memory):
+    config = settings(spcl__memory=memory, spcl__eps=0.5, eval__report=True)
+    written, keep = [], pseudo_labels.keep_clusters
+    monkeypatch.setattr(pseudo_labels, "keep_clusters", lambda *args, **to: written.append(args) or keep(*args, **to))
+    assert spcl.run(config, tmp_path) == {}
+    # Of the last epoch alone, and of the labels that it trained on.
+    (_, features, labels, images), found = *written, json.loads((tmp_path / "clusters.json").read_text())
+    assert (found["epoch"], found["images"]) == (2, len(features) == len(labels) == len(images) and 48)
+    last = [row for row in rows(tmp_path) if "clusters" in row][-1]
+    assert last["unclustered"] == found["unclustered"]
+    assert last["clusters"] == sum(count for _, count in found["sizes"]) > 0
+    page = (tmp_path / "report.html").read_text()
+    for part in ("osnet_x0_25 on tiny", "Clusters", "Largest clusters", "Of epoch 2: ", "NMI"):
+        assert part.lower() in page.lower()
+    assert page.count('alt="The person of most images') >= 2
+    # Run again, it is finished, and its report is made of what was kept.
+    (tmp_path / "report.html").unlink()
+    spcl.run(config, tmp_path)
+    assert (tmp_path / "report.html").read_text() == page
+    (tmp_path / "clusters.json").unlink()
+    spcl.run(config, tmp_path)
+    assert "Largest clusters" not in (tmp_path / "report.html").read_text()
+    (tmp_path / "clusters.json").write_text('{"epoch": 2}')
+    with pytest.raises(DataError, match=r"clusters\.json: is damaged, or of another kind: remove it"):
+        spcl.run(config, tmp_path)
 
 
 # Images that vary: the clusters of plain ones are always the eight identities.
