@@ -16,6 +16,7 @@ from dmosnet_jax.core.config import checkpoint_paths, dataset_names
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.files import make_folder
 from dmosnet_jax.core.parallel import make_mesh
+from dmosnet_jax.core.progress import announced
 from dmosnet_jax.data import augment
 from dmosnet_jax.evaluation import report
 from dmosnet_jax.export import onnx_runtime
@@ -115,7 +116,7 @@ def milliseconds(network: Network, *, batch_size: int, repeats: int) -> float:
     images = np.zeros((batch_size, *model.image_size, 3), np.uint8)
     if config.eval.runtime == onnx_runtime.JAX:
         arguments = jax.device_put((network.params, network.stats, images), jax.local_devices()[0])
-        features = functools.partial(forward, *arguments)
+        features = functools.partial(announced(forward, "the forward pass of one device"), *arguments)
     else:
         inputs: Any = {"mean": config.pixel_mean, "std": config.pixel_std}
         compiled = onnx_runtime.compile_features(model, network.params, network.stats, **inputs)
