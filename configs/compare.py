@@ -6,7 +6,8 @@
 Each path of `checkpoints` is a run's workdir, one of its checkpoints, an exported folder or a PyTorch file. The table
 is printed and written as `compare.csv` and `compare.html`; each checkpoint's `results.json` goes into a folder of its
 name, and its `report.html` too with `--config.eval.report=True`. Scores are percent; parameters are without classifier
-and BNNeck, multiply-adds those of one image. The latency is the median time of a batch on one device, per image.
+and BNNeck, multiply-adds those of one image. The latency is the median time of a batch on one device, per image. Where
+the paper has figures of the network on the data set, columns of their own show them: from scratch, and after LUPerson.
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 
 from dmosnet_jax.core.parallel import by_rows, replicated, to_devices, to_host
+from dmosnet_jax.core.progress import announced
 from dmosnet_jax.data import augment
 from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.pipeline import evaluation_batches
@@ -48,7 +49,8 @@ class BatchProgram:
             workers: decoding processes; not used with a cache.
         """
         rows = by_rows(mesh)
-        self._program = jax.jit(program, in_shardings=(replicated(mesh), rows), out_shardings=rows)
+        compiled = jax.jit(program, in_shardings=(replicated(mesh), rows), out_shardings=rows)
+        self._program = announced(compiled, "the forward pass")
         self._mesh, self._workers = mesh, workers
         self._options: dict[str, Any] = {
             "image_size": image_size,

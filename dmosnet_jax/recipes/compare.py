@@ -16,11 +16,12 @@ from dmosnet_jax.core.config import checkpoint_paths, dataset_names
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.files import make_folder
 from dmosnet_jax.core.parallel import make_mesh
+from dmosnet_jax.core.progress import announced
 from dmosnet_jax.data import augment
 from dmosnet_jax.evaluation import report
 from dmosnet_jax.export import onnx_runtime
 from dmosnet_jax.models import counting
-from dmosnet_jax.recipes import scoring
+from dmosnet_jax.recipes import paper, scoring
 from dmosnet_jax.recipes.network import Network, open_network
 
 TABLE, PAGE = "compare.csv", "compare.html"
@@ -58,6 +59,7 @@ def run(config: Any, workdir: pathlib.Path) -> list[dict[str, Any]]:
         rows += _rows(label, network, scores, config.latency)
         for name, found in scores.items():
             curves[name][label] = found.ranking.cmc.tolist()
+    rows = _without_empty(rows)
     if jax.process_index() == 0:
         _write(workdir, rows, curves, config)
     return rows
@@ -102,6 +104,7 @@ def _rows(label: str, network: Network, scores: dict[str, scoring.Scores], laten
             "network": network.model.name,
             "data set": name,
             **{title: 100 * values[metric] for metric, title in _METRICS.items()},
+            **paper.columns(network.model, name),
             **costs,
         }
         for name, values in each.items()
@@ -120,7 +123,7 @@ def milliseconds(network: Network, *, batch_size: int, repeats: int) -> float:
     images = np.zeros((batch_size, *model.image_size, 3), np.uint8)
     if config.eval.runtime == onnx_runtime.JAX:
         arguments = jax.device_put((network.params, network.stats, images), jax.local_devices()[0])
-        features = functools.partial(forward, *arguments)
+        features = functools.partial(announced(forward, "the forward pass of one device"), *arguments)
     else:
         inputs: Any = {"mean": config.pixel_mean, "std": config.pixel_std}
         compiled = onnx_runtime.compile_features(model, network.params, network.stats, **inputs)
@@ -134,18 +137,27 @@ def milliseconds(network: Network, *, batch_size: int, repeats: int) -> float:
     return 1000 * statistics.median(seconds[1:]) / batch_size
 
 
+def _without_empty(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without those of the paper's columns in which it has nothing for any of them."""
+    empty = {name for name in paper.NAMES if all(row[name] is None for row in rows)}
+    return [{name: value for name, value in row.items() if name not in empty} for row in rows]
+
+
 def _write(
     workdir: pathlib.Path, rows: list[dict[str, Any]], curves: dict[str, dict[str, Sequence[float]]], config: Any
 ) -> None:
     device = jax.local_devices()[0].device_kind
     latency = f"latency: median of {config.latency.repeats} batches of {config.latency.batch_size} on {device}"
     latency += "" if config.eval.runtime == onnx_runtime.JAX else f" by {config.eval.runtime}"
-    print(f"\n{tables.as_text(rows)}\n{latency}")
+    notes = [latency]
+    if any(name in rows[0] for name in paper.NAMES):
+        notes.append(f"{paper.NAMES[0]}, ...: {paper.CONDITIONS}")
+    print("", tables.as_text(rows), *notes, sep="\n")
     tables.write_csv(workdir / TABLE, rows)
     report.write_report(
         workdir / PAGE,
         title="Comparison",
-        subtitle=f"scores in percent; {latency}",
+        subtitle="; ".join(["scores in percent", *notes]),
         results={},
         table=[{name: tables.cell(value) for name, value in row.items()} for row in rows],
         curves=[report.cmc_chart(lines, of=name) for name, lines in curves.items()],

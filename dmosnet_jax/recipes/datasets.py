@@ -95,7 +95,7 @@ def subset_checksum(images: Rows) -> int | None:
 def read_names(split: Split) -> list[str]:
     """All file names of a split, with a progress bar."""
     names: list[str] = []
-    with progress_bar(len(split), label=f"names of {split.name}", unit="name") as bar:
+    with progress_bar(len(split), label=f"names of {split.name}", unit="names") as bar:
         for start in range(0, len(split), _NAMES_AT_ONCE):
             found = split.filenames(range(start, min(start + _NAMES_AT_ONCE, len(split))))
             names += found

@@ -8,7 +8,6 @@ import pathlib
 import shutil
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from jax.sharding import NamedSharding
 
 from dmosnet_jax.core.errors import UserError
 from dmosnet_jax.core.parallel import print_once, to_devices
+from dmosnet_jax.core.progress import compiling
 from dmosnet_jax.data.splits import Subset
 from dmosnet_jax.recipes.training import BeginEpoch, Experiment, Prepare
 from dmosnet_jax.train import state as train_state
@@ -34,7 +34,7 @@ def describe(
     begin_epoch: BeginEpoch,
     *,
     prepare: Prepare | None = None,
-    **hooks: Callable[..., Any],
+    **hooks: Any,
 ) -> dict[str, Any]:
     """Prints what `training.train` of the same arguments would need; returns no results.
 
@@ -117,7 +117,8 @@ def _run(
     zeros = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), out_shardings=places)
     state = zeros()
     compiled: Any = compile_step(step, state, experiment.mesh)
-    compiled = compiled.lower(state, batch).compile()
+    with compiling("the training step"):
+        compiled = compiled.lower(state, batch).compile()
     analysis, seconds = compiled.memory_analysis(), []
     for _ in range(_TIMED_STEPS + 1):
         since = time.perf_counter()

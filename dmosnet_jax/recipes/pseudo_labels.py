@@ -17,13 +17,11 @@ from dmosnet_jax.evaluation import report_parts
 from dmosnet_jax.evaluation.report import Clusters
 from dmosnet_jax.evaluation.report_charts import Chart, Line, draw_svg
 from dmosnet_jax.memory import cluster_summary, quality
-from dmosnet_jax.memory.clustering import Clustering, TooFewClusteredError, cluster, host_memory
+from dmosnet_jax.memory.clustering import STAGES, Clustering, TooFewClusteredError, cluster, host_memory
 from dmosnet_jax.memory.tables import TableRows
 from dmosnet_jax.train.metrics import progress_bar, write_json
 
 PICTURE, CLUSTERS = "k_distances.svg", "clusters.json"
-# Stages that report their progress; the others take a hundredth of the time.
-_STAGES = ("neighbours", "weights", "jaccard")
 # Candidates for each neighbour of the low-precision search.
 _CANDIDATES = 2
 
@@ -55,7 +53,7 @@ def check_memory(images: int, dim: int, settings: Any) -> None:
 def run_clustering(
     features: TableRows, settings: Any, *, eps: float, threshold: float | None, mesh: Mesh, workdir: pathlib.Path
 ) -> Clustering:
-    """Clusters the features with a progress bar.
+    """Clusters the features with a progress bar, which begins anew with each stage: their rates have nothing in common.
 
     Args:
         features: rows of unit length.
@@ -71,11 +69,15 @@ def run_clustering(
     images, candidates = features.shape[0], 0
     if settings.search == "bfloat16":
         candidates = _CANDIDATES * min(settings.k1, images)
-    with progress_bar(images * len(_STAGES), label="cluster") as bar:
+    with progress_bar(images, label="cluster") as bar:
 
         def show(stage: str, fraction: float) -> None:
-            bar.set_description(f"cluster: {stage}", refresh=False)
-            bar.update(int((_STAGES.index(stage) + fraction) * images) - bar.n)
+            if not fraction:
+                place = STAGES.index(stage) + 1
+                bar.set_description(f"cluster, {place} of {len(STAGES)}: {stage}", refresh=False)
+                bar.set_postfix_str(f"then {[*STAGES, 'training'][place]}", refresh=False)
+                bar.reset()
+            bar.update(int(fraction * images) - bar.n)
 
         try:
             return cluster(

@@ -1,11 +1,12 @@
 """Scores of a network on the query and gallery of one or several data sets, and the files that show them."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from dmosnet_jax.core.config import dataset_names, joined
 from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.records import GALLERY, QUERY
 from dmosnet_jax.data.splits import Rows, Split, load_split
-from dmosnet_jax.evaluation import projector, ranking, report, report_parts, thresholds
+from dmosnet_jax.evaluation import distances, projector, ranking, report, report_parts, thresholds
 from dmosnet_jax.evaluation.activation import maps_of
 from dmosnet_jax.evaluation.extract import Extractor
 from dmosnet_jax.evaluation.report_charts import charts_from_metrics, cluster_charts
@@ -24,10 +25,12 @@ from dmosnet_jax.evaluation.rerank import rerank
 from dmosnet_jax.export import onnx_runtime
 from dmosnet_jax.models import Model, counting
 from dmosnet_jax.recipes import query_features
-from dmosnet_jax.train.metrics import METRICS_FILE, read_rows, write_json
+from dmosnet_jax.train.metrics import METRICS_FILE, progress_bar, read_rows, write_json
 
 RESULTS, REPORT = "results.json", "report.html"
 METRICS = ("mAP", "rank1", "rank5", "rank10", "mINP")
+# Seconds after which a stage that seldom takes long shows its progress.
+_DELAY = 5.0
 _TITLES = {"mAP": "mAP", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10", "mINP": "mINP"}
 
 
@@ -50,7 +53,8 @@ class Scores:
     @functools.cached_property
     def thresholds(self) -> thresholds.Thresholds | None:
         """Error rates of accepting pairs, None where there are no pairs of both kinds."""
-        return thresholds.evaluate(self.query_features, self.gallery_features, *self.labels)
+        with _counted(self.query_features, self.gallery_features, label="pairs", passes=2) as distance:
+            return thresholds.evaluate(None, None, *self.labels, distance=distance)
 
 
 class Scorer:
@@ -106,8 +110,31 @@ class Scorer:
             for split, cache in zip(self._splits[name], self._caches[name], strict=True)
         )
         first = self._queries[name](first, second, *more)
-        ranked = ranking.evaluate(first, second, query.pids, gallery.pids, query.camids, gallery.camids)
+        with _counted(first, second, label=f"{prefix}ranking") as distance:
+            labels = query.pids, gallery.pids, query.camids, gallery.camids
+            ranked = ranking.evaluate(None, None, *labels, distance=distance)
         return Scores(query, gallery, first, second, ranked, self._queries[name].choices)
+
+
+@contextlib.contextmanager
+def _counted(
+    query_features: np.ndarray,
+    gallery_features: np.ndarray,
+    *,
+    label: str,
+    source: distances.DistanceSource | None = None,
+    passes: int = 1,
+) -> Iterator[distances.DistanceSource]:
+    """Distances of blocks of queries, those of the source or else by cosine, with a bar over so many passes."""
+    of_queries = source or distances.source(query_features, gallery_features, "cosine", None)
+    with progress_bar(passes * len(query_features), label=label, unit="queries", delay=_DELAY) as bar:
+
+        def distance(start: int, stop: int) -> np.ndarray:
+            part = of_queries(start, stop)
+            bar.update(stop - start)
+            return part
+
+        yield distance
 
 
 def make_extractor(config: Any, model: Model, mesh: Mesh, *, flip: bool = False) -> Extractor:
@@ -245,8 +272,12 @@ def _results(scores: Scores, config: Any) -> dict[str, Any]:
     results["cmc"] = scores.ranking.cmc.tolist()
     results["thresholds"] = scores.thresholds.results() if scores.thresholds else None
     if config.eval.rerank:
-        distance = rerank(scores.query_features, scores.gallery_features)
-        again = ranking.evaluate(None, None, *scores.labels, distance=distance)
+        features = scores.query_features, scores.gallery_features
+        count = sum(map(len, features))
+        with progress_bar(count, label="re-ranking: neighbours", delay=_DELAY) as bar:
+            reranked = rerank(*features, progress=lambda fraction: bar.update(int(fraction * count) - bar.n))
+        with _counted(*features, label="re-ranking: distances", source=reranked) as distance:
+            again = ranking.evaluate(None, None, *scores.labels, distance=distance)
         results |= {f"reranked_{name}": float(again[name]) for name in METRICS}
     results["test_time"] = dict(scores.choices)
     return results

@@ -104,7 +104,8 @@ class Epochs:
 
     def hooks(self) -> dict[str, Any]:
         """What `training.train` asks of a recipe beside its epochs."""
-        return {"prepare": self.prepare, "before_step": self.refresh, "end_epoch": self.end, "compact": self.compact}
+        own = {"before_step": self.refresh, "end_epoch": self.end, "compact": self.compact}
+        return {"prepare": self.prepare, "begins_with": "clustering", **own}
 
     def end(self, run: RunState) -> Mapping[str, float]:
         """Figures of the memory at the end of an epoch."""

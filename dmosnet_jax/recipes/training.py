@@ -21,6 +21,7 @@ from dmosnet_jax.core.config import REFUSED, TOLD, changes, dataset_names, joine
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.core.files import make_folder
 from dmosnet_jax.core.parallel import check_batch, make_mesh, print_once
+from dmosnet_jax.core.progress import announced
 from dmosnet_jax.data import placement
 from dmosnet_jax.data.autoaugment import AutoAugment
 from dmosnet_jax.data.loading import ImageCache
@@ -202,7 +203,7 @@ def train(
     *,
     prepare: Prepare | None = None,
     clusters: Callable[[], Clusters | None] = lambda: None,
-    **hooks: Callable[..., Any],
+    **hooks: Any,
 ) -> dict:
     """Trains from the newest checkpoint, or from the start, to the end; returns the contents of `results.json`.
 
@@ -215,7 +216,7 @@ def train(
         prepare: (state, host values of the checkpoint or None for a fresh run) -> (state, host values): adds what is
             the recipe's own to the state, as arrays or as shapes to restore into.
         clusters: what the report says of the last epoch's clusters, for process 0.
-        **hooks: `before_step`, `end_epoch` and `compact` of `loop.Recipe`.
+        **hooks: `before_step`, `end_epoch`, `compact` and `begins_with` of `loop.Recipe`.
 
     Raises:
         DataError: the workdir holds another run.
@@ -238,8 +239,9 @@ def train(
         run = _start_or_resume(experiment, store, prepare or (lambda state, kept: (state, {})))
         if jax.process_index() == 0:
             write_json(workdir / "config.json", as_json(config))
-        compiled = experiment.place(compile_step(step, run.state, mesh))
-        recipe = loop.Recipe(compiled, begin_epoch, evaluate, experiment.images.filenames, **hooks)
+        compiled = experiment.place(announced(compile_step(step, run.state, mesh), "the training step"))
+        files, scored = experiment.images.filenames, bool(names)
+        recipe = loop.Recipe(compiled, begin_epoch, evaluate, files, scored=scored, **hooks)
         run = loop.train(
             run, recipe, experiment.lengths, store, mesh=mesh, workdir=workdir, batch_size=config.batch_size
         )

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-MARKET = "market1501"
+from dmosnet_jax.recipes.paper import MARKET, figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,25 +54,25 @@ class Table:
 
 
 _MSMT17 = "osnet_x0_25_msmt17.pth"
-_OF_TABLE_2: dict[str, tuple[str, dict[str, Any], tuple[float, float]]] = {
-    "[0,0,0]": ("osnet_x1_0", {"model.neck": "bnneck"}, (84.9, 94.8)),
-    "[1,0,0]": ("dmosnet_x1_0", {}, (86.76, 95.26)),
-    "[1,1,1]": ("dmosnet_x1_0", {"model.attention": (1, 1, 1)}, (84.93, 93.88)),
+_OF_TABLE_2: dict[tuple[int, int, int], tuple[str, dict[str, Any]]] = {
+    (0, 0, 0): ("osnet_x1_0", {"model.neck": "bnneck"}),
+    (1, 0, 0): ("dmosnet_x1_0", {}),
+    (1, 1, 1): ("dmosnet_x1_0", {"model.attention": (1, 1, 1)}),
 }
 
 
 def _paper() -> tuple[Row, ...]:
     return tuple(
         Row(
-            f"attention_{mask.strip('[]').replace(',', '')}",
-            f"attention {mask}, x1.0, from scratch",
+            f"attention_{''.join(map(str, mask))}",
+            f"attention [{','.join(map(str, mask))}], x1.0, from scratch",
             f"finetune.py:{MARKET},model={model}",
             {"model.dtype": "bfloat16"} | overrides,
             seeds=(0, 1, 2),
-            figures=figures,
+            figures=figures(model, mask),
             whose="the paper, Table 2",
         )
-        for mask, (model, overrides, figures) in _OF_TABLE_2.items()
+        for mask, (model, overrides) in _OF_TABLE_2.items()
     )
 
 
@@ -81,7 +81,7 @@ def _paper_small() -> tuple[Row, ...]:
     # Half of the paper's epochs and warm-up, and the rate lowered at the same shares of the run.
     tuned = size | {"model.neck": "bnneck", "optim.decay_epochs": (25, 50), "optim.warmup_steps": 1000}
     rows = []
-    for name, title, figures in (("osnet", "OSNet", (84.9, 94.8)), ("dmosnet", "DM-OSNet [1,0,0]", (86.76, 95.26))):
+    for name, title, mask in (("osnet", "OSNet", (0, 0, 0)), ("dmosnet", "DM-OSNet [1,0,0]", (1, 0, 0))):
         common: dict[str, Any] = {"overrides": tuned, "seeds": (0, 1)}
         config = f"finetune.py:{MARKET},model={name}_x0_25,epochs=60"
         before = f"{name}_spcl"
@@ -90,7 +90,7 @@ def _paper_small() -> tuple[Row, ...]:
                 f"{name}_scratch",
                 f"{title} x0.25, from scratch",
                 config,
-                figures=figures,
+                figures=figures(f"{name}_x1_0", mask),
                 whose="the paper at x1.0 and 256x128",
                 **common,
             ),
@@ -108,7 +108,7 @@ def _paper_small() -> tuple[Row, ...]:
                 f"{title} x0.25, from those",
                 config,
                 start_row=before,
-                figures=(86.16, None) if name == "osnet" else (87.36, 95.61),
+                figures=figures(f"{name}_x1_0", mask, pretrained=True),
                 whose="the paper at x1.0 and 256x128, from LUPerson",
                 **common,
             ),

@@ -22,7 +22,7 @@ from dmosnet_jax.core.errors import UserError
 from dmosnet_jax.core.parallel import by_process, from_first, to_devices, to_host
 from dmosnet_jax.data.pipeline import Batches
 from dmosnet_jax.train.checkpoints import Checkpoints
-from dmosnet_jax.train.metrics import MetricsWriter, progress_bar, write_json
+from dmosnet_jax.train.metrics import MetricsWriter, progress_bar, skip_pause, write_json
 from dmosnet_jax.train.state import RunState, TrainState
 from dmosnet_jax.train.steps import Step
 
@@ -77,6 +77,8 @@ class Recipe:
         before_step: (state, steps taken) -> the state that the next step starts from.
         end_epoch: run -> metrics to log after the last step of an epoch.
         compact: state -> the state without what a run that goes on computes anew, to the same numbers.
+        begins_with: what takes time at the start of an epoch, for the progress bar.
+        scored: whether there is something to evaluate, likewise.
     """
 
     step: Step
@@ -86,6 +88,17 @@ class Recipe:
     before_step: Callable[[TrainState, int], TrainState] = lambda state, number: state
     end_epoch: Callable[[RunState], Mapping[str, float]] = lambda run: {}
     compact: Callable[[TrainState], TrainState] = lambda state: state
+    begins_with: str = ""
+    scored: bool = True
+
+    def after(self, epochs: int, lengths: Lengths) -> str:
+        """What comes next when so many epochs are done."""
+        then = []
+        if self.scored and (epochs == lengths.epochs or epochs % lengths.eval_every_epochs == 0):
+            then.append("evaluation")
+        if epochs < lengths.epochs:
+            then.append(self.begins_with or f"epoch {epochs + 1}")
+        return " and ".join(then) or "the end"
 
 
 def train(
@@ -122,7 +135,7 @@ def train(
         bar = at_the_end.enter_context(progress_bar(total * batch_size, label="train", initial=number * batch_size))
         stop = at_the_end.enter_context(_StopFlag())
         at_the_end.callback(signals.finish_first, "")
-        clock = _Clock(lengths.checkpoint_minutes)
+        clock, is_compiled = _Clock(lengths.checkpoint_minutes), False
         while number < total:
             epoch, offset = divmod(number, lengths.steps_per_epoch)
             run, stream, notes = recipe.begin_epoch(run, epoch, offset)
@@ -130,13 +143,17 @@ def train(
                 # They belong to the first step to come: a run resumed at this boundary writes them again.
                 writer.write(number + 1, {"epoch": epoch, **notes})
 
-            window = _MetricsWindow(workdir, recipe.files)
+            window, then = _MetricsWindow(workdir, recipe.files), recipe.after(epoch + 1, lengths)
+            skip_pause(bar)
             with contextlib.closing(stream):
                 for batch in stream:
                     # What it replaces is let go before the step needs the room.
                     run = run.replace(state=recipe.before_step(run.state, number))
                     state, metrics = recipe.step(run.state, to_devices(batch, mesh))
                     run, number = run.replace(state=state), number + 1
+                    if not is_compiled:
+                        is_compiled = True
+                        skip_pause(bar)
                     window.add(number, metrics, batch["index"])
                     # Until now there was nothing to save.
                     signals.finish_first("the step under way, and saves it")
@@ -146,7 +163,8 @@ def train(
                         rate = {"images_per_second": steps_per_second * batch_size}
                         writer.write(number, {"epoch": epoch, **means, **rate})
                         # Shown when the bar is next drawn: with a rate of its own time, and in a log file not so often.
-                        bar.set_postfix(epoch=epoch + 1, loss=f"{means['loss']:.3f}", refresh=False)
+                        text = f"epoch {epoch + 1} of {lengths.epochs}, loss {means['loss']:.3f}, then {then}"
+                        bar.set_postfix_str(text, refresh=False)
                     if number % lengths.steps_per_epoch == 0:
                         # Saved below, after its evaluation.
                         continue

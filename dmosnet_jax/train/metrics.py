@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,15 +92,31 @@ class MetricsWriter:
             self._file = self._events = None
 
 
-def progress_bar(total: int | None, *, label: str, unit: str = "image", initial: int = 0) -> tqdm.tqdm:
-    """A bar with rate and time left on process 0's terminal; in a log file it prints a line every half minute."""
+def progress_bar(
+    total: int | None, *, label: str, unit: str = "images", initial: int = 0, delay: float = 0.0
+) -> tqdm.tqdm:
+    """A bar with rate and time left on process 0's terminal; in a log file it prints a line every half minute.
+
+    Args:
+        total: units in all.
+        label: stands before it.
+        unit: what is counted.
+        initial: units that were done before.
+        delay: seconds in which it is not shown; a stage that is over by then has none.
+    """
     terminal = sys.stderr.isatty()
     return tqdm.tqdm(
         total=total,
         initial=initial,
         desc=label,
-        unit=f" {unit}s",
+        unit=f" {unit}",
         dynamic_ncols=terminal,
         mininterval=0.5 if terminal else 30.0,
         disable=jax.process_index() != 0,
+        delay=delay,
     )
+
+
+def skip_pause(bar: tqdm.tqdm) -> None:
+    """Leaves what has gone on since the bar last moved, such as a compilation, out of its rate and time left."""
+    bar.last_print_t, bar.last_print_n = time.time(), bar.n

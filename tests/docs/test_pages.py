@@ -7,6 +7,7 @@ test is about what we export: it would fail on BGR, on a second normalisation, o
 import json
 import pathlib
 import re
+import shutil
 import sys
 import types
 
@@ -234,6 +235,21 @@ def test_norfair(monkeypatch, exported, frame):
     np.testing.assert_allclose(names["tracked"], 1 - units @ units.T, atol=1e-5)
     np.testing.assert_allclose(units, whole(exported, frame), atol=1e-5)
     assert names["tracker"].options["reid_distance_threshold"] == pytest.approx(0.4)
+
+
+def test_the_readmes_example(monkeypatch, exported, frame, tmp_path, capsys):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    # A folder of the name that the file has there; it is opened like one.
+    shutil.copytree(exported / "person", tmp_path / "osnet_x0_25_market1501.pth")
+    for name, (x1, y1, x2, y2) in zip(("query", "b", "c"), BOXES, strict=True):
+        Image.fromarray(frame[y1:y2, x1:x2, ::-1].copy()).save(tmp_path / f"{name}.jpg")
+    shutil.copy(tmp_path / "query.jpg", tmp_path / "a.jpg")
+    (block,) = code
+    names = run(block, monkeypatch, tmp_path, frame)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1.000  a.jpg"
+    assert len(lines) == 4
+    assert names["pair"].similarity == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.fixture

@@ -4,7 +4,15 @@ from sklearn.cluster import DBSCAN
 from sklearn.metrics import adjusted_rand_score
 
 from dmosnet_jax.core.errors import ConfigError, DataError, UserError
-from dmosnet_jax.memory.clustering import TooFewClusteredError, cluster, criterion, host_memory, jaccard, neighbours
+from dmosnet_jax.memory.clustering import (
+    STAGES,
+    TooFewClusteredError,
+    cluster,
+    criterion,
+    host_memory,
+    jaccard,
+    neighbours,
+)
 from dmosnet_jax.memory.clustering.dbscan import dbscan
 
 
@@ -214,10 +222,11 @@ def test_progress_and_seconds():
     seen = []
     result = cluster(features, progress=lambda stage, fraction: seen.append((stage, fraction)), **settings)
     assert list(result.seconds) == ["neighbours", "weights", "jaccard", "dbscan", "criterion"]
-    for stage in ("neighbours", "weights", "jaccard"):
+    assert list(dict(seen)) == list(STAGES) == list(result.seconds)
+    for stage in STAGES:
         fractions = [fraction for name, fraction in seen if name == stage]
         assert fractions == sorted(fractions)
-        assert fractions[-1] == 1.0
+        assert (fractions[0], fractions.count(0.0), fractions[-1]) == (0.0, 1, 1.0)
 
 
 def test_no_cluster_suggests_a_radius(rng):

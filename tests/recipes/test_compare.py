@@ -2,7 +2,9 @@
 
 import csv
 import functools
+import importlib
 import json
+import types
 
 import jax
 import optax
@@ -13,6 +15,7 @@ from dmosnet_jax.core.config import checkpoint_paths
 from dmosnet_jax.core.errors import ConfigError
 from dmosnet_jax.core.parallel import make_mesh
 from dmosnet_jax.models import counting
+from dmosnet_jax.recipes import compare, paper
 from dmosnet_jax.recipes.compare import short_names
 from dmosnet_jax.train import state as train_state
 from dmosnet_jax.train.checkpoints import Checkpoints
@@ -85,6 +88,7 @@ def test_the_table_has_what_each_evaluation_finds(cli, flags, runs, tmp_path):
         words = next(line.split() for line in finished.out.splitlines() if line.startswith((f"{label} ",)))
         assert words[1:3] == [small.NAME, "tiny"]
     assert rows[0]["multiply-adds"] != rows[3]["multiply-adds"]
+    assert "paper" not in f"{list(rows[0])} {finished.out}"
     for name in ("tiny", "other"):
         assert f"Cumulative matching characteristic on {name}" in page
         results = json.loads((workdir / "second" / name / "results.json").read_text())
@@ -131,3 +135,43 @@ def test_names_are_what_the_paths_do_not_share():
     assert short_names(["runs/a", "runs/a/checkpoints/30"]) == ["a", "a/checkpoints/30"]
     assert short_names(["/far/away/x.pth"]) == ["x.pth"]
     assert short_names(["a/run", "b/run"]) == ["a/run", "b/run"]
+
+
+def test_the_papers_figures_are_beside_ours(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "milliseconds", lambda network, **options: 1.0)
+    config = importlib.import_module("configs.compare").get_config()
+    score = types.SimpleNamespace(ranking=dict.fromkeys(("mAP", "rank1", "rank5", "rank10", "mINP"), 0.5))
+    scores = {"market1501": score, "cuhk03_labeled": score}
+    rows = []
+    for name in ("osnet_x1_0", "dmosnet_x1_0", "dmosnet_x0_25"):
+        network = types.SimpleNamespace(model=models.build(name))
+        rows += compare._rows(name, network, scores, config.latency)
+    compare._write(tmp_path, rows, {}, config)
+    with open(tmp_path / "compare.csv", newline="") as file:
+        written = [[row[name] for name in ("checkpoint", "data set", *paper.NAMES)] for row in csv.DictReader(file)]
+    assert written == [
+        ["osnet_x1_0", "market1501", "84.9", "94.8", "86.16", ""],
+        ["osnet_x1_0", "cuhk03_labeled", "", "", "", ""],
+        ["osnet_x1_0", "mean", "", "", "", ""],
+        ["dmosnet_x1_0", "market1501", "86.76", "95.26", "87.36", "95.61"],
+        ["dmosnet_x1_0", "cuhk03_labeled", "71.56", "74.0", "72.96", "74.57"],
+        ["dmosnet_x1_0", "mean", "", "", "", ""],
+        *(["dmosnet_x0_25", name, "", "", "", ""] for name in ("market1501", "cuhk03_labeled", "mean")),
+    ]
+    page, text = (tmp_path / "compare.html").read_text(), capsys.readouterr().out
+    assert "<td>95.26</td><td>87.36</td>" in page
+    assert "paper&#39;s mAP, LUPerson</th>" in page
+    line = next(line.split() for line in text.splitlines() if line.startswith("dmosnet_x1_0"))
+    assert line[2:10] == ["market1501", "50.00", "50.00", "50.00", "86.76", "95.26", "87.36", "95.61"]
+    for shown in (page, text):
+        assert "width 1.0, 256x128, fine-tuned from scratch" in shown
+
+
+def test_figures_are_of_the_network_that_the_paper_describes():
+    assert paper.figures("resnet50") == (81.95, None)
+    assert paper.figures("resnet50", pretrained=True) == (83.23, None)
+    assert paper.figures("dmosnet_x1_0", (0, 0, 0)) == paper.figures("osnet_x1_0") == (84.9, 94.8)
+    assert paper.figures("osnet_x1_0", (0, 0, 1), "msmt17") == (54.03, 79.26)
+    for name, mask in (("dmosnet_ibn_x1_0", (1, 0, 0)), ("dmosnet_x1_0", (1, 1, 0)), ("resnet50_ibn_a", (0, 0, 0))):
+        assert paper.figures(name, mask) == (None, None)
+    assert paper.figures("resnet50", dataset="msmt17") == (None, None)

@@ -1,5 +1,6 @@
 """The loop with a recipe of one number, so that every order of events can be tried."""
 
+import contextlib
 import json
 import math
 import os
@@ -135,6 +136,41 @@ def test_order_of_events_and_rows(tmp_path):
     assert found[1] == {"step": 1, "epoch": 0, "loss": 0.5}
     assert found[5]["mAP"] == found[-1]["mAP"] / float(state.params["sum"]) * sum_after(4)
     assert saved(tmp_path) == [4, 6, 8]
+
+
+def test_the_bar_says_what_comes_next(tmp_path, monkeypatch):
+    drawn, pauses = [], []
+
+    class Bar(contextlib.nullcontext):
+        n = 0
+
+        def set_postfix_str(self, text, refresh):
+            drawn.append(text)
+
+        def update(self, images):
+            self.n += images
+
+        def __enter__(self):
+            return self
+
+    monkeypatch.setattr(loops, "progress_bar", lambda *unused, **options: Bar())
+    monkeypatch.setattr(loops, "skip_pause", lambda bar: pauses.append(bar.n))
+    run(tmp_path, Recipe(), epochs=3, log_every=4, eval_every=2)
+    assert [text.partition("then ")[2] for text in drawn] == ["epoch 2", "evaluation and epoch 3", "evaluation"]
+    assert drawn[0].startswith("epoch 1 of 3, loss ")
+    # Before each epoch's first step, and after the one that compiles.
+    assert pauses == [0, 0, 4 * ROWS, 8 * ROWS]
+
+
+def test_what_comes_next_is_the_recipes():
+    def after(epochs, **options):
+        lengths = loops.Lengths(4, 3, 1, None, 2)
+        return loops.Recipe(add, lambda *unused: None, lambda *unused: None, list, **options).after(epochs, lengths)
+
+    assert [after(done, begins_with="clustering", scored=False) for done in (1, 2, 3)] == ["clustering"] * 2 + [
+        "the end"
+    ]
+    assert after(2, begins_with="clustering") == "evaluation and clustering"
 
 
 def sum_after(steps):

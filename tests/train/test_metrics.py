@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 
@@ -90,3 +91,23 @@ def test_the_bar_reaches_its_total(capsys):
     with metrics.progress_bar(10, label="query", initial=4) as bar:
         bar.update(6)
     assert "query: 100%" in capsys.readouterr().err
+
+
+def test_a_stage_that_is_soon_over_has_no_bar(capsys):
+    with metrics.progress_bar(2, label="ranking", unit="queries", delay=60.0) as bar:
+        bar.update(2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pause_is_not_in_the_rate(monkeypatch):
+    now = [time.time()]
+    monkeypatch.setattr(metrics.time, "time", lambda: now[0])
+    with metrics.progress_bar(100, label="train") as bar:
+        monkeypatch.setattr(bar, "_time", lambda: now[0])
+        # A compilation of an hour, and then ten images a minute.
+        now[0] += 3600.0
+        metrics.skip_pause(bar)
+        for _ in range(3):
+            now[0] += 60.0
+            bar.update(10)
+        assert bar.format_dict["rate"] == pytest.approx(1 / 6)

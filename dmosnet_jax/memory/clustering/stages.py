@@ -65,6 +65,9 @@ class Clustering:
         return int(np.bincount(self.labels).max())
 
 
+STAGES = ("neighbours", "weights", "jaccard", "dbscan", "criterion")
+
+
 class _Stages:
     """Times stages and passes their progress on."""
 
@@ -75,8 +78,12 @@ class _Stages:
     @contextmanager
     def __call__(self, name: str) -> Iterator[Callable[[float], None] | None]:
         start, report = time.perf_counter(), self._report
+        if report is not None:
+            report(name, 0.0)
         yield None if report is None else lambda fraction: report(name, fraction)
         self.seconds[name] = time.perf_counter() - start
+        if report is not None:
+            report(name, 1.0)
 
 
 def _check_settings(k1: int, k2: int, eps: float, eps_gap: float, min_samples: int) -> None:
@@ -160,7 +167,7 @@ def cluster(
         mesh: devices of the neighbour search, by default all of them, or those of the table.
         threads: host threads, default all cores.
         memory_limit: bytes; refuse to start when the estimate is above. Default: the machine's memory.
-        progress: called with (stage, finished fraction of the stage).
+        progress: called with (stage, finished fraction of the stage), of each stage of `STAGES` with 0 and 1.
 
     Returns:
         `Clustering`, the same in every process to the last bit but for `seconds`.
@@ -223,8 +230,13 @@ def _label(
         )
     with stages("jaccard") as report:
         graph = jaccard.distance_graph(weights, max(radii), order=order, threads=threads, progress=report)
-    with stages("dbscan"):
-        middle, tight, loose = (dbscan(graph, radius, min_samples) for radius in radii)
+    with stages("dbscan") as report:
+        found = []
+        for done, radius in enumerate(radii, 1):
+            found.append(dbscan(graph, radius, min_samples))
+            if report is not None:
+                report(done / len(radii))
+        middle, tight, loose = found
     check_clusters(middle, weights, radii[0], min_samples, min_clustered)
     with stages("criterion"):
         chosen = criterion.select(middle, tight, loose, threshold=indep_threshold)
