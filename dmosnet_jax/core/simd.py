@@ -33,6 +33,8 @@ WIDTH = 16
 SWITCH = "DMOSNET_CPU_KERNELS"
 # More threads than this, or for less than this much of an array, cost more than they save.
 _MOST_THREADS, _LEAST_FLOATS = 16, 1 << 15
+# Pieces of a call's work for each thread.
+_PIECES = 4
 _FLOAT, _INT64, _INT32 = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 _BYTES = ir.IntType(8).as_pointer()
 _VECTOR = ir.VectorType(_FLOAT, WIDTH)
@@ -197,13 +199,34 @@ def _set_int32(typing, address, value):
 
 
 @intrinsic
-def _start_thread(typing, handle, routine, task):
+def _start_thread(typing, handle, attributes, routine, task):
     def code(context, builder, signature, values):
         create = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_INT32, [_BYTES] * 4), "pthread_create")
-        handle, routine, task = (builder.inttoptr(value, _BYTES) for value in values)
-        return builder.sext(builder.call(create, [handle, ir.Constant(_BYTES, None), routine, task]), _INT64)
+        return builder.sext(builder.call(create, [builder.inttoptr(value, _BYTES) for value in values]), _INT64)
 
-    return types.int64(types.int64, types.int64, types.int64), code
+    return types.int64(*[types.int64] * 4), code
+
+
+@intrinsic
+def _take(typing, address):
+    """The number there, and one more from now on, for one thread at a time."""
+
+    def code(context, builder, signature, values):
+        pointer = builder.inttoptr(values[0], _INT64.as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(_INT64, 1), "monotonic")
+
+    return types.int64(types.int64), code
+
+
+@intrinsic
+def _this_core(typing):
+    def code(context, builder, signature, values):
+        kind = ir.FunctionType(_INT32, [])
+        return builder.sext(
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_getcpu"), []), _INT64
+        )
+
+    return types.int64(), code
 
 
 @intrinsic
@@ -250,8 +273,19 @@ def _run(typing, kernel, frame, start, stop):
     return types.void(*[types.int64] * 4), code
 
 
+@jit()
+def _run_pieces(task):
+    """Pieces of a task `(kernel, frame, rows, pieces, the next piece)` until none is left."""
+    rows, pieces = _word(task + 16), _word(task + 24)
+    piece = _take(task + 32)
+    while piece < pieces:
+        _run(_word(task), _word(task + 8), rows * piece // pieces, rows * (piece + 1) // pieces)
+        piece = _take(task + 32)
+
+
 _KERNEL = types.void(types.int64, types.int64, types.int64)
 _addresses = np.zeros(64, np.int64)
+_ATTRIBUTES_BYTES = 128  # no less than a pthread_attr_t has
 _kept: list[Any] = []
 
 
@@ -275,6 +309,25 @@ def place(number: int, compiled: Any) -> None:
     _addresses[number] = compiled.address
 
 
+def _elsewhere() -> np.ndarray:
+    """For each core of the machine attributes of a thread that is to run on any other: rows of bytes.
+
+    Calls take some milliseconds. A thread that starts on the core of its caller, which is busy, would wait for as long.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return np.zeros((0, _ATTRIBUTES_BYTES), np.uint8)
+    allowed, library = os.sched_getaffinity(0), ctypes.CDLL(None)
+    found = np.zeros((max(allowed) + 1, _ATTRIBUTES_BYTES), np.uint8)
+    for core, row in enumerate(found):
+        address = ctypes.c_void_p(row.ctypes.data)
+        library.pthread_attr_init(address)
+        others = allowed - {core}
+        if others and hasattr(library, "pthread_attr_setaffinity_np"):
+            bits = sum(1 << other for other in others).to_bytes(128, "little")
+            library.pthread_attr_setaffinity_np(address, ctypes.c_size_t(len(bits)), bits)
+    return found
+
+
 @functools.cache
 def register(name: str, threads: int | None = None) -> str:
     """Makes a target for `jax.ffi.ffi_call` on CPUs, whose one attribute is the number of a kernel.
@@ -287,10 +340,12 @@ def register(name: str, threads: int | None = None) -> str:
         The name.
     """
     most, table = min(thread_count(threads), _MOST_THREADS), _addresses.ctypes.data
+    elsewhere = _elsewhere()
+    cores, attributes = elsewhere.shape[0], elsewhere.ctypes.data
 
     @cfunc(types.int64(types.int64))
     def work(task):
-        _run(_word(task), _word(task + 8), _word(task + 16), _word(task + 24))
+        _run_pieces(task)
         return 0
 
     routine = work.address
@@ -310,26 +365,25 @@ def register(name: str, threads: int | None = None) -> str:
         for axis in range(_word(array + _RANK)):
             size *= length(array, axis)
         parts = max(min(most, rows, size // _LEAST_FLOATS), 1)
-        tasks = np.empty((parts, 5), np.int64)
-        first = tasks.ctypes.data
-        for part in range(parts):
-            tasks[part, 0], tasks[part, 1] = kernel, frame
-            tasks[part, 2], tasks[part, 3] = rows * part // parts, rows * (part + 1) // parts
+        # Threads take pieces until there are none: one that is held up does not hold up the others.
+        memory = np.zeros(5 + parts, np.int64)
+        task, handles = memory.ctypes.data, memory.ctypes.data + 40
+        memory[0], memory[1], memory[2] = kernel, frame, rows
+        memory[3] = min(rows, parts * _PIECES if parts > 1 else 1)
+        core = _this_core() if cores > 0 else -1
+        other = attributes + _ATTRIBUTES_BYTES * core if 0 <= core < cores else 0
         # Threads of its own for each call: there are some hundred calls in a step that takes seconds.
         started = 1
-        while started < parts and _start_thread(first + 40 * started + 32, routine, first + 40 * started) == 0:
+        while started < parts and _start_thread(handles + 8 * started, other, routine, task) == 0:
             started += 1
-        _run(kernel, frame, tasks[0, 2], tasks[0, 3])
-        for part in range(1, parts):
-            if part < started:
-                _join_thread(tasks[part, 4])
-            else:
-                _run(kernel, frame, tasks[part, 2], tasks[part, 3])
+        _run_pieces(task)
+        for part in range(1, started):
+            _join_thread(memory[5 + part])
         return 0
 
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    _kept.extend((work, call))
+    _kept.extend((work, call, elsewhere))
     jax.ffi.register_ffi_target(name, capsule(call.address, None, None), platform="cpu")
     return name
 

@@ -504,6 +504,92 @@ def _products() -> Any:
     return products
 
 
+@_kernel
+def _multiply_4x64(x, inputs, w, out, outputs, p, o):
+    """`out[p : p + 4, o : o + 64] = x[p : p + 4] @ w` for `w` [inputs, 64], the sums in registers."""
+    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = zeros()
+    c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = zeros()
+    for i in range(inputs):
+        w0, w1, w2, w3 = load(w, 64 * i), load(w, 64 * i + 16), load(w, 64 * i + 32), load(w, 64 * i + 48)
+        at = p * inputs + i
+        v = spread(x, at)
+        a0, a1, a2, a3 = muladd(v, w0, a0), muladd(v, w1, a1), muladd(v, w2, a2), muladd(v, w3, a3)
+        v = spread(x, at + inputs)
+        b0, b1, b2, b3 = muladd(v, w0, b0), muladd(v, w1, b1), muladd(v, w2, b2), muladd(v, w3, b3)
+        v = spread(x, at + 2 * inputs)
+        c0, c1, c2, c3 = muladd(v, w0, c0), muladd(v, w1, c1), muladd(v, w2, c2), muladd(v, w3, c3)
+        v = spread(x, at + 3 * inputs)
+        d0, d1, d2, d3 = muladd(v, w0, d0), muladd(v, w1, d1), muladd(v, w2, d2), muladd(v, w3, d3)
+    at = p * outputs + o
+    _store_64(out, at, a0, a1, a2, a3)
+    _store_64(out, at + outputs, b0, b1, b2, b3)
+    _store_64(out, at + 2 * outputs, c0, c1, c2, c3)
+    _store_64(out, at + 3 * outputs, d0, d1, d2, d3)
+
+
+@_kernel
+def _store_64(out, at, v0, v1, v2, v3):
+    store(out, at, v0)
+    store(out, at + 16, v1)
+    store(out, at + 32, v2)
+    store(out, at + 48, v3)
+
+
+@_kernel
+def _multiply_8x16(x, inputs, w, out, outputs, p, o):
+    """`out[p : p + 8, o : o + 16] = x[p : p + 8] @ w` for `w` [inputs, 16]."""
+    a0 = a1 = a2 = a3 = a4 = a5 = a6 = a7 = zeros()
+    for i in range(inputs):
+        v, at = load(w, 16 * i), p * inputs + i
+        a0, a1 = muladd(spread(x, at), v, a0), muladd(spread(x, at + inputs), v, a1)
+        at += 2 * inputs
+        a2, a3 = muladd(spread(x, at), v, a2), muladd(spread(x, at + inputs), v, a3)
+        at += 2 * inputs
+        a4, a5 = muladd(spread(x, at), v, a4), muladd(spread(x, at + inputs), v, a5)
+        at += 2 * inputs
+        a6, a7 = muladd(spread(x, at), v, a6), muladd(spread(x, at + inputs), v, a7)
+    at = p * outputs + o
+    store(out, at, a0)
+    store(out, at + outputs, a1)
+    store(out, at + 2 * outputs, a2)
+    store(out, at + 3 * outputs, a3)
+    at += 4 * outputs
+    store(out, at, a4)
+    store(out, at + outputs, a5)
+    store(out, at + 2 * outputs, a6)
+    store(out, at + 3 * outputs, a7)
+
+
+def _multiply() -> Any:
+    """`(x [B, P, I], w [I, O]) -> [B, P, O]`: matrix product at each of P positions, a multiple of 8; O of 16."""
+
+    @simd.kernel
+    def multiply(frame, start, stop):
+        first, second = argument(frame, 0), argument(frame, 1)
+        positions, inputs, outputs = length(first, 1), length(first, 2), length(second, 1)
+        wide = outputs // 64 * 64
+        # Columns of the weights in panels, each of which is read from end to end: 64 at a time, then 16.
+        memory = np.empty(inputs * outputs, np.float32)
+        panels = memory.ctypes.data
+        for o in range(0, outputs, 16):
+            across = 64 if o < wide else 16
+            panel = panels + F * (o // across * across * inputs + o % across)
+            for i in range(inputs):
+                store(panel, across * i, load(data(second), i * outputs + o))
+        x, out, last = data(first), data(result(frame, 0)), stop * positions
+        for begin in range(start * positions, last, _POSITIONS):
+            end = min(begin + _POSITIONS, last)
+            for o in range(0, wide, 64):
+                for p in range(begin, end, 4):
+                    _multiply_4x64(x, inputs, panels + F * o * inputs, out, outputs, p, o)
+            for o in range(wide, outputs, 16):
+                for p in range(begin, end, 8):
+                    _multiply_8x16(x, inputs, panels + F * o * inputs, out, outputs, p, o)
+        _keep(memory)
+
+    return multiply
+
+
 STEM = 7  # side of the first convolution's window
 STEM_TAPS = 152  # its 7 * 7 * 3 taps in whole blocks of eight
 
@@ -558,6 +644,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "sums": _sums,
     "gradients": _gradients,
     "products": _products,
+    "multiply": _multiply,
     "stem": _stem,
 }
 
@@ -589,6 +676,7 @@ def call(kind: str, shapes: Sequence[tuple[int, ...]], *arguments: jax.Array | N
 _NORMS = [(True, True, False), (False, True, False), (False, False, False), (False, True, True)]
 _VARIANTS: list[tuple[Any, ...]] = [
     ("products",),
+    ("multiply",),
     ("stem",),
     ("moments", False),
     ("moments", True),

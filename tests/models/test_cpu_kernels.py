@@ -90,13 +90,16 @@ def test_norms_and_their_gradients_are_those_of_the_definition(rng, name, form):
 def test_any_number_of_threads_gives_the_same_bits(rng):
     values = arguments(rng, (16, 32, 16, 16, 2), depthwise=True, relu=True, residual=False)
     weights = rng.standard_normal((16, 32, 16, 16)), rng.standard_normal((16, 16))
+    columns = rng.standard_normal((16, 80)).astype(np.float32)
     target, results = cpu_kernels.target(), []
     for threads in (1, 2, 5):
         cpu_kernels.target.cache_clear()
         simd_name = simd.register(f"{target}_{threads}", threads)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpu_kernels, "target", lambda name=simd_name: name)
-            results.append(with_gradients(fused.normalise, values, 2, True, weights))
+            found = with_gradients(fused.normalise, values, 2, True, weights)
+            multiply = jax.jit(lambda x: cpu_kernels.call("multiply", [(16, 512, 80)], x.reshape(16, 512, 16), columns))
+            results.append(found + multiply(values[0]))
     for other in results[1:]:
         jax.tree.map(np.testing.assert_array_equal, other, results[0])
 
@@ -120,6 +123,22 @@ def test_products_over_positions(rng, kernels, inputs, outputs):
     assert "dmosnet_jax" in run.lower(x, weights, gradient).as_text()
     expected = np.einsum("bhwi,bhwo->io", x, gradient, dtype=np.float64)
     np.testing.assert_allclose(run(x, weights, gradient), expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 16), (64, 64), (24, 80), (96, 384), (16, 144), (512, 48)])
+def test_products_at_each_position(rng, kernels, inputs, outputs):
+    x = rng.standard_normal((3, 6, 12, inputs)).astype(np.float32)
+    weights = rng.standard_normal((inputs, outputs)).astype(np.float32)
+    run = jax.jit(pointwise)
+    assert "dmosnet_jax" in run.lower(x, weights).as_text()
+    expected = np.einsum("bhwi,io->bhwo", x, weights, dtype=np.float64)
+    np.testing.assert_allclose(run(x, weights), expected, atol=2e-6 * np.abs(expected).max())
+    # Of positions that are no multiple of eight XLA makes the products; of gradients, too.
+    np.testing.assert_allclose(run(x[:, :, :3], weights), expected[:, :, :3], atol=2e-6 * np.abs(expected).max())
+    gradient = rng.standard_normal(expected.shape).astype(np.float32)
+    found = jax.jit(lambda g: jax.vjp(lambda x: pointwise(x, weights), x)[1](g)[0])(gradient)
+    expected = np.einsum("bhwo,io->bhwi", gradient, weights, dtype=np.float64)
+    np.testing.assert_allclose(found, expected, atol=3e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(("height", "width", "outputs"), [(32, 16, 16), (10, 48, 64), (64, 32, 48)])
@@ -172,7 +191,7 @@ def relative_errors(vectors, exact):
 def test_a_network_is_as_near_to_float64_as_with_xla(rng, request):
     name, size = "dmosnet_ibn_x0_25", (64, 64)
     trees = models.build(name, num_classes=5, image_size=size).init(jax.random.key(1))
-    draws = [[rng.standard_normal(shape).astype(np.float32) for shape in ((8, *size, 3), (8, 5))] for _ in range(5)]
+    draws = [[rng.standard_normal(shape).astype(np.float32) for shape in ((8, *size, 3), (8, 5))] for _ in range(11)]
     batches = [(*trees, *draw) for draw in draws]
     _, plain = trained_and_tested(name, "float32", batches[0])
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
@@ -184,7 +203,7 @@ def test_a_network_is_as_near_to_float64_as_with_xla(rng, request):
     text, by_kernels = trained_and_tested(name, "float32", batches[0])
     assert text.count("@dmosnet_jax_") > 50
     ours = [relative_errors(by_kernels(*batch), truth) for batch, truth in zip(batches, exact, strict=True)]
-    # A ReLU that falls the other way shows in a single batch, by either program: so the medians over five.
+    # A ReLU that falls the other way shows in a single batch, by either program: so the medians over eleven.
     ours, usual = np.median(ours, axis=0), np.median(usual, axis=0)
     assert (ours <= 3 * usual + 1e-6).all(), (ours, usual)
 
