@@ -32,8 +32,8 @@ _SHARED_SECONDS = 10.0
 _END, _SEEN, _SHARED, _TOKEN = (f"dmosnet/{name}" for name in ("end", "seen", "shared", "token"))
 _DONE = "done"
 _HELLO_BYTES = 4096
-# What XLA and its libraries call a failure of the connection, in exceptions of several kinds.
 _say = functools.partial(print, flush=True)
+# What XLA and its libraries call a failure of the connection, in exceptions of several kinds.
 _CONNECTION = re.compile(r"gloo|nccl|^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): ", re.IGNORECASE)
 
 

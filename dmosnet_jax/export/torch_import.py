@@ -43,8 +43,6 @@ _WRAPPER_KEYS = (
     "module",
 )
 _MAX_DEPTH = 4
-# Of names in a message.
-_SHOWN = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +154,7 @@ def _tensors_of(node: dict[Any, Any]) -> dict[str, TensorRef]:
 
 def _some(names: Sequence[str]) -> str:
     """The first of some names of a file, fit for a message."""
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(printable(name, 60) for name in names[:_SHOWN]) + more
+    return first([printable(name, 60) for name in names], join=", ", most=8)
 
 
 def _search(node: Any, depth: int, seen: set[int]) -> dict[str, TensorRef]:
