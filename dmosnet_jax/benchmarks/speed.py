@@ -46,7 +46,7 @@ from dmosnet_jax.core.parallel import make_mesh, replicated, to_devices  # noqa:
 from dmosnet_jax.data import transforms  # noqa: E402
 from dmosnet_jax.export import onnx_runtime  # noqa: E402
 from dmosnet_jax.memory import hybrid  # noqa: E402
-from dmosnet_jax.models.counting import count  # noqa: E402
+from dmosnet_jax.models.counting import operations  # noqa: E402
 from dmosnet_jax.train import state as train_state  # noqa: E402
 from dmosnet_jax.train import steps  # noqa: E402
 
@@ -243,14 +243,6 @@ def peak_flops() -> float:
     return 2 * side**3 / seconds
 
 
-def operations(model: Any, batch: int) -> int:
-    """Floating-point operations of a forward pass."""
-    params, stats = model.shapes()
-    images = jax.ShapeDtypeStruct((batch, *model.image_size, 3), np.float32)
-    run = count(lambda p, s, x: model.apply(p, s, x, train=False)[0]["feature"], params, stats, images)
-    return 2 * run.total
-
-
 def measure(
     task: str, name: str, batch: int, dtype: str, options: argparse.Namespace, peer: Torch | None
 ) -> dict[str, Any]:
@@ -271,7 +263,8 @@ def measure(
     mine, *others = in_turns([ours, *theirs], options.rounds, options.warm)
     assert mine is not None
     best = min((other for other in others if other), key=lambda other: other["seconds"], default=None)
-    flops = operations(model, batch) * (1 if inference else 3) / mine["seconds"]
+    # A multiply-add is two operations, and training takes three times as many as inference.
+    flops = 2 * batch * operations(model).total * (1 if inference else 3) / mine["seconds"]
     return _row(task, name, batch, dtype, mine, best, clock="seconds") | {
         "GFLOP/s": flops / 1e9,
         "of peak": flops / options.peak,
