@@ -17,9 +17,9 @@ from typing import Any
 import safetensors
 
 from dmosnet_jax.core import files, safe_json
-from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.errors import ConfigError, DataError, first
 from dmosnet_jax.core.files import atomic_write
-from dmosnet_jax.core.trees import check
+from dmosnet_jax.core.trees import differences
 from dmosnet_jax.data.transforms import DEFAULT_FILTER, FILTERS
 from dmosnet_jax.export import model_card, roboflow, stablehlo, torch_export, torch_import
 from dmosnet_jax.models import Model, build
@@ -90,8 +90,10 @@ def save(
     Raises:
         DataError: the arrays are not the card's model's, the folder exists, or can't be written.
     """
-    folder = pathlib.Path(files.tidy(path)).absolute()
-    check(f"{path}: {card.model.name}", card.model.shapes(), (params, stats))
+    folder, pairs = pathlib.Path(files.tidy(path)).absolute(), zip(card.model.shapes(), (params, stats), strict=True)
+    problems = [text for expected, found in pairs for text in differences(expected, found)]
+    if problems:
+        raise DataError(f"{path}: the arrays are not those of {card.model.name}: {first(problems)}")
     files.refuse_existing(folder, overwrite=overwrite, may_replace=is_folder)
     with atomic_write(folder, replace_folder=overwrite) as part:
         part.mkdir()
