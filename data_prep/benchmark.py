@@ -25,6 +25,7 @@ from tqdm import tqdm
 from data_prep import command
 from data_prep.synthetic import pedestrians
 from data_prep.synthetic.pedestrians import Scene, Studio
+from dmosnet_jax.core.command import guarded
 from dmosnet_jax.core.errors import ConfigError, DataError
 
 # Crops of LUPerson have a few kilobytes.
@@ -118,7 +119,7 @@ def run(folder: pathlib.Path, images: int, shard_mib: float) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv`, program name first; returns the exit status."""
-    return command.guarded(_run, argv)
+    return guarded(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str]) -> int:

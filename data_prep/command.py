@@ -46,11 +46,6 @@ def given(own: flags.FlagValues, names: Sequence[str]) -> dict[str, Any]:
     return {name: own[name].value for name in names if own[name].value is not None}
 
 
-def guarded(run: Callable[[Sequence[str]], int], argv: Sequence[str], *, interrupted: str = "interrupted") -> int:
-    """The exit status of a command; errors in its input, and an interrupt, are printed as one line."""
-    return command.guarded(lambda: run(argv), interrupted=interrupted)
-
-
 def start(main: Callable[[Sequence[str]], int]) -> None:
     """Runs a command as the program."""
     command.run_program(lambda: main(sys.argv))

@@ -31,6 +31,7 @@ from data_prep.write.shards import DATASET as UNFINISHED
 from data_prep.write.staging import publish, staging, sweep, upload
 from data_prep.write.summary import Summary
 from dmosnet_jax.core import files
+from dmosnet_jax.core.command import guarded
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import records, shards
 
@@ -267,7 +268,7 @@ def main(argv: Sequence[str]) -> int:
     Returns:
       The exit status: 0, also when the data set was there already; 1 for bad data; 2 for a bad command.
     """
-    return command.guarded(_run, argv, interrupted="interrupted: nothing was written")
+    return guarded(lambda: _run(argv), interrupted="interrupted: nothing was written")
 
 
 def _run(argv: Sequence[str]) -> int:

@@ -20,6 +20,7 @@ from absl import flags
 from data_prep import command, convert
 from data_prep.check.images import Contents, OtherLabelsError, Part, inspect
 from data_prep.check.rules import Finding, Rules, check, identities
+from dmosnet_jax.core.command import guarded
 from dmosnet_jax.core.errors import ConfigError, DataError
 from dmosnet_jax.data import records, splits
 from dmosnet_jax.data.splits import Split
@@ -172,7 +173,7 @@ def _report(title: str, parts: list[Part], rules: Rules, images: bool, warnings:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command line `argv`, program name first; returns the exit status."""
-    return command.guarded(_run, argv)
+    return guarded(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str]) -> int:

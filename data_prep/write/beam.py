@@ -15,6 +15,7 @@ from typing import Any
 
 from data_prep.write import shards
 from dmosnet_jax.core.errors import ConfigError, DataError
+from dmosnet_jax.core.signals import end_with_parent
 
 # Beam logs its own affairs on import.
 _before = logging.root.manager.disable
@@ -109,7 +110,7 @@ def _end(process: Any) -> None:
 def _serve(answers: Connection, stage: str, todo: Sequence[int], options: str) -> None:
     """The pipeline's process: sends what went wrong, or nothing."""
     os.setsid()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent(lambda: os.killpg(0, signal.SIGKILL))
     usual = threading.excepthook
 
     def hook(raised: threading.ExceptHookArgs) -> None:
@@ -125,13 +126,6 @@ def _serve(answers: Connection, stage: str, todo: Sequence[int], options: str) -
         # Each worker of this machine would tell what it does, and all of them of one that was killed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     answers.send(_execute(stage, todo, parsed))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.killpg(0, signal.SIGKILL)
 
 
 def _execute(stage: str, todo: Sequence[int], options: PipelineOptions) -> str:

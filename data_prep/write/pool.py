@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from data_prep.write import shards
 from data_prep.write.shards import Plan, Result
 from dmosnet_jax.core.errors import DataError
+from dmosnet_jax.core.signals import end_with_parent
 
 # Seconds between updates of the progress bar, and between printed lines where there is no terminal for a bar.
 _UPDATE = 0.5
@@ -86,14 +86,7 @@ def _begin(images: Any, stop: Any) -> None:
     _shared = images, stop
     # Ctrl-C goes to all processes of a terminal; the main process decides when its workers stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    end_with_parent()
 
 
 def _write(stage: str, number: int) -> Result:

@@ -22,7 +22,7 @@ import optax
 import orbax.checkpoint as ocp
 
 from dmosnet_jax import models
-from dmosnet_jax.benchmarks import command
+from dmosnet_jax.benchmarks import command, structured
 from dmosnet_jax.core import tables
 from dmosnet_jax.core.command import guarded, run_program
 from dmosnet_jax.core.parallel import make_mesh
@@ -34,17 +34,6 @@ from dmosnet_jax.train.state import TrainState
 FORMS = ("compacted", "with sums", "plain")
 
 
-def _features(images: int, dim: int) -> np.ndarray:
-    """Rows of unit length."""
-    rng = np.random.default_rng(0)
-    features = np.empty((images, dim), np.float32)
-    for start in range(0, images, 65_536):
-        rows = features[start : start + 65_536]
-        rng.standard_normal(out=rows, dtype=np.float32)
-        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return features
-
-
 def _state(options: argparse.Namespace, images: int, classes: int, *, drawn: bool) -> TrainState:
     model, mesh = models.build(options.model, bn_group_size=16), make_mesh()
     optimiser = optax.adam(3.5e-4)
@@ -53,8 +42,9 @@ def _state(options: argparse.Namespace, images: int, classes: int, *, drawn: boo
         memory = hybrid.shapes(images, model.feature_dim, **how)
         return train_state.shapes(*model.shapes(), optimiser).replace(memory=memory)
     state = train_state.create(*model.init(jax.random.key(0)), optimiser, seed=0, mesh=mesh)
+    features = structured.directions(np.random.default_rng(0), images, model.feature_dim)
     labels = np.random.default_rng(1).integers(0, classes, images).astype(np.int32)
-    return state.replace(memory=hybrid.init(_features(images, model.feature_dim), labels, **how))
+    return state.replace(memory=hybrid.init(features, labels, **how))
 
 
 def save(folder: pathlib.Path, form: str, images: int, classes: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -117,20 +107,13 @@ def measure(form: str, images: int, classes: int, options: argparse.Namespace) -
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _forms(text: str) -> list[str]:
-    chosen = text.split(",")
-    if unknown := [form for form in chosen if form not in FORMS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not known: use {', '.join(FORMS)}")
-    return chosen
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit status."""
     parser = command.parser("checkpoints", __doc__)
     parser.add_argument("--n", type=command.sizes, default=[200_000], help="numbers of images, separated by commas")
     parser.add_argument("--classes", type=command.sizes, default=[], help="classes for each; default as many as images")
     parser.add_argument("--model", choices=models.names(), default="dmosnet_x1_0")
-    parser.add_argument("--forms", type=_forms, default=list(FORMS), help=f"of {', '.join(FORMS)}")
+    parser.add_argument("--forms", type=command.some_of(FORMS), default=list(FORMS), help=f"of {', '.join(FORMS)}")
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where checkpoints are written, and removed")
     options = parser.parse_args(argv)
     options.classes = options.classes or options.n

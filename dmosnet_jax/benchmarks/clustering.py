@@ -34,8 +34,9 @@ _STAGES = ("weights", "jaccard", "dbscan", "criterion")
 _SEARCHES = ("auto", "host", "device", "given")
 
 
-def matmul_rate(dim: int, *, device: bool, rows: int = 4096) -> float:
+def matmul_rate(dim: int, *, device: bool) -> float:
     """Operations per second of one large float32 product, the roofline of the neighbour search."""
+    rows = 4096
     table = np.random.default_rng(0).standard_normal((rows, dim), np.float32)
     if device:
         on_device = jax.device_put(table)

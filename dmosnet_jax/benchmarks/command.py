@@ -5,22 +5,20 @@ import multiprocessing
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
+
+from dmosnet_jax.core import command
 
 GIB = 2**30
 
 
 def parser(name: str, about: str | None) -> argparse.ArgumentParser:
     """The parser of a benchmark's arguments, with `--output`."""
-    made = argparse.ArgumentParser(
-        prog=f"python -m dmosnet_jax.benchmarks.{name}",
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = command.parser(f"dmosnet_jax.benchmarks.{name}", about)
     made.add_argument("--output", default="", help="CSV file to write")
     return made
 
@@ -28,6 +26,19 @@ def parser(name: str, about: str | None) -> argparse.ArgumentParser:
 def sizes(text: str) -> list[int]:
     """Numbers separated by commas, as `12936,2_090_122`."""
     return [int(part.replace("_", "")) for part in text.split(",")]
+
+
+def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """The type of an argument that takes known names separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        chosen = text.split(",")
+        unknown = [name for name in chosen if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not known: use {', '.join(known)}")
+        return chosen
+
+    return parse
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 
 from dmosnet_jax import models
-from dmosnet_jax.benchmarks import command
+from dmosnet_jax.benchmarks import command, structured
 from dmosnet_jax.benchmarks.command import GIB, in_gib, median_seconds
 from dmosnet_jax.core import parallel
 from dmosnet_jax.core.command import guarded, run_program
@@ -43,11 +43,7 @@ def step(memory: hybrid.Memory, inputs: jax.Array, indices: jax.Array) -> tuple[
 def problem(images: int, classes: int, dim: int, batch: int, seed: int) -> tuple[np.ndarray, ...]:
     """Features float32 [N, D], labels int32 [N], inputs float32 [B, D] and indices int32 [B], two of them equal."""
     rng = np.random.default_rng(seed)
-    features = np.empty((images, dim), np.float32)
-    for start in range(0, images, _ROWS):
-        part = features[start : start + _ROWS]
-        rng.standard_normal(dtype=np.float32, out=part)
-        part /= np.linalg.norm(part, axis=1, keepdims=True)
+    features = structured.directions(rng, images, dim)
     # Every class has an image; the others crowd into an eighth of the classes, as clusters do beside the un-clustered.
     labels = np.empty(images, np.int32)
     labels[:classes] = np.arange(classes)

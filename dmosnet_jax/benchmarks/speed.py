@@ -46,7 +46,7 @@ from dmosnet_jax.core.parallel import make_mesh, replicated, to_devices  # noqa:
 from dmosnet_jax.data import transforms  # noqa: E402
 from dmosnet_jax.export import onnx_runtime  # noqa: E402
 from dmosnet_jax.memory import hybrid  # noqa: E402
-from dmosnet_jax.models.counting import count  # noqa: E402
+from dmosnet_jax.models.counting import operations  # noqa: E402
 from dmosnet_jax.train import state as train_state  # noqa: E402
 from dmosnet_jax.train import steps  # noqa: E402
 
@@ -243,14 +243,6 @@ def peak_flops() -> float:
     return 2 * side**3 / seconds
 
 
-def operations(model: Any, batch: int) -> int:
-    """Floating-point operations of a forward pass."""
-    params, stats = model.shapes()
-    images = jax.ShapeDtypeStruct((batch, *model.image_size, 3), np.float32)
-    run = count(lambda p, s, x: model.apply(p, s, x, train=False)[0]["feature"], params, stats, images)
-    return 2 * run.total
-
-
 def measure(
     task: str, name: str, batch: int, dtype: str, options: argparse.Namespace, peer: Torch | None
 ) -> dict[str, Any]:
@@ -271,22 +263,32 @@ def measure(
     mine, *others = in_turns([ours, *theirs], options.rounds, options.warm)
     assert mine is not None
     best = min((other for other in others if other), key=lambda other: other["seconds"], default=None)
-    flops = operations(model, batch) * (1 if inference else 3) / mine["seconds"]
-    return {
-        "task": task,
-        "model": name,
-        "batch": batch,
-        "dtype": dtype,
-        "images/s": batch / mine["seconds"],
-        "PyTorch": batch / best["seconds"] if best else None,
-        "ratio": best["seconds"] / mine["seconds"] if best else None,
-        "CPU ms": 1e3 * mine["processor"] / batch,
-        "PyTorch CPU ms": 1e3 * best["processor"] / batch if best else None,
-        "faults": int(mine["faults"]),
-        "PyTorch faults": int(best["faults"]) if best else None,
+    # A multiply-add is two operations, and training takes three times as many as inference.
+    flops = 2 * batch * operations(model).total * (1 if inference else 3) / mine["seconds"]
+    return _row(task, name, batch, dtype, mine, best, clock="seconds") | {
         "GFLOP/s": flops / 1e9,
         "of peak": flops / options.peak,
         "peak GiB": command.in_gib(command.device_peak() or command.peak_memory()),
+    }
+
+
+def _row(
+    task: str, model: str, batch: int, dtype: str, mine: dict[str, float], other: dict[str, float] | None, *, clock: str
+) -> dict[str, Any]:
+    """Rates by `clock`, "seconds" or "processor"; the last three columns are still empty."""
+    return {
+        "task": task,
+        "model": model,
+        "batch": batch,
+        "dtype": dtype,
+        "images/s": batch / mine[clock],
+        "PyTorch": batch / other[clock] if other else None,
+        "ratio": other[clock] / mine[clock] if other else None,
+        "CPU ms": 1e3 * mine["processor"] / batch,
+        "PyTorch CPU ms": 1e3 * other["processor"] / batch if other else None,
+        "faults": int(mine["faults"]),
+        "PyTorch faults": int(other["faults"]) if other else None,
+        **dict.fromkeys(("GFLOP/s", "of peak", "peak GiB")),
     }
 
 
@@ -313,22 +315,7 @@ def measure_decoding(options: argparse.Namespace) -> dict[str, Any]:
 
     mine, other = in_turns([ours, theirs if options.against else None], options.rounds * 4, options.warm)
     assert mine is not None
-    return {
-        "task": "decode",
-        "model": "-",
-        "batch": len(files),
-        "dtype": "uint8",
-        "images/s": len(files) / mine["processor"],
-        "PyTorch": len(files) / other["processor"] if other else None,
-        "ratio": other["processor"] / mine["processor"] if other else None,
-        "CPU ms": 1e3 * mine["processor"] / len(files),
-        "PyTorch CPU ms": 1e3 * other["processor"] / len(files) if other else None,
-        "faults": int(mine["faults"]),
-        "PyTorch faults": int(other["faults"]) if other else None,
-        "GFLOP/s": None,
-        "of peak": None,
-        "peak GiB": None,
-    }
+    return _row("decode", "-", len(files), "uint8", mine, other, clock="processor")
 
 
 def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -347,10 +334,10 @@ def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = command.parser("speed", __doc__)
     parser.add_argument("--against", choices=("torch", ""), default="", help="what to compare with")
-    parser.add_argument("--tasks", type=_names(TASKS), default=list(TASKS[:-1]), help=f"of {', '.join(TASKS)}")
-    parser.add_argument("--models", type=_names(models.names()), default=["osnet_x1_0", "osnet_x0_25"])
+    parser.add_argument("--tasks", type=command.some_of(TASKS), default=list(TASKS[:-1]), help=f"of {', '.join(TASKS)}")
+    parser.add_argument("--models", type=command.some_of(models.names()), default=["osnet_x1_0", "osnet_x0_25"])
     parser.add_argument("--batch", type=command.sizes, default=[64], help="batch sizes, separated by commas")
-    parser.add_argument("--dtype", type=_names(("float32", "bfloat16")), default=["float32"])
+    parser.add_argument("--dtype", type=command.some_of(("float32", "bfloat16")), default=["float32"])
     parser.add_argument("--image_size", type=int, nargs=2, default=(256, 128), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each side")
     parser.add_argument("--warm", type=int, default=3, help="calls before those")
@@ -360,17 +347,6 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     if "onnx" in options.tasks and options.dtype != ["float32"]:
         parser.error("--tasks=onnx computes in float32: give --dtype=float32")
     return options
-
-
-def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
-        chosen = text.split(",")
-        unknown = [name for name in chosen if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not known: use {', '.join(known)}")
-        return chosen
-
-    return parse
 
 
 def main(argv: Sequence[str] | None = None) -> int:

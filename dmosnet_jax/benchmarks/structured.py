@@ -1,4 +1,4 @@
-"""Made-up features with the structure that clustering meets, of any number, with their nearest neighbours known.
+"""Made-up features with the structure that clustering meets, their nearest neighbours known; and random directions.
 
 Images form groups of 256 that resemble each other (same camera, same day), with about a dozen people in each and images
 that belong to nobody. Across groups similarities scatter around zero, so the nearest images are those of the own group:
@@ -13,7 +13,7 @@ _PEOPLE, _ALONE = 12, 0.25
 # vary (pose, light), which is what makes neighbourhoods overlap as those of a network do; the image's own.
 _SHARED, _OWN, _VARIED, _NOISE = 0.3, 0.2, 0.4, 0.1
 _DIRECTIONS = 12
-_GROUPS_AT_ONCE = 64
+_GROUPS_AT_ONCE, _ROWS_AT_ONCE = 64, 65_536
 
 
 def features(images: int, dim: int, *, seed: int = 0, k: int = 30) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -54,6 +54,16 @@ def features(images: int, dim: int, *, seed: int = 0, k: int = 30) -> tuple[np.n
         people[rows] = np.where(who < 0, -1, who + own).reshape(-1)
         start += count * size
     return table, people, nearest
+
+
+def directions(rng: np.random.Generator, images: int, dim: int) -> np.ndarray:
+    """Random directions, float32 [images, dim] of unit length."""
+    table = np.empty((images, dim), np.float32)
+    for start in range(0, images, _ROWS_AT_ONCE):
+        rows = table[start : start + _ROWS_AT_ONCE]
+        rng.standard_normal(out=rows, dtype=np.float32)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return table
 
 
 def _all(count: int, size: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What the command lines share: failures in one line, signals, and readers that leave."""
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -7,6 +8,13 @@ from dmosnet_jax.core import signals, startup
 from dmosnet_jax.core.errors import UserError, one_line, refusal
 
 _INTERRUPTED = 130
+
+
+def parser(module: str, about: str | None) -> argparse.ArgumentParser:
+    """The parser of a module's command line; `about` is its docstring."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def guarded(run: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:

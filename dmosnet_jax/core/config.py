@@ -74,9 +74,7 @@ def unknown_field(config: Any, field: str) -> str | None:
     """
     node, parts = config, field.split(".")
     for part in parts:
-        if not hasattr(node, "keys"):
-            break
-        if part not in node:
+        if not hasattr(node, "keys") or part not in node:
             break
         node = node[part]
     else:
@@ -142,8 +140,7 @@ def validate(config: Any) -> None:
     _check_numbers(
         config,
         "must be greater than 0",
-        *("batch_size", "eval.batch_size", "sampler.instances", "optim.learning_rate"),
-        *("optim.base_batch_size",),
+        *("batch_size", "eval.batch_size", "sampler.instances", "optim.learning_rate", "optim.base_batch_size"),
         *("train.epochs", "train.steps_per_epoch", "train.keep", "train.log_every_steps"),
         *("train.checkpoint_every_steps", "train.checkpoint_every_minutes", "train.eval_every_epochs"),
         *("spcl.temperature", "spcl.eps", "spcl.k1", "spcl.k2", "spcl.min_samples", "spcl.max_classes"),
@@ -317,9 +314,7 @@ def dataset_names(value: Any, field: str = "dataset") -> tuple[str, ...]:
     Raises:
         ConfigError: no name, the same one twice, or something else.
     """
-    names: Any = value
-    if isinstance(value, str):
-        names = _literal(value) if value.strip().startswith(("(", "[")) else value.split(JOIN)
+    names = _listed(value, JOIN)
     if not isinstance(names, Sequence) or not all(isinstance(name, str) and name.strip() for name in names):
         raise ConfigError(f"{field}={value!r} is not a name: give one, or several as market1501{JOIN}msmt17")
     found = tuple(name.strip() for name in names)
@@ -328,33 +323,35 @@ def dataset_names(value: Any, field: str = "dataset") -> tuple[str, ...]:
     return found
 
 
-def checkpoint_paths(value: Any, field: str = "checkpoints") -> tuple[str, ...]:
-    """Paths that a field of the config means.
+def checkpoint_paths(value: Any) -> tuple[str, ...]:
+    """Paths that the field `checkpoints` means.
 
     Args:
         value: paths with commas between them, or a sequence of paths, also written as text (`("a", "b")`).
-        field: for messages.
 
     Raises:
         ConfigError: none, the same one twice, or something else.
     """
-    paths: Any = value
-    if isinstance(value, str):
-        paths = _literal(value) if value.strip().startswith(("(", "[")) else value.split(",")
+    paths = _listed(value, ",")
     if isinstance(paths, str):
         paths = (paths,)
     given = paths if isinstance(paths, Sequence) else ()
     found = tuple(path.strip() if isinstance(path, str) else "" for path in given)
     if not found or not all(found):
-        raise ConfigError(f"{field}={value!r} names no checkpoints: give --config.{field}=PATH,PATH")
+        raise ConfigError(f"checkpoints={value!r} names no checkpoints: give --config.checkpoints=PATH,PATH")
     if len(set(map(os.path.abspath, found))) < len(found):
-        raise ConfigError(f"{field}={value!r} must name each checkpoint once")
+        raise ConfigError(f"checkpoints={value!r} must name each checkpoint once")
     return found
 
 
-def _literal(text: str) -> Any:
+def _listed(value: Any, separator: str) -> Any:
+    """What is between separators in a text, or the sequence that it writes as a literal; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip().startswith(("(", "[")):
+        return value.split(separator)
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return None
 

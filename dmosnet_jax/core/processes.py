@@ -6,6 +6,7 @@ this is for what must also work while a collective operation is stuck.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -31,6 +32,7 @@ _SHARED_SECONDS = 10.0
 _END, _SEEN, _SHARED, _TOKEN = (f"dmosnet/{name}" for name in ("end", "seen", "shared", "token"))
 _DONE = "done"
 _HELLO_BYTES = 4096
+_say = functools.partial(print, flush=True)
 # What XLA and its libraries call a failure of the connection, in exceptions of several kinds.
 _CONNECTION = re.compile(r"gloo|nccl|^(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): ", re.IGNORECASE)
 
@@ -111,7 +113,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None, *,
     coordinator, processes, process, devices = _detect(coordinator, processes, process, devices, seconds)
     hosts: list[str] = []
     if coordinator is not None and processes is not None and process is not None and processes > 1:
-        hosts = call_roll(coordinator, processes, process, seconds=seconds, say=_print)
+        hosts = call_roll(coordinator, processes, process, seconds=seconds)
         supervisor.tell_hosts(hosts)
     try:
         jax.distributed.initialize(
@@ -136,14 +138,10 @@ def join(coordinator: str | None, processes: int | None, process: int | None, *,
     _start_watch(hosts)
     kinds = ", ".join(sorted({device.device_kind for device in jax.local_devices()}))
     numbers = ", ".join(str(device.id) for device in jax.local_devices())
-    _print(
+    _say(
         f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: "
         f"{jax.local_device_count()} of {jax.device_count()} devices ({kinds}; {numbers})"
     )
-
-
-def _print(line: str) -> None:
-    print(line, flush=True)
 
 
 def _detect(coordinator: str | None, processes: int | None, process: int | None, devices: Any, seconds: int) -> Any:
@@ -160,7 +158,7 @@ def _detect(coordinator: str | None, processes: int | None, process: int | None,
 
 
 def call_roll(
-    coordinator: str, count: int, index: int, *, seconds: float, say: Callable[[str], None] = print
+    coordinator: str, count: int, index: int, *, seconds: float, say: Callable[[str], None] = _say
 ) -> list[str]:
     """Waits until all processes have come, before JAX does; says for whom it waits.
 
@@ -409,9 +407,9 @@ def end(error: BaseException) -> NoReturn:
         supervisor.leave(str(failure), failure.exit_status)
     if isinstance(failure, LostProcessError) or _is_collective(error):
         time.sleep(SILENCE_SECONDS + 15)
+        reason = printable((str(error).splitlines() or [type(error).__name__])[0], 200)
         failure = failure or LostProcessError(
-            f"the processes lost each other ({_first_line(error)}): the same command on all hosts goes on from the "
-            "last checkpoint"
+            f"the processes lost each other ({reason}): the same command on all hosts goes on from the last checkpoint"
         )
     if failure is not None and failure.everywhere:
         # All processes raise it: each says its own, and none ends the service of process 0 before the others left it.
@@ -466,10 +464,6 @@ def _is_collective(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
-
-
-def _first_line(error: BaseException) -> str:
-    return printable((str(error).splitlines() or [type(error).__name__])[0], 200)
 
 
 def finish(*, seconds: float = 3600.0) -> None:

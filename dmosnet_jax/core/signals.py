@@ -6,12 +6,14 @@ a thread watches too: it repeats a signal that was lost, and ends the process wh
 """
 
 import contextlib
+import multiprocessing
 import os
 import select
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -82,6 +84,19 @@ def uninstall() -> None:
     assert _state.thread is not None
     _state.thread.join()
     vars(_state).update(vars(_State()))
+
+
+def end_with_parent(end: Callable[[], Any] = lambda: os._exit(1)) -> None:
+    """In a worker process: `end` ends it once the process that started it is gone, however that one ended."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def follow() -> None:
+        parent.join()
+        end()
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def finish_first(what: str) -> None:

@@ -50,10 +50,7 @@ class Failure:
 
 
 class BatchLoader:
-    """Makes this process's part of the batch of one step; picklable, and called from many threads at once.
-
-    The arguments are those of `pipeline.train_batches`; `mask` is False where a row is padding.
-    """
+    """Makes this process's part of the batch of one step; picklable, and called from many threads at once."""
 
     def __init__(
         self,
@@ -69,6 +66,24 @@ class BatchLoader:
         cache: ImageCache | None = None,
         policy: AutoAugment | None = None,
     ):
+        """Prepares to read batches.
+
+        Args:
+          split: the images.
+          plan: rows of the split in each global batch.
+          image_size: (H, W) in pixels.
+          interpolation: filter that resizes, a key of `transforms.FILTERS`.
+          mask: False where a row is padding.
+          process_index: of this JAX process.
+          process_count: number of JAX processes; must divide the batch.
+          labels: given as `pid` instead of the split's (pseudo-labels, or identities renumbered).
+          cache: decoded images to share with other loaders.
+          policy: changes images before they are resized.
+
+        Raises:
+          ConfigError: an option is out of range.
+          ValueError: plan, labels or cache do not belong to this split.
+        """
         self._policy, self._interpolation = policy, interpolation
         self._split, self._plan, self._mask, self._cache = split, plan, mask, cache
         count = len(split)

@@ -6,11 +6,11 @@ A batch is a dict: `image` uint8 [B, H, W, 3] RGB, `pid`, `camid` and `index` (r
 
 import functools
 import gc
-import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Generator
+from typing import Any
 
 import grain
 import numpy as np
@@ -18,11 +18,10 @@ from absl import flags
 from jaxtyping import Integer
 
 from dmosnet_jax.core.errors import ConfigError, DataError
-from dmosnet_jax.data.autoaugment import AutoAugment
+from dmosnet_jax.core.signals import end_with_parent
 from dmosnet_jax.data.loading import BatchLoader, Failure, HostBatch, ImageCache
 from dmosnet_jax.data.samplers import evaluation_order
 from dmosnet_jax.data.splits import Rows
-from dmosnet_jax.data.transforms import DEFAULT_FILTER
 
 # A worker process that is told to stop goes on so long: the training process can save before it runs out of batches.
 _GRACE_SECONDS = 60.0
@@ -34,16 +33,11 @@ def train_batches(
     split: Rows,
     plan: Integer[np.ndarray, "steps batch"],
     *,
-    image_size: tuple[int, int],
-    interpolation: str = DEFAULT_FILTER,
     threads: int = 2,
     workers: int = 0,
     start: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    labels: Integer[np.ndarray, " n"] | None = None,
     cache: ImageCache | None = None,
-    policy: AutoAugment | None = None,
+    **loading: Any,
 ) -> Batches:
     """The training batches of a plan, from any step on; closing the generator stops its threads and processes.
 
@@ -53,17 +47,12 @@ def train_batches(
     Args:
       split: the images.
       plan: rows of the split in each global batch.
-      image_size: (H, W) in pixels.
-      interpolation: filter that resizes, a key of `transforms.FILTERS`.
       threads: decoding threads per process; 0 decodes in the caller's thread.
       workers: decoding processes, each with `threads` threads; 0 decodes in this process. Each needs room for about
         three batches in /dev/shm, and the main module must be guarded by `if __name__ == "__main__"`.
       start: first step of the plan to give.
-      process_index: of this JAX process.
-      process_count: number of JAX processes; must divide the batch.
-      labels: given as `pid` instead of the split's (pseudo-labels, or identities renumbered).
       cache: decoded images to share between calls; only without worker processes.
-      policy: changes images before they are resized.
+      **loading: further options of `loading.BatchLoader`; `image_size` is required.
 
     Raises:
       ConfigError: an option is out of range; raised by the call.
@@ -73,31 +62,18 @@ def train_batches(
     _check_readers(threads, workers, cache)
     if not 0 <= start <= len(plan):
         raise ConfigError(f"start={start} is outside the plan's 0..{len(plan)} steps")
-    loader = BatchLoader(
-        split,
-        plan,
-        image_size=image_size,
-        interpolation=interpolation,
-        process_index=process_index,
-        process_count=process_count,
-        labels=labels,
-        cache=cache,
-        policy=policy,
-    )
+    loader = BatchLoader(split, plan, cache=cache, **loading)
     return _read(loader, range(start, len(plan)), threads, workers)
 
 
 def evaluation_batches(
     split: Rows,
     *,
-    image_size: tuple[int, int],
-    interpolation: str = DEFAULT_FILTER,
     batch_size: int,
     threads: int = 2,
     workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
     cache: ImageCache | None = None,
+    **loading: Any,
 ) -> Batches:
     """Every image of the split once, in order, in ceil(N / batch_size) batches; otherwise as `train_batches`.
 
@@ -105,16 +81,7 @@ def evaluation_batches(
     """
     _check_readers(threads, workers, cache)
     rows, mask = evaluation_order(len(split), batch_size)
-    loader = BatchLoader(
-        split,
-        rows,
-        image_size=image_size,
-        interpolation=interpolation,
-        mask=mask,
-        process_index=process_index,
-        process_count=process_count,
-        cache=cache,
-    )
+    loader = BatchLoader(split, rows, mask=mask, cache=cache, **loading)
     return _read(loader, range(len(rows)), threads, workers)
 
 
@@ -165,14 +132,7 @@ def _check_readers(threads: int, workers: int, cache: ImageCache | None) -> None
 def _init_worker(index: int, count: int) -> None:
     """Ties a worker's life to the training process, however that one ends."""
     del index, count
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    end_with_parent()
     # Ctrl-C and schedulers signal every process of a job; the training process decides when its workers stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: _exit_after(_GRACE_SECONDS))

@@ -18,7 +18,6 @@ FILENAME = "filename"  # path relative to the root of the raw data set
 FEATURES = (IMAGE, PID, CAMID, FILENAME)
 
 TRAIN, QUERY, GALLERY = "train", "query", "gallery"
-SPLITS = (TRAIN, QUERY, GALLERY)
 # MSMT17's validation images, which some train on too, and training images where the two are not told apart.
 VAL, TRAINVAL = "val", "trainval"
 # More images of each query's person from its camera (Market-1501's gt_bbox).

@@ -275,6 +275,6 @@ def _classes_per_batch(batch_size: int, instances: int) -> int:
     if batch_size % instances:
         raise ConfigError(
             f"batch_size={batch_size} is not a multiple of instances={instances}: use "
-            f"{max(1, batch_size // max(1, instances)) * max(1, instances)}, or change instances"
+            f"{max(1, batch_size // instances) * instances}, or change instances"
         )
     return batch_size // instances

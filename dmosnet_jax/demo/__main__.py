@@ -15,9 +15,7 @@ from dmosnet_jax.export import serve
 
 def main(argv: list[str] | None = None) -> int:
     """Serves until it is interrupted; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dmosnet_jax.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser("dmosnet_jax.demo", __doc__)
     parser.add_argument("--index", default="", help="gallery, made by configs/index.py")
     parser.add_argument("--checkpoint", default="", help="weights; default those that the gallery names")
     parser.add_argument("--threshold", type=float, help="similarity of one person; default that of the weights' card")

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float, Int64
@@ -12,6 +12,7 @@ from dmosnet_jax.core.errors import DataError
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.data import transforms
 
+# In percent of the order, best first.
 POSITIONS = (0, 25, 50, 75, 100)
 
 _CELL = (96, 192)
@@ -19,10 +20,10 @@ _GAP, _MARGIN, _CAPTION, _LABEL, _HEAD = 8, 16, 18, 104, 34
 _PAPER, _INK, _SOFT, _FRAME = "#ffffff", "#1c2330", "#5b6472", "#eceef1"
 
 
-def rows_at(count: int, columns: int, positions: Sequence[float] = POSITIONS) -> Int64[np.ndarray, "positions columns"]:
-    """Ranks, among `count`, of the neighbours around each position (percent): the first at 0 and the last at 100."""
+def rows_at(count: int, columns: int) -> Int64[np.ndarray, "positions columns"]:
+    """Ranks, among `count`, of the neighbours around each of `POSITIONS`: the first at 0 and the last at 100."""
     columns = min(columns, count)
-    centres = np.round(np.asarray(positions) / 100 * (count - 1)).astype(np.int64)
+    centres = np.round(np.asarray(POSITIONS) / 100 * (count - 1)).astype(np.int64)
     firsts = np.clip(centres - columns // 2, 0, count - columns)
     return firsts[:, None] + np.arange(columns)[None, :]
 
@@ -34,7 +35,6 @@ def write_contact_sheet(
     *,
     title: str,
     columns: int = 8,
-    positions: Sequence[float] = POSITIONS,
 ) -> None:
     """Draws images at positions of the order of their scores; the file appears under its name only when complete.
 
@@ -44,20 +44,19 @@ def write_contact_sheet(
         image: gives the encoded image of a row.
         title: a line above the images.
         columns: images of each position.
-        positions: in percent of the order, best first.
 
     Raises:
         DataError: an image can't be decoded, or the file can't be written.
     """
     order = np.argsort(-scores, kind="stable")
-    table = rows_at(len(order), columns, positions)
+    table = rows_at(len(order), columns)
     width = 2 * _MARGIN + _LABEL + table.shape[1] * (_CELL[0] + _GAP)
     line = _CELL[1] + _CAPTION + _GAP
     sheet = Image.new("RGB", (width, 2 * _MARGIN + _HEAD + len(table) * line), _PAPER)
     pen = ImageDraw.Draw(sheet)
     head, text = ImageFont.load_default(17), ImageFont.load_default(13)
     pen.text((_MARGIN, _MARGIN), title, _INK, head)
-    for number, (position, ranks) in enumerate(zip(positions, table, strict=True)):
+    for number, (position, ranks) in enumerate(zip(POSITIONS, table, strict=True)):
         top = _MARGIN + _HEAD + number * line
         pen.text((_MARGIN, top + _CELL[1] // 2 - 14), f"{position:g} %", _INK, head)
         pen.text((_MARGIN, top + _CELL[1] // 2 + 10), f"from {ranks[0] + 1:,}", _SOFT, text)

@@ -71,7 +71,11 @@ def source(
         return lambda start, stop: given[start:stop]
     if query_features is None or gallery_features is None:
         raise ConfigError("evaluation: give query and gallery features, or a distance")
-    queries, gallery = prepare_pair(query_features, gallery_features, metric)
+    return between(*prepare_pair(query_features, gallery_features, metric), metric)
+
+
+def between(queries: Float32[np.ndarray, "q d"], gallery: Float32[np.ndarray, "g d"], metric: str) -> DistanceSource:
+    """The function (start, stop) -> distances of those queries, from prepared features."""
     return lambda start, stop: distance_block(queries[start:stop], gallery, metric)
 
 

@@ -32,10 +32,10 @@ class BatchProgram:
         mesh: Mesh,
         *,
         image_size: tuple[int, int],
-        interpolation: str,
         batch_size: int,
-        threads: int,
-        workers: int,
+        interpolation: str = DEFAULT_FILTER,
+        threads: int = 2,
+        workers: int = 0,
     ):
         """Prepares the program.
 
@@ -43,8 +43,8 @@ class BatchProgram:
             program: from weights, the same on every device, and uint8 [B, H, W, 3] to an array or tree of [B, ...].
             mesh: the devices, over which batches are split by rows.
             image_size: (H, W) in pixels.
-            interpolation: filter that resizes, a key of `transforms.FILTERS`.
             batch_size: global batch size, rounded up to a multiple of the devices.
+            interpolation: filter that resizes, a key of `transforms.FILTERS`.
             threads: decoding threads per process.
             workers: decoding processes; not used with a cache.
         """
@@ -108,26 +108,20 @@ class Extractor:
         model: Model,
         mesh: Mesh,
         *,
-        batch_size: int,
-        threads: int = 2,
-        workers: int = 0,
-        interpolation: str = DEFAULT_FILTER,
         flip: bool = False,
         mean: Sequence[float] = augment.IMAGENET_MEAN,
         std: Sequence[float] = augment.IMAGENET_STD,
+        **reading: Any,
     ):
         """Prepares the program.
 
         Args:
             model: the network.
-            mesh: as `BatchProgram`, and so are those that are not named here.
-            batch_size: see there.
-            threads: see there.
-            workers: see there.
-            interpolation: see there.
+            mesh: the devices.
             flip: a feature is the mean of the image's and of its mirror image's, as in fast-reid's flip test.
             mean: per channel, in [0, 1] units.
             std: likewise.
+            **reading: `batch_size`, `interpolation`, `threads` and `workers` of `BatchProgram`.
         """
 
         def forward(weights, images):
@@ -140,13 +134,7 @@ class Extractor:
             return (feature(pixels) + feature(pixels[:, :, ::-1])) / 2 if flip else feature(pixels)
 
         self._forward: Callable[..., Iterator[np.ndarray]] = BatchProgram(
-            forward,
-            mesh,
-            image_size=model.image_size,
-            interpolation=interpolation,
-            batch_size=batch_size,
-            threads=threads,
-            workers=workers,
+            forward, mesh, image_size=model.image_size, **reading
         )
 
     def __call__(

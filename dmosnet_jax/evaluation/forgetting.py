@@ -19,7 +19,6 @@ from dmosnet_jax.core.errors import ArgumentError, DataError
 from dmosnet_jax.core.parallel import replicated
 from dmosnet_jax.data import augment
 from dmosnet_jax.data.splits import Rows
-from dmosnet_jax.data.transforms import DEFAULT_FILTER
 from dmosnet_jax.evaluation.extract import BatchProgram
 from dmosnet_jax.models import Model
 
@@ -52,27 +51,14 @@ def cosine(first: Float[Array, "b e"], second: Float[Array, "b e"]) -> Float32[A
 class ForgettingScorer:
     """Scores images by two proxies in one program; compiled once."""
 
-    def __init__(
-        self,
-        pretrained: Proxy,
-        finetuned: Proxy,
-        mesh: Mesh,
-        *,
-        interpolation: str = DEFAULT_FILTER,
-        batch_size: int,
-        threads: int = 2,
-        workers: int = 0,
-    ):
+    def __init__(self, pretrained: Proxy, finetuned: Proxy, mesh: Mesh, **reading: Any):
         """Places the weights on the devices.
 
         Args:
             pretrained: the network before fine-tuning.
             finetuned: the network after it, of the same image size and length of features.
             mesh: the devices.
-            interpolation: this and the other options as for `extract.BatchProgram`.
-            batch_size: see there.
-            threads: see there.
-            workers: see there.
+            **reading: `batch_size`, `interpolation`, `threads` and `workers` of `extract.BatchProgram`.
         """
         proxies = (pretrained, finetuned)
         self._weights = jax.device_put([(proxy.params, proxy.stats) for proxy in proxies], replicated(mesh))
@@ -84,15 +70,7 @@ class ForgettingScorer:
                 features.append(proxy.model.apply(params, stats, pixels, train=False)[0]["feature"])
             return cosine(*features)
 
-        self._forward = BatchProgram(
-            forward,
-            mesh,
-            image_size=pretrained.model.image_size,
-            interpolation=interpolation,
-            batch_size=batch_size,
-            threads=threads,
-            workers=workers,
-        )
+        self._forward = BatchProgram(forward, mesh, image_size=pretrained.model.image_size, **reading)
 
     def __call__(self, images: Rows) -> Iterator[np.ndarray]:
         """Scores in order, float32, batch by batch and the same on every process.

@@ -10,13 +10,14 @@ into memory, not read. A part appears when `gallery.json` names it, so a killed 
 be one writer at a time, and any number of readers.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -235,12 +236,8 @@ class Gallery:
         if path.exists() and not path.is_file():
             # Reading a pipe would wait for ever.
             raise DataError(f"{path}: is no file; {_OPEN_AGAIN}")
-        try:
+        with _reading(path):
             return np.load(path, mmap_mode="r", allow_pickle=False)
-        except OSError as error:
-            raise DataError(f"{path}: can't be read ({error.strerror or error}); {_OPEN_AGAIN}") from error
-        except (ValueError, EOFError) as error:
-            raise DataError(f"{path}: is damaged ({' '.join(str(error).split())}); {_OPEN_AGAIN}") from error
 
     def _check_part(self, number: int, part: _Part) -> None:
         expected = {"features": ((part.images, self.feature_dim), self.dtype), "cameras": ((part.images,), "int32")}
@@ -254,16 +251,23 @@ class Gallery:
 
     def _names(self, number: int, part: _Part) -> list[str]:
         path = self._file("files", number)
-        try:
+        with _reading(path):
             names = json.loads(read(path).decode())
-        except OSError as error:
-            raise DataError(f"{path}: can't be read ({error.strerror or error}); {_OPEN_AGAIN}") from error
-        # Values may be nested deeper than Python recurses.
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: is damaged ({' '.join(str(error).split())}); {_OPEN_AGAIN}") from error
         if not isinstance(names, list) or len(names) != part.images or not all(isinstance(n, str) for n in names):
             raise DataError(f"{path}: is no list of {part.images} names; {_OPEN_AGAIN}")
         return names
+
+
+@contextlib.contextmanager
+def _reading(path: pathlib.Path) -> Iterator[None]:
+    """Turns what reading a file raises into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: can't be read ({error.strerror or error}); {_OPEN_AGAIN}") from error
+    # Values may be nested deeper than Python recurses.
+    except (ValueError, EOFError, RecursionError) as error:
+        raise DataError(f"{path}: is damaged ({' '.join(str(error).split())}); {_OPEN_AGAIN}") from error
 
 
 def _cameras(path: pathlib.Path, cameras: Any) -> Int32[np.ndarray, " n"]:

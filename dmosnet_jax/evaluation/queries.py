@@ -4,7 +4,7 @@ Both give features of unit length for the cosine, so that they take the place of
 """
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int64, Integer
+from jaxtyping import Float, Float32, Int64, Integer
 
 from dmosnet_jax.core import arguments
 from dmosnet_jax.core.errors import DataError
@@ -81,14 +81,10 @@ def multi_query(
     known = image_group >= 0
     sums = np.zeros((max(image_group.max(), query_group.max()) + 1, own.shape[1]), np.float64)
     np.add.at(sums, image_group[known], units[known])
-    pooled = _has_images(image_group, query_group)
+    pooled = (query_group >= 0) & np.isin(query_group, image_group)
     result = own.copy()
     result[pooled] = unit_rows_np(sums[query_group[pooled]])
     return result
-
-
-def _has_images(image_group: np.ndarray, query_group: np.ndarray) -> Bool[np.ndarray, " q"]:
-    return (query_group >= 0) & np.isin(query_group, image_group)
 
 
 def expand(
@@ -124,11 +120,8 @@ def expand(
     neighbours = arguments.count("query expansion: neighbours", neighbours, most=len(gallery))
     alpha = arguments.number("query expansion: alpha", alpha, low=0)
     expanded = np.empty_like(queries)
-
-    def distance(start: int, stop: int) -> np.ndarray:
-        return distances.distance_block(queries[start:stop], gallery, "cosine")
-
-    for query0, part in distances.blocks(distance, (len(queries), len(gallery)), block):
+    source = distances.between(queries, gallery, "cosine")
+    for query0, part in distances.blocks(source, (len(queries), len(gallery)), block):
         for number, row in enumerate(part, query0):
             near = np.flatnonzero(row <= np.partition(row, neighbours - 1)[neighbours - 1])
             near = near[np.argsort(row[near], kind="stable")[:neighbours]]

@@ -10,7 +10,6 @@ A ranking is by rising distance, equal distances by gallery index (a stable sort
 match is one more than the number of images before it, and one pass over the row counts those for all matches together.
 """
 
-import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -280,7 +279,7 @@ def camera_pairs(
     mean, counts = np.full((own.size, others.size), np.nan), np.zeros((own.size, others.size), np.int64)
     for column, camera in enumerate(others):
         images = g_cams == camera
-        source = functools.partial(_cosine, queries, gallery[images])
+        source = distances.between(queries, gallery[images], "cosine")
         labels = (q_ids, g_ids[images], q_cams, g_cams[images])
         precision, first, _ = _scores(source, labels, block=block, threads=threads)
         for row, query_camera in enumerate(own):
@@ -289,10 +288,6 @@ def camera_pairs(
             if chosen.any():
                 mean[row, column] = precision[chosen].mean()
     return CameraPairs(own, others, mean, counts)
-
-
-def _cosine(queries: np.ndarray, gallery: np.ndarray, start: int, stop: int) -> np.ndarray:
-    return distances.distance_block(queries[start:stop], gallery, "cosine")
 
 
 def ranking_lists(

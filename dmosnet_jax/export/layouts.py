@@ -178,6 +178,11 @@ def _layout_of(names: Iterable[str]) -> Layout | None:
     return None
 
 
+def first_levels(names: Iterable[str]) -> list[str]:
+    """What the names begin with, up to their first point, each once."""
+    return list(dict.fromkeys(name.partition(".")[0] for name in names))
+
+
 def below(names: Iterable[str], level: str) -> dict[str, str]:
     """The names that begin with a level (or several, joined by points), mapped to what follows it."""
     return {name: name.removeprefix(f"{level}.") for name in names if name.startswith(f"{level}.")}
@@ -193,7 +198,7 @@ def recognise(names: Iterable[str]) -> Layout:
     layout = _layout_of(short)
     if layout is not None:
         return layout
-    levels = list(dict.fromkeys(name.partition(".")[0] for name in short))
+    levels = first_levels(short)
     inner = [
         level
         for level in levels[:_MOST_LEVELS]

@@ -226,14 +226,13 @@ def _pixels(picture: Picture, size: tuple[int, int], interpolation: str, where: 
 def _decoded(picture: Picture, where: str, order: str) -> np.ndarray:
     """uint8 RGB `[h, w, 3]`."""
     if isinstance(picture, str | os.PathLike):
+        where = f"{where}: {printable(picture)}"
         try:
-            return transforms.decode(files.read(picture, most=files.MAX_IMAGE_BYTES))
+            picture = files.read(picture, most=files.MAX_IMAGE_BYTES)
         except (OSError, ValueError) as error:
             # ValueError: a path with a zero character.
             reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{where}: {printable(picture)}: can't be read ({reason}); check the path") from error
-        except DataError as error:
-            raise DataError(f"{where}: {printable(picture)}: {error}") from error
+            raise DataError(f"{where}: can't be read ({reason}); check the path") from error
     if isinstance(picture, bytes | bytearray | memoryview):
         try:
             return transforms.decode(bytes(picture))

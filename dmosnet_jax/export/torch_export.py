@@ -7,7 +7,6 @@ The names and transpositions are the tables of `layouts` read backwards, so impo
 imported one, returns every tensor bit for bit.
 """
 
-import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -51,7 +50,7 @@ def to_state_dict(
     """
     check_layout(model, layout)
     check(f"{model.name} for {layout}", model.shapes(), (params, stats))
-    return by_torch_names(params, stats, batches=batches, layout=EXPORTS[layout].names)
+    return by_torch_names(params, stats, batches=batches, layout=_NAMES[layout])
 
 
 def by_torch_names(
@@ -85,7 +84,7 @@ def check_layout(model: Model, layout: str) -> None:
     """
     if layout not in EXPORTS:
         raise ConfigError(f"layout={layout!r} is not known: use one of {', '.join(EXPORTS)}")
-    problem = EXPORTS[layout].lacks(model)
+    problem = EXPORTS[layout](model)
     if problem:
         others = [other for other in EXPORTS if fits(model, other)]
         advice = f"use layout={' or '.join(others)}" if others else "export it as a folder of ours instead"
@@ -94,7 +93,7 @@ def check_layout(model: Model, layout: str) -> None:
 
 def fits(model: Model, layout: str) -> bool:
     """Whether the code base of a layout has the model's network."""
-    return EXPORTS[layout].lacks(model) is None
+    return EXPORTS[layout](model) is None
 
 
 def _torchreid_lacks(model: Model) -> str | None:
@@ -129,26 +128,14 @@ def _bnneck_lacks(model: Model) -> str | None:
     return "OSNet-AIN" if model.name.startswith("osnet_ain") else None
 
 
-@dataclasses.dataclass(frozen=True)
-class Export:
-    """A code base that weights are written for.
-
-    Attributes:
-        names: its names.
-        lacks: model -> what of it the code base has not, in words, or None where it has such a network.
-    """
-
-    names: Layout
-    lacks: Callable[[Model], str | None]
-
-
 _NAMES = {layout.name: layout for layout in LAYOUTS}
-# The layouts that are also written: those of the code bases that have a network of ours.
-EXPORTS: Mapping[str, Export] = {
-    "torchreid": Export(_NAMES["torchreid"], _torchreid_lacks),
-    "fastreid": Export(_NAMES["fastreid"], _fastreid_lacks),
-    "openunreid": Export(_NAMES["openunreid"], _openunreid_lacks),
-    "spcl": Export(_NAMES["spcl"], _spcl_lacks),
+# The layouts that are also written, those of the code bases that have a network of ours: model -> what of it the code
+# base has not, in words, or None where it has such a network.
+EXPORTS: Mapping[str, Callable[[Model], str | None]] = {
+    "torchreid": _torchreid_lacks,
+    "fastreid": _fastreid_lacks,
+    "openunreid": _openunreid_lacks,
+    "spcl": _spcl_lacks,
 }
 
 

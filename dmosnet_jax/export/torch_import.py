@@ -10,7 +10,7 @@ reports all differences at once.
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,7 @@ def _find_state_dict(root: Any, where: str, entry: str) -> dict[str, TensorRef]:
         return found[entry]
     usual = _search(root, 0, set())
     if entry and not layouts.below(layouts.unwrap(usual).values(), entry):
-        known = _some([name for name in found if name] or _levels(usual))
+        known = _some([name for name in found if name] or layouts.first_levels(usual))
         raise DataError(f"{where}: has no entry {printable(entry)!r} with tensors; it has {known or 'none'}")
     if usual:
         return usual
@@ -152,14 +152,9 @@ def _tensors_of(node: dict[Any, Any]) -> dict[str, TensorRef]:
     return {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, TensorRef)}
 
 
-def _levels(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(name.partition(".")[0] for name in names))
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
+def _some(names: Sequence[str]) -> str:
     """The first of some names of a file, fit for a message."""
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(printable(name, 60) for name in names[:most]) + more
+    return first([printable(name, 60) for name in names], join=", ", most=8)
 
 
 def _search(node: Any, depth: int, seen: set[int]) -> dict[str, TensorRef]:

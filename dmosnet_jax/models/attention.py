@@ -115,7 +115,7 @@ def from_windows(x: jax.Array, height: int, width: int, grid: int) -> jax.Array:
 class DoubleLayerAttention(nnx.Module):
     """DL-MHSA: attention inside 8x8 windows, then from every position to the 8x8-pooled map, both with a residual."""
 
-    def __init__(self, channels: int, *, grid: int = GRID, group_size: int | None, rngs: Draws):
+    def __init__(self, channels: int, *, group_size: int | None, rngs: Draws):
         self.norm = BatchNorm(channels, group_size=group_size)
         self.qkv = Conv(channels, 3 * channels, 1, bias=True, rngs=rngs)
         self.grid_norm = BatchNorm(channels, group_size=group_size)
@@ -123,7 +123,7 @@ class DoubleLayerAttention(nnx.Module):
         self.q = Conv(channels, channels, 1, bias=True, rngs=rngs)
         self.kv = Conv(channels, 2 * channels, 1, bias=True, rngs=rngs)
         self.proj = Conv(channels, channels, 1, bias=True, rngs=rngs)
-        self.heads, self.grid = head_count(channels), grid
+        self.heads = head_count(channels)
 
     def _split(self, x: jax.Array, parts: int) -> list[jax.Array]:
         """`[..., parts * C]` -> `parts` arrays `[..., heads, C / heads]`."""
@@ -131,16 +131,16 @@ class DoubleLayerAttention(nnx.Module):
         return [split[..., part, :, :] for part in range(parts)]
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps `[B, H, W, C]` to the same shape; H and W must be multiples of the grid."""
+        """Maps `[B, H, W, C]` to the same shape; H and W must be multiples of `GRID`."""
         batch, height, width, channels = x.shape
-        qkv = to_windows(self.qkv(self.norm(x, train=train)), self.grid)
+        qkv = to_windows(self.qkv(self.norm(x, train=train)), GRID)
         local = attend(*self._split(qkv, 3)).reshape((*qkv.shape[:-1], channels))
-        local = self.grid_norm(x + from_windows(local, height, width, self.grid), train=train)
+        local = self.grid_norm(x + from_windows(local, height, width, GRID), train=train)
         (q,) = self._split(self.q(local).reshape(batch, height * width, channels), 1)
-        pooled = self.kv(self.ds_norm(average_pool(local, self.grid), train=train))
+        pooled = self.kv(self.ds_norm(average_pool(local, GRID), train=train))
         k, v = self._split(pooled.reshape(batch, -1, 2 * channels), 2)
         watched = _WATCHED.get()
         if watched is not None:
-            watched.append(Watched(q, k, (height, width), self.grid))
+            watched.append(Watched(q, k, (height, width), GRID))
         spread = attend(q, k, v).reshape(x.shape)
         return self.proj(spread + local)

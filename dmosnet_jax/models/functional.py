@@ -48,11 +48,11 @@ class Functional:
         """`init` as `jax.ShapeDtypeStruct` leaves."""
         return _to_tree(self._params), _to_tree(self._stats)
 
-    def apply(self, params: Tree, stats: Tree, *args: Any, method: str = "__call__", **kwargs: Any) -> tuple[Any, Tree]:
+    def apply(self, params: Tree, stats: Tree, *args: Any, **kwargs: Any) -> tuple[Any, Tree]:
         """Runs the module; returns its output and the statistics after it."""
         # copy=True: the module writes its statistics, and inside jax.grad the inputs must stay untouched.
-        module = nnx.merge(self._graph, _fill(self._params, params), _fill(self._stats, stats), copy=True)
-        outputs = getattr(module, method)(*args, **kwargs)
+        module: Any = nnx.merge(self._graph, _fill(self._params, params), _fill(self._stats, stats), copy=True)
+        outputs = module(*args, **kwargs)
         return outputs, _to_tree(nnx.state(module, nnx.BatchStat))
 
 

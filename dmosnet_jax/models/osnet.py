@@ -118,8 +118,8 @@ class AttentionStream(nnx.Module):
 class ChannelGate(nnx.Module):
     """Unified aggregation gate: per-channel weights from the pooled map, shared by the four streams."""
 
-    def __init__(self, channels: int, *, reduction: int = 16, rngs: Draws):
-        hidden = channels // reduction
+    def __init__(self, channels: int, *, rngs: Draws):
+        hidden = channels // 16
         self.fc1 = Conv(channels, hidden, 1, bias=True, rngs=rngs)
         self.fc2 = Conv(hidden, channels, 1, bias=True, rngs=rngs)
 

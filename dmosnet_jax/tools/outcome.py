@@ -1,11 +1,11 @@
 """A table's scores over its seeds, as `table.md` and `table.csv`."""
 
-import csv
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dmosnet_jax.core import tables
 from dmosnet_jax.core.files import atomic_write
 from dmosnet_jax.tools.experiments import Row, Table
 from dmosnet_jax.tools.runs import Run
@@ -48,10 +48,7 @@ def write(table: Table, name: str, runs: Sequence[Run], workdir: pathlib.Path) -
         DataError: they can't be written.
     """
     rows = [summarise(row, [run for run in runs if run.row.name == row.name]) for row in table.rows]
-    with atomic_write(workdir / CSV) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write_csv(workdir / CSV, rows)
     with atomic_write(workdir / MARKDOWN) as part:
         part.write_text(_markdown(table, name, rows, runs), encoding="utf-8")
     return [workdir / MARKDOWN, workdir / CSV]

@@ -224,11 +224,7 @@ def _do(runs: Sequence[Run], children: _Children, publish: Any) -> list[str]:
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dmosnet_jax.tools.reproduce",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command.parser("dmosnet_jax.tools.reproduce", __doc__)
     parser.add_argument("table", choices=tuple(TABLES), metavar="TABLE", help=", ".join(TABLES))
     parser.add_argument("--workdir", default="", help="folder of the table (default: runs/TABLE)")
     parser.add_argument("--data_dir", default="data", help="folder or URL of converted data sets (default: data)")

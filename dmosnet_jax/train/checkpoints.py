@@ -36,6 +36,7 @@ _MEMORY, _META, _METRICS = "memory", "meta", "metrics"
 _ITEMS = (*_ARRAYS, _META, _METRICS)
 _META_PARTS = ("model", "config", "lengths", "loop")
 _TRASH = ".old"
+_REMOVE = "remove this folder to go on from an earlier one"
 # Libraries take a file of the right name for one of theirs, and stumble over what a damaged one holds.
 _UNREADABLE: tuple[type[Exception], ...] = (
     OSError,
@@ -248,17 +249,15 @@ class Checkpoints:
             if like.memory is not None and not wanted[_MEMORY].keys() <= saved[_MEMORY].keys():
                 wanted[_MEMORY] = _tables(like.memory.compacted())
             for item in wanted:
-                problems = differences({_MEMORY: wanted[item]}, {_MEMORY: saved[item]})
-                if item != _MEMORY:
-                    problems = differences(wanted[item], saved[item])
+                pair = wanted[item], saved[item]
+                problems = differences(*({_MEMORY: tree} for tree in pair) if item == _MEMORY else pair)
                 if problems:
                     raise OtherShapesError(f"{where}: checkpoint of another model or setting: {first(problems)}")
-                shapes = jax.tree.map(
+                targets[item] = jax.tree.map(
                     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                     wanted[item],
                     {name: placement[item][name] for name in wanted[item]},
                 )
-                targets[item] = shapes
             tables = targets.pop(_MEMORY)
             if early:
                 targets["train"][_MEMORY] = tables
@@ -297,13 +296,9 @@ def _reading(where: pathlib.Path, kinds: tuple[type[Exception], ...] = _UNREADAB
     try:
         yield
     except table_files.DamagedTableError as error:
-        raise DataError(
-            f"{where}: checkpoint is damaged ({error}); remove this folder to go on from an earlier one"
-        ) from error
+        raise DataError(f"{where}: checkpoint is damaged ({error}); {_REMOVE}") from error
     except kinds as error:
-        raise DataError(
-            f"{where}: checkpoint can't be read ({_reason(error)}); remove this folder to go on from an earlier one"
-        ) from error
+        raise DataError(f"{where}: checkpoint can't be read ({_reason(error)}); {_REMOVE}") from error
 
 
 def _check_files(where: pathlib.Path, items: Iterable[str]) -> None:
@@ -313,7 +308,7 @@ def _check_files(where: pathlib.Path, items: Iterable[str]) -> None:
     other = next((path for path in entries if not (path.is_file() or path.is_dir())), None)
     problem = checksums.verify(where, items) if other is None else f"{other.relative_to(where)} is no file"
     if problem is not None:
-        raise DataError(f"{where}: checkpoint is damaged ({problem}); remove this folder to go on from an earlier one")
+        raise DataError(f"{where}: checkpoint is damaged ({problem}); {_REMOVE}")
 
 
 def _restore_meta(manager: ocp.CheckpointManager, step: int, folder: pathlib.Path) -> dict[str, Any]:
