@@ -190,6 +190,15 @@ def _word(typing, address):
 
 
 @intrinsic
+def _set_word(typing, address, value):
+    def code(context, builder, signature, values):
+        builder.store(values[1], builder.inttoptr(values[0], _INT64.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), code
+
+
+@intrinsic
 def _set_int32(typing, address, value):
     def code(context, builder, signature, values):
         builder.store(builder.trunc(values[1], _INT32), builder.inttoptr(values[0], _INT32.as_pointer()))
@@ -218,15 +227,26 @@ def _take(typing, address):
     return types.int64(types.int64), code
 
 
-@intrinsic
-def _this_core(typing):
-    def code(context, builder, signature, values):
-        kind = ir.FunctionType(_INT32, [])
-        return builder.sext(
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_getcpu"), []), _INT64
-        )
+def _external(name: str, count: int) -> Any:
+    """A function of the C library, of numbers and addresses, as one that kernels can call."""
 
-    return types.int64(), code
+    def code(context, builder, signature, values):
+        kind = ir.FunctionType(_INT32, [_INT64] * count)
+        return builder.sext(builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values), _INT64)
+
+    kinds = types.int64(*[types.int64] * count)
+    if count == 0:
+        return extending.intrinsic(lambda typing: (kinds, code))
+    if count == 1:
+        return extending.intrinsic(lambda typing, a: (kinds, code))
+    return extending.intrinsic(lambda typing, a, b, c: (kinds, code))
+
+
+_this_core = _external("sched_getcpu", 0)
+_allowed_cores = _external("sched_getaffinity", 3)
+_make_attributes = _external("pthread_attr_init", 1)
+_set_cores = _external("pthread_attr_setaffinity_np", 3)
+_drop_attributes = _external("pthread_attr_destroy", 1)
 
 
 @intrinsic
@@ -285,7 +305,6 @@ def _run_pieces(task):
 
 _KERNEL = types.void(types.int64, types.int64, types.int64)
 _addresses = np.zeros(64, np.int64)
-_ATTRIBUTES_BYTES = 128  # no less than a pthread_attr_t has
 _kept: list[Any] = []
 
 
@@ -309,23 +328,36 @@ def place(number: int, compiled: Any) -> None:
     _addresses[number] = compiled.address
 
 
-def _elsewhere() -> np.ndarray:
-    """For each core of the machine attributes of a thread that is to run on any other: rows of bytes.
+# Of a set of cores, and no less than a pthread_attr_t has.
+_SET_BYTES = 128
 
-    Calls take some milliseconds. A thread that starts on the core of its caller, which is busy, would wait for as long.
+
+def _knows_cores() -> bool:
+    """Whether the C library can say on which cores a thread may run."""
+    if sys.platform != "linux":
+        return False
+    library = ctypes.CDLL(None)
+    return all(hasattr(library, name) for name in ("sched_getcpu", "sched_getaffinity", "pthread_attr_setaffinity_np"))
+
+
+@jit()
+def _elsewhere(memory):
+    """Address of attributes of a thread that may run on the caller's cores but for the one that it is on now, or 0.
+
+    Calls take some milliseconds; a thread that starts on the core of its caller, which is busy, would wait for as long.
     """
-    if not hasattr(os, "sched_getaffinity"):
-        return np.zeros((0, _ATTRIBUTES_BYTES), np.uint8)
-    allowed, library = os.sched_getaffinity(0), ctypes.CDLL(None)
-    found = np.zeros((max(allowed) + 1, _ATTRIBUTES_BYTES), np.uint8)
-    for core, row in enumerate(found):
-        address = ctypes.c_void_p(row.ctypes.data)
-        library.pthread_attr_init(address)
-        others = allowed - {core}
-        if others and hasattr(library, "pthread_attr_setaffinity_np"):
-            bits = sum(1 << other for other in others).to_bytes(128, "little")
-            library.pthread_attr_setaffinity_np(address, ctypes.c_size_t(len(bits)), bits)
-    return found
+    cores, attributes = memory, memory + _SET_BYTES
+    core = _this_core()
+    if core < 0 or core >= 8 * _SET_BYTES or _allowed_cores(0, _SET_BYTES, cores) < 0:
+        return 0
+    word = cores + 8 * (core // 64)
+    _set_word(word, _word(word) & ~(1 << (core % 64)))
+    if _make_attributes(attributes) != 0:
+        return 0
+    if _set_cores(attributes, _SET_BYTES, cores) != 0:
+        _drop_attributes(attributes)
+        return 0
+    return attributes
 
 
 @functools.cache
@@ -340,8 +372,7 @@ def register(name: str, threads: int | None = None) -> str:
         The name.
     """
     most, table = min(thread_count(threads), _MOST_THREADS), _addresses.ctypes.data
-    elsewhere = _elsewhere()
-    cores, attributes = elsewhere.shape[0], elsewhere.ctypes.data
+    knows_cores = _knows_cores()
 
     @cfunc(types.int64(types.int64))
     def work(task):
@@ -366,16 +397,26 @@ def register(name: str, threads: int | None = None) -> str:
             size *= length(array, axis)
         parts = max(min(most, rows, size // _LEAST_FLOATS), 1)
         # Threads take pieces until there are none: one that is held up does not hold up the others.
-        memory = np.zeros(5 + parts, np.int64)
+        memory = np.zeros(5 + parts + 2 * _SET_BYTES // 8, np.int64)
         task, handles = memory.ctypes.data, memory.ctypes.data + 40
         memory[0], memory[1], memory[2] = kernel, frame, rows
         memory[3] = min(rows, parts * _PIECES if parts > 1 else 1)
-        core = _this_core() if cores > 0 else -1
-        other = attributes + _ATTRIBUTES_BYTES * core if 0 <= core < cores else 0
+        other = 0
+        if knows_cores and parts > 1:
+            other = _elsewhere(handles + 8 * parts)
         # Threads of its own for each call: there are some hundred calls in a step that takes seconds.
         started = 1
-        while started < parts and _start_thread(handles + 8 * started, other, routine, task) == 0:
-            started += 1
+        while started < parts:
+            if _start_thread(handles + 8 * started, other, routine, task) == 0:
+                started += 1
+            elif other != 0:
+                # There may be no other core.
+                _drop_attributes(other)
+                other = 0
+            else:
+                break
+        if other != 0:
+            _drop_attributes(other)
         _run_pieces(task)
         for part in range(1, started):
             _join_thread(memory[5 + part])
@@ -383,7 +424,7 @@ def register(name: str, threads: int | None = None) -> str:
 
     capsule = ctypes.pythonapi.PyCapsule_New
     capsule.restype, capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    _kept.extend((work, call, elsewhere))
+    _kept.extend((work, call))
     jax.ffi.register_ffi_target(name, capsule(call.address, None, None), platform="cpu")
     return name
 

@@ -16,6 +16,7 @@ from jaxtyping import Float, Float32, UInt8
 from PIL import Image, ImageDraw
 
 from dmosnet_jax.core.files import atomic_write
+from dmosnet_jax.core.progress import announced
 from dmosnet_jax.data import augment, transforms
 from dmosnet_jax.models import Model
 
@@ -87,7 +88,8 @@ def maps_of(
     batches = -(-len(pixels) // _BATCH)
     # One program: the last batch is filled with images that are there.
     padded = np.resize(pixels, (batches * _BATCH, *pixels.shape[1:]))
-    program = jax.jit(lambda weights, images: activation_maps(last_map(model, weights, images, mean=mean, std=std)))
+    jitted = jax.jit(lambda weights, images: activation_maps(last_map(model, weights, images, mean=mean, std=std)))
+    program = announced(jitted, "the activation maps")
     return np.concatenate([program(weights, part) for part in np.split(padded, batches)])[: len(pixels)]
 
 

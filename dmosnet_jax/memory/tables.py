@@ -99,7 +99,9 @@ class TableRows:
     def fetch(self, start: int, stop: int) -> Float32[np.ndarray, "n d"]:
         """A copy of a few rows on every process; all of them call this with the same rows."""
         if self.table.is_fully_addressable:
-            return self._here[start:stop]
+            # On CPUs a view; from other devices only what is asked for.
+            whole = all(device.platform == "cpu" for device in self.table.devices())
+            return self._here[start:stop] if whole else np.asarray(self.table[self.start + start : self.start + stop])
         found = _rows_of(self.table, np.int32(self.start + start), count=stop - start, mesh=self.mesh)
         return np.asarray(found)
 
@@ -146,15 +148,18 @@ class Filling:
         self._shape, self._mesh = (padded(images, mesh), dim), mesh
         # A process's devices stand together in the mesh.
         mine = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+        assert mine == list(range(mine[0], mine[-1] + 1)), "use parallel.make_mesh"
         local = self._shape[0] // mesh.size
         self._first = mine[0] * local
         self._rows = np.zeros((len(mine) * local, dim), np.float32)
-        self._images, self._bad, self._first_bad = images, 0, images
+        self._images, self._written = images, 0
+        self._bad, self._first_bad = 0, images
 
     def write(self, start: int, piece: Float[np.ndarray, "n d"]) -> None:
         """Takes some rows, the same on every process, from `start` on."""
         if found := arguments.first_not_finite(piece):
             self._bad, self._first_bad = self._bad + found[0], min(self._first_bad, start + found[1])
+        self._written += len(piece)
         low, high = max(start, self._first), min(start + len(piece), self._first + len(self._rows))
         if low < high:
             self._rows[low - self._first : high - self._first] = piece[low - start : high - start]
@@ -165,6 +170,7 @@ class Filling:
         Raises:
             DataError: some are not finite.
         """
+        assert self._written == self._images, f"{self._written} of {self._images} rows"
         if self._bad:
             raise DataError(
                 f"memory: {self._bad} of {self._images} features are not finite, the first is row {self._first_bad}; "

@@ -62,9 +62,11 @@ def _multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
     # Availability first: in a portable program the number of images may be free, and no size can be compared.
     if simd.available() and x.ndim == 4 and x.dtype == jnp.float32 and outputs % 16 == 0:
         images, height, width, inputs = x.shape
-        if height * width % 8 == 0 and x.size >= _KERNEL_FROM_ELEMENTS:
-            flat, shape = x.reshape(images, height * width, inputs), (images, height * width, outputs)
-            return cpu_kernels.call("multiply", [shape], flat, kernel)[0].reshape(images, height, width, outputs)
+        positions = images * height * width
+        if positions % 8 == 0 and x.size >= _KERNEL_FROM_ELEMENTS:
+            arguments = x.reshape(-1, 8, inputs), cpu_kernels.panels(kernel)
+            (product,) = cpu_kernels.call("multiply", [(positions // 8, 8, outputs)], *arguments)
+            return product.reshape(images, height, width, outputs)
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 

@@ -561,33 +561,34 @@ def _multiply_8x16(x, inputs, w, out, outputs, p, o):
 
 
 def _multiply() -> Any:
-    """`(x [B, P, I], w [I, O]) -> [B, P, O]`: matrix product at each of P positions, a multiple of 8; O of 16."""
+    """`(x [N, 8, I], panels [I * O]) -> [N, 8, O]`: products at 8 N positions, of weights by `panels`."""
 
     @simd.kernel
     def multiply(frame, start, stop):
         first, second = argument(frame, 0), argument(frame, 1)
-        positions, inputs, outputs = length(first, 1), length(first, 2), length(second, 1)
+        inputs, outputs = length(first, 2), length(result(frame, 0), 2)
         wide = outputs // 64 * 64
-        # Columns of the weights in panels, each of which is read from end to end: 64 at a time, then 16.
-        memory = np.empty(inputs * outputs, np.float32)
-        panels = memory.ctypes.data
-        for o in range(0, outputs, 16):
-            across = 64 if o < wide else 16
-            panel = panels + F * (o // across * across * inputs + o % across)
-            for i in range(inputs):
-                store(panel, across * i, load(data(second), i * outputs + o))
-        x, out, last = data(first), data(result(frame, 0)), stop * positions
-        for begin in range(start * positions, last, _POSITIONS):
-            end = min(begin + _POSITIONS, last)
+        x, w, out = data(first), data(second), data(result(frame, 0))
+        for begin in range(8 * start, 8 * stop, _POSITIONS):
+            end = min(begin + _POSITIONS, 8 * stop)
             for o in range(0, wide, 64):
                 for p in range(begin, end, 4):
-                    _multiply_4x64(x, inputs, panels + F * o * inputs, out, outputs, p, o)
+                    _multiply_4x64(x, inputs, w + F * o * inputs, out, outputs, p, o)
             for o in range(wide, outputs, 16):
                 for p in range(begin, end, 8):
-                    _multiply_8x16(x, inputs, panels + F * o * inputs, out, outputs, p, o)
-        _keep(memory)
+                    _multiply_8x16(x, inputs, w + F * o * inputs, out, outputs, p, o)
 
     return multiply
+
+
+def panels(w: jax.Array) -> jax.Array:
+    """Weights `[I, O]`, O a multiple of 16, as `multiply` reads them from end to end: by 64 columns, then by 16."""
+    wide = w.shape[1] // 64 * 64
+
+    def by(columns: jax.Array, across: int) -> jax.Array:
+        return columns.reshape(len(columns), -1, across).swapaxes(0, 1).reshape(-1)
+
+    return jnp.concatenate([by(w[:, :wide], 64), by(w[:, wide:], 16)])
 
 
 STEM = 7  # side of the first convolution's window

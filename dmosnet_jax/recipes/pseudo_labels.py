@@ -172,20 +172,20 @@ def report(
 def keep_clusters(
     workdir: pathlib.Path, features: np.ndarray | None, labels: np.ndarray, images: Rows, *, epoch: int
 ) -> None:
-    """Writes what the report will say of an epoch's clusters to `clusters.json`, on process 0.
+    """Writes what the report will say of an epoch's clusters to `clusters.json`; for process 0.
 
     A file, because a run that goes on within the epoch does not cluster again, and its features have moved.
 
     Args:
         workdir: of the run.
-        features: float32 [N, D] of unit length, those that were clustered; None on other processes.
+        features: float32 [N, D] of unit length, those that were clustered.
         labels: int [N], the pseudo-labels that training will use.
         images: those that were clustered.
         epoch: from 0.
     """
-    if features is not None:
-        found = cluster_summary.summary(cluster_summary.find(features, labels, images.pids), features)
-        write_json(workdir / CLUSTERS, {"epoch": epoch + 1, **found})
+    assert features is not None
+    found = cluster_summary.summary(cluster_summary.find(features, labels, images.pids), features)
+    write_json(workdir / CLUSTERS, {"epoch": epoch + 1, **found})
 
 
 def kept_clusters(workdir: pathlib.Path, images: Rows) -> Clusters | None:
@@ -200,5 +200,5 @@ def kept_clusters(workdir: pathlib.Path, images: Rows) -> Clusters | None:
         return report_parts.cluster_part(images, found, found["epoch"])
     except FileNotFoundError:
         return None
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise DataError(f"{workdir / CLUSTERS}: is damaged, or of another kind: {fix}") from error

@@ -6,6 +6,7 @@ import functools
 import pathlib
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,10 @@ _TITLES = {"mAP": "mAP", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-1
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Features and ranking of one set of weights on one data set; `choices` says what the query features are."""
+    """Features and ranking of one set of weights on one data set.
+
+    `choices` says what the query features are, `rate` how many images a second were read and extracted.
+    """
 
     query: Split
     gallery: Split
@@ -44,6 +48,7 @@ class Scores:
     gallery_features: np.ndarray
     ranking: ranking.Ranking
     choices: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rate: float | None = None
 
     @property
     def labels(self) -> tuple[np.ndarray, ...]:
@@ -105,15 +110,18 @@ class Scorer:
     def _score(self, name: str, params: Any, stats: Any) -> Scores:
         query, gallery, *_ = self._splits[name]
         prefix = f"{name} " if len(self._splits) > 1 else ""
-        first, second, *more = (
-            self._extract(params, stats, split, label=prefix + split.split, cache=cache)
-            for split, cache in zip(self._splits[name], self._caches[name], strict=True)
-        )
+        features, rate = [], None
+        for split, cache in zip(self._splits[name], self._caches[name], strict=True):
+            since = time.perf_counter()
+            features.append(self._extract(params, stats, split, label=prefix + split.split, cache=cache))
+            # Of the last: the first may have waited for the compiler.
+            rate = len(split) / (time.perf_counter() - since)
+        first, second, *more = features
         first = self._queries[name](first, second, *more)
         with _counted(first, second, label=f"{prefix}ranking") as distance:
             labels = query.pids, gallery.pids, query.camids, gallery.camids
             ranked = ranking.evaluate(None, None, *labels, distance=distance)
-        return Scores(query, gallery, first, second, ranked, self._queries[name].choices)
+        return Scores(query, gallery, first, second, ranked, self._queries[name].choices, rate)
 
 
 @contextlib.contextmanager
@@ -234,7 +242,6 @@ def publish(
     several, first_process = len(scores) > 1, jax.process_index() == 0
     each: dict[str, dict[str, Any]] = {}
     page = functools.partial(_write_report, config=config, run=workdir, model=model)
-    shown = clusters() if first_process and config.eval.report else None
     for name, found in scores.items():
         results = _results(found, config) | extra | {"model": model.name, "dataset": name}
         each[name] = results
@@ -242,14 +249,14 @@ def publish(
             folder = workdir / name if several else workdir
             folder.mkdir(parents=True, exist_ok=True)
             print(f"{name}: " if several else "", end="")
-            own = None if several else shown
-            _write(found, results, folder, config, functools.partial(page, scores=found, weights=weights, clusters=own))
+            own = {} if several else {"clusters": clusters}
+            _write(found, results, folder, config, functools.partial(page, scores=found, weights=weights, **own))
     if config.eval.projector and first_process:
         embeddings = {
             name: projector.Embeddings(found.query, found.gallery, found.query_features, found.gallery_features)
             for name, found in scores.items()
         }
-        print(f"written: {projector.write(workdir, embeddings)}, for tensorboard --logdir={workdir}")
+        print(f"written: {projector.write(workdir, embeddings)}, for tensorboard --logdir={shlex.quote(str(workdir))}")
     if not several:
         return each[next(iter(scores))]
     mean = {
@@ -261,8 +268,9 @@ def publish(
     if first_process:
         write_json(workdir / RESULTS, results)
         print(f"\n{table(each, mean)}\n\nwritten: {workdir / RESULTS}")
+        shown = clusters() if config.eval.report else None
         if shown is not None:
-            page(workdir / REPORT, {"model": model.name, "dataset": results["dataset"]}, clusters=shown)
+            page(workdir / REPORT, {"model": model.name, "dataset": results["dataset"]}, clusters=lambda: shown)
             print(f"written: {workdir / REPORT}")
     return results
 
@@ -311,7 +319,7 @@ def publish_run(
     """
     if config.eval.report and jax.process_index() == 0:
         results = {"model": model.name, "dataset": joined(dataset_names(config.dataset))}
-        _write_report(workdir / REPORT, results, config=config, run=workdir, model=model, clusters=clusters())
+        _write_report(workdir / REPORT, results, config=config, run=workdir, model=model, clusters=clusters)
         print(f"written: {workdir / REPORT}")
 
 
@@ -322,7 +330,7 @@ def _write_report(
     config: Any,
     run: pathlib.Path,
     model: Model,
-    clusters: report.Clusters | None,
+    clusters: Callable[[], report.Clusters | None] = lambda: None,
     scores: Scores | None = None,
     weights: tuple[Any, Any] = (None, None),
 ) -> None:
@@ -338,17 +346,24 @@ def _write_report(
             *charts_from_metrics(rows),
             *cluster_charts(rows),
         ],
-        clusters=clusters,
+        clusters=clusters(),
         **(_of_ranking(scores, config, model, weights) if scores else {}),
         network={
             "parameters, without classifier and BNNeck": f"{counting.parameters(model):,}",
             "multiply-adds of convolutions and linear maps": f"{operations.weighted:,}",
             "multiply-adds of attention products": f"{operations.attention:,}",
             "image, height and width": f"{model.image_size[0]} x {model.image_size[1]}",
+            **({} if scores is None or scores.rate is None else {"features, with reading": _rate(scores.rate)}),
         },
         command=command(),
         config=config.to_dict(),
     )
+
+
+def _rate(images: float) -> str:
+    """The rate, the time of an image, and on what."""
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return f"{images:,.0f} images a second, {1000 / images:.2g} ms an image, on {devices}"
 
 
 def _of_ranking(scores: Scores, config: Any, model: Model, weights: tuple[Any, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dmosnet_jax.core.errors import ConfigError
+from dmosnet_jax.core.parallel import agree
 from dmosnet_jax.data.loading import ImageCache
 from dmosnet_jax.data.pipeline import Batches
 from dmosnet_jax.data.samplers import class_epoch
@@ -231,8 +232,8 @@ class Epochs:
         labels, capacity = self.memory.class_labels(found), self._capacity or rows.stop
         every = np.concatenate([np.arange(self.fixed, dtype=labels.dtype), labels + self.fixed])
         if epoch == experiment.lengths.epochs - 1:
-            target = self.clustered
-            pseudo_labels.keep_clusters(experiment.workdir, images.on_first, labels, target, epoch=epoch)
+            features, target = images.on_first, self.clustered
+            agree(lambda: pseudo_labels.keep_clusters(experiment.workdir, features, labels, target, epoch=epoch))
         try:
             memory = self.memory.set_labels(memory, every, features=fresh, capacity=capacity)
         except ConfigError as error:

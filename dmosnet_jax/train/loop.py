@@ -22,7 +22,7 @@ from dmosnet_jax.core.errors import UserError
 from dmosnet_jax.core.parallel import by_process, from_first, to_devices, to_host
 from dmosnet_jax.data.pipeline import Batches
 from dmosnet_jax.train.checkpoints import Checkpoints
-from dmosnet_jax.train.metrics import MetricsWriter, progress_bar, skip_pause, write_json
+from dmosnet_jax.train.metrics import MetricsWriter, progress_bar, write_json
 from dmosnet_jax.train.state import RunState, TrainState
 from dmosnet_jax.train.steps import Step
 
@@ -144,7 +144,7 @@ def train(
                 writer.write(number + 1, {"epoch": epoch, **notes})
 
             window, then = _MetricsWindow(workdir, recipe.files), recipe.after(epoch + 1, lengths)
-            skip_pause(bar)
+            bar.skip_pause()
             with contextlib.closing(stream):
                 for batch in stream:
                     # What it replaces is let go before the step needs the room.
@@ -153,7 +153,7 @@ def train(
                     run, number = run.replace(state=state), number + 1
                     if not is_compiled:
                         is_compiled = True
-                        skip_pause(bar)
+                        bar.skip_pause()
                     window.add(number, metrics, batch["index"])
                     # Until now there was nothing to save.
                     signals.finish_first("the step under way, and saves it")

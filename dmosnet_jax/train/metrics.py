@@ -5,7 +5,6 @@ import math
 import os
 import pathlib
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,9 +91,26 @@ class MetricsWriter:
             self._file = self._events = None
 
 
-def progress_bar(
-    total: int | None, *, label: str, unit: str = "images", initial: int = 0, delay: float = 0.0
-) -> tqdm.tqdm:
+class Bar(tqdm.tqdm):
+    """A bar that can leave pauses out of its rate and time left."""
+
+    _moved: float | None = None
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """As tqdm's."""
+        self._moved = self._time()
+        return super().update(n)
+
+    def skip_pause(self) -> None:
+        """Leaves out what has gone on since the bar last moved, such as a compilation."""
+        if not self.disable:
+            now = self._time()
+            # Lines in a log file come by this clock too.
+            self.last_print_t += now - (self.start_t if self._moved is None else self._moved)
+            self._moved = now
+
+
+def progress_bar(total: int | None, *, label: str, unit: str = "images", initial: int = 0, delay: float = 0.0) -> Bar:
     """A bar with rate and time left on process 0's terminal; in a log file it prints a line every half minute.
 
     Args:
@@ -105,7 +121,7 @@ def progress_bar(
         delay: seconds in which it is not shown; a stage that is over by then has none.
     """
     terminal = sys.stderr.isatty()
-    return tqdm.tqdm(
+    return Bar(
         total=total,
         initial=initial,
         desc=label,
@@ -115,8 +131,3 @@ def progress_bar(
         disable=jax.process_index() != 0,
         delay=delay,
     )
-
-
-def skip_pause(bar: tqdm.tqdm) -> None:
-    """Leaves what has gone on since the bar last moved, such as a compilation, out of its rate and time left."""
-    bar.last_print_t, bar.last_print_n = time.time(), bar.n

@@ -37,6 +37,7 @@ for backend in ("host", "device"):
 # The same as rows of a table, none of whose processes but the first ever makes a copy of it all.
 tables.PIECE_BYTES = 10_000
 filling = tables.Filling(507, 64, mesh)
+filling.write(0, np.zeros((7, 64), np.float32))
 for start in range(0, 500, 90):
     filling.write(7 + start, features[start : start + 90])
 table = filling.finish()
@@ -48,6 +49,10 @@ found["some"] = images.fetch(80, 330)
 for backend in ("host", "device"):
     nearest = neighbours.search(images, 20, backend=backend)
     found[backend + "_of_table"], found[backend + "_of_table_similarities"] = nearest.indices, nearest.similarities
+parts = neighbours.search_host(images, 20, block=23, share=(process, processes))
+parts = parallel.by_process((parts.indices, parts.similarities)) if processes > 1 else [x[None] for x in parts[:2]]
+found["strips_of_table"] = neighbours.merge([neighbours.Neighbours(*part) for part in zip(*parts)]).indices
+found["strips"] = found["host"]
 for name, values in (("candidates", features), ("candidates_of_table", images)):
     found[name] = neighbours.search(values, 20, mesh=mesh, backend="device", candidates=40).indices
 found["labels_of_table"] = cluster(images, k1=20).labels
@@ -131,7 +136,7 @@ def test_two_processes_equal_one_device(tmp_path):
     assert "not one cluster" in str(one["refusal"]) or "only" in str(one["refusal"])
     assert str(two[0]["refusal"]) == str(one["refusal"])
     assert str(two[1]["refusal"]) == "process 0 failed, and its message says why"
-    for name in ("host", "device", "candidates", "labels"):
+    for name in ("host", "strips", "device", "candidates", "labels"):
         np.testing.assert_array_equal(one[f"{name}_of_table"], one[name])
     close = ("similarities", "loss", "gradient", "features", "sums", "drift")
     for found in two:

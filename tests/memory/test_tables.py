@@ -16,6 +16,7 @@ def unit(rng, rows, dim=16):
 def filled(features, mesh, edges, *, before=0):
     filling = tables.Filling(before + len(features), features.shape[1], mesh)
     pieces = [(a, features[a:b]) for a, b in zip([0, *edges], [*edges, len(features)], strict=True)]
+    filling.write(0, np.zeros((before, features.shape[1]), np.float32))
     for start, piece in reversed(pieces):
         filling.write(before + start, piece)
     return filling.finish()

@@ -101,13 +101,28 @@ def test_a_stage_that_is_soon_over_has_no_bar(capsys):
 
 def test_a_pause_is_not_in_the_rate(monkeypatch):
     now = [time.time()]
-    monkeypatch.setattr(metrics.time, "time", lambda: now[0])
     with metrics.progress_bar(100, label="train") as bar:
         monkeypatch.setattr(bar, "_time", lambda: now[0])
         # A compilation of an hour, and then ten images a minute.
         now[0] += 3600.0
-        metrics.skip_pause(bar)
+        bar.skip_pause()
         for _ in range(3):
             now[0] += 60.0
             bar.update(10)
         assert bar.format_dict["rate"] == pytest.approx(1 / 6)
+
+
+def test_lines_come_though_epochs_are_shorter_than_the_time_between_them(monkeypatch):
+    now, printed = [time.time()], []
+    monkeypatch.setattr(metrics.Bar, "refresh", lambda bar, *args, **options: printed.append(bar.n))
+    with metrics.progress_bar(1000, label="train") as bar:
+        monkeypatch.setattr(bar, "_time", lambda: now[0])
+        for _ in range(10):
+            # Ten seconds of clustering, and then ten of steps.
+            now[0] += 10.0
+            bar.skip_pause()
+            for _ in range(5):
+                now[0] += 2.0
+                bar.update(4)
+        assert printed == [0, 60, 120, 180]
+        assert bar.format_dict["rate"] == pytest.approx(2)

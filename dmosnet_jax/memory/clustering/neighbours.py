@@ -237,8 +237,8 @@ def search(
         features: L2-normalised; NumPy, or a jax array for the device search, the same in each of several processes; or
             rows of a table that is split over them. All processes call this and get the same result.
         k: list length, the row itself included; at most n entries are returned.
-        mesh: `jax.sharding.Mesh`; the work is shared out over all its devices. None: all devices of all processes, or
-            those of the table.
+        mesh: `jax.sharding.Mesh`; the work is shared out over all its devices. None: all devices of all processes. Of a
+            table it is always the table's.
         backend: "host", "device", or "auto": device where those are accelerators, host on CPU, where it is faster.
         candidates: for devices: look for this many, more than k, with bfloat16 products, and take the k best of them
             by exact similarity. `recall` says what that loses. 0: exact throughout, as the host's search always is.

@@ -116,7 +116,10 @@ def _check_features(features: np.ndarray | jax.Array | None, *, normalise: bool 
     if (off := np.abs(norms - 1)).max() <= 1e-3:
         return rows
     if not normalise:
-        raise DataError(f"clustering: row {off.argmax()} of the table has length {norms[off.argmax()]:g}, not 1")
+        raise DataError(
+            f"clustering: row {off.argmax()} of the table has length {norms[off.argmax()]:g}, not 1: "
+            "divide rows by their length"
+        )
     return rows / norms[:, None]
 
 
