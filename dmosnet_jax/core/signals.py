@@ -40,6 +40,8 @@ class _State:
         self.raised = False
         # What is done before a noted signal acts; empty where signals act at once.
         self.finishing = ""
+        # What was finished first is done, and the command ends by an error of its own.
+        self.heeded = False
         # Signals of our own that are still to be seen by the thread.
         self.repeats = 0
         self.installed = False
@@ -104,6 +106,11 @@ def finish_first(what: str) -> None:
     _state.finishing = what
 
 
+def heeded() -> None:
+    """What is finished first is done, and the caller ends the command by an error that says so."""
+    _state.heeded = True
+
+
 def leave(status: int) -> None:
     """Ends a command that a signal has stopped; the threads of libraries may not survive an orderly end."""
     if not _state.installed:
@@ -153,7 +160,10 @@ def _watch(source: int) -> None:
         waited = time.monotonic() - since
         if not first:
             continue
-        if _state.finishing:
+        if _state.heeded:
+            if waited > _CLEAN_UP:
+                _end(first)
+        elif _state.finishing:
             if waited >= _AT_ONCE and not told:
                 told = True
                 _say(1, f"{signal.Signals(first).name}: finishes {_state.finishing}; a second signal stops it at once")

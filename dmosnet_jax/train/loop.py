@@ -261,6 +261,8 @@ class _StopFlag:
 def _stop(number: int, stop: _StopFlag, store: Checkpoints, workdir: pathlib.Path) -> None:
     store.wait()
     assert stop.signal is not None
+    # Else the watch would repeat the signal while files are closed, and this error would be lost.
+    signals.heeded()
     raise StoppedError(
         f"stopped by {stop.signal.name} at step {number}, which is saved in {workdir}: run the same command to go on"
     )

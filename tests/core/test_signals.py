@@ -58,6 +58,21 @@ try:
         time.sleep(1.5)
         print("saved", flush=True)
         sys.exit(143)
+    if mode == "heeded":
+        import signal
+        noted, acts = [], signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
+        signals.finish_first("the step")
+        ready()
+        while not noted:
+            time.sleep(0.01)
+        # Done at once; closing files then takes longer than a signal may.
+        signals.heeded()
+        signals.finish_first("")
+        signal.signal(signal.SIGTERM, acts)
+        time.sleep(1.5)
+        print("error: stopped, saved", file=sys.stderr)
+        signals.leave(143)
     if mode == "writing":
         with files.create("result") as file:
             data = b"ab" * 10**9
@@ -122,6 +137,10 @@ def test_a_command_says_what_it_finishes_first(start):
     status, out, err = stopped(start("cleaning"), signal.SIGINT)
     assert (status, out) == (130, "cleaned\n")
     assert err.startswith("SIGINT: cleans up first; a second signal stops it at once\n")
+
+
+def test_an_error_of_its_own_is_not_lost_while_files_are_closed(start):
+    assert stopped(start("heeded"), signal.SIGTERM) == (143, "", "error: stopped, saved\n")
 
 
 @pytest.mark.parametrize("mode", ["finishing", "cleaning"])
