@@ -1,9 +1,10 @@
 """1x1, depthwise 3x3 and first convolutions in the forms that XLA runs fast, with their own gradients.
 
 XLA's grouped convolution runs one tiny convolution per channel on CPU. A sum of nine shifted products is a single fused
-loop instead, and its gradient to the input is the same loop with the kernel turned round. What remains are gradients to
-weights, sums over every position of the batch. On one CPU they are kernels of `models/cpu_kernels.py`; what these don't
-take (bfloat16) goes over the batch in a scan (`python -m dmosnet_jax.benchmarks.convolution` compares the forms).
+loop instead, and its gradient to the input is the same loop with the kernel turned round. On one CPU 1x1 products,
+their gradients, and gradients to the first convolution's weights are kernels of `models/cpu_kernels.py`; gradients to
+weights that these don't take (bfloat16) go over the batch in a scan (`python -m dmosnet_jax.benchmarks.convolution`
+compares the forms).
 
 On GPUs and TPUs a 1x1 and a depthwise 3x3 convolution in a row run as one whole 3x3 convolution: nine times the
 products, but on matrix units, which have them to spare, and half of the memory traffic, which is what takes the time.

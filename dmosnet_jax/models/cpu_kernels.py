@@ -1,9 +1,10 @@
-"""Batch normalisation with what stands before and behind it, in few passes over the maps, for XLA's CPU programs.
+"""Batch normalisation with what stands before and behind it, and matrix products, for XLA's CPU programs.
 
 A training step on a CPU waits for memory. XLA writes a map after every convolution, norm and gate and reads it again
 for every sum; here a depthwise 3x3 convolution is computed anew, from a few rows in the cache, in each of the four
 passes (statistics, output; sums for the gradient, gradient), so its output is never written, and the norm, its ReLU
-and the pooled map that the gate wants come from the same pass.
+and the pooled map that the gate wants come from the same pass. 1x1 convolutions and their gradients are products whose
+sums stay in registers.
 
 Arrays are float32 `[B, H, W, C]`; vectors of a group of images `[G, C]`, group g being images `g * B / G` onwards. What
 is summed over an image comes out per image, so no result depends on the number of threads.
