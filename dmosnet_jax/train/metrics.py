@@ -98,7 +98,8 @@ class Bar(tqdm.tqdm):
 
     def update(self, n: float | None = 1) -> bool | None:
         """As tqdm's."""
-        self._moved = self._time()
+        # A disabled bar, as on other processes, has no clock.
+        self._moved = None if self.disable else self._time()
         return super().update(n)
 
     def skip_pause(self) -> None:
