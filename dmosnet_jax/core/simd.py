@@ -259,6 +259,24 @@ def _join_thread(typing, handle):
     return types.int64(types.int64), code
 
 
+F = 4  # bytes of a float
+# For functions that kernels call.
+inlined = jit(error_model="numpy")
+
+
+@inlined
+def keep(memory):
+    """Holds on to an array until here, of which a kernel knows the address alone."""
+    return memory.size
+
+
+@inlined
+def clear(out, floats):
+    """Zeros, by whole vectors."""
+    for i in range(0, floats, WIDTH):
+        store(out, i, zeros())
+
+
 @jit()
 def argument(frame: int, which: int) -> int:
     """Address of the description of a call's argument."""

@@ -2,7 +2,7 @@
 
 XLA's grouped convolution runs one tiny convolution per channel on CPU. A sum of nine shifted products is a single fused
 loop instead, and its gradient to the input is the same loop with the kernel turned round. On one CPU 1x1 products,
-their gradients, and gradients to the first convolution's weights are kernels of `models/cpu_kernels.py`; gradients to
+their gradients, and gradients to the first convolution's weights are kernels of `models/cpu_products.py`; gradients to
 weights that these don't take (bfloat16) go over the batch in a scan (`python -m dmosnet_jax.benchmarks.convolution`
 compares the forms).
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dmosnet_jax.core import simd
-from dmosnet_jax.models import cpu_kernels
+from dmosnet_jax.models import cpu_kernels, cpu_products
 from dmosnet_jax.models.precision import is_full_precision, wide_type, widened
 
 # Above this many elements the scan beats one fused reduction on CPU.
@@ -65,7 +65,7 @@ def _multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
         images, height, width, inputs = x.shape
         positions = images * height * width
         if positions % 8 == 0 and x.size >= _KERNEL_FROM_ELEMENTS:
-            arguments = x.reshape(-1, 8, inputs), cpu_kernels.panels(kernel)
+            arguments = x.reshape(-1, 8, inputs), cpu_products.panels(kernel)
             (product,) = cpu_kernels.call("multiply", [(positions // 8, 8, outputs)], *arguments)
             return product.reshape(images, height, width, outputs)
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
@@ -230,7 +230,7 @@ def _stem_backward(saved, gradient):
     _, height, width, channels = x.shape
     if channels == 3 and kernel.shape[-1] % 16 == 0 and height % 2 == 0 and width % 16 == 0 and _pays(x):
         parts = [a.reshape(_PARTS, -1, *a.shape[1:]) for a in (x, gradient)]
-        shape = (_PARTS, cpu_kernels.STEM_TAPS, kernel.shape[-1])
+        shape = (_PARTS, cpu_products.STEM_TAPS, kernel.shape[-1])
         total = jnp.sum(cpu_kernels.call("stem", [shape], *parts)[0], axis=0)
         dkernel = total[: kernel.size // kernel.shape[-1]].reshape(kernel.shape)
     return dx, dkernel

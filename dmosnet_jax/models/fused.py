@@ -1,6 +1,6 @@
 """Batch normalisation with a depthwise convolution before it, a residual and a ReLU behind it, as one operation.
 
-On one CPU it runs as Numba kernels (`models/cpu_kernels.py`), elsewhere as XLA's own programs; both are the same
+On one CPU it runs as Numba kernels (`models/cpu_norms.py`), elsewhere as XLA's own programs; both are the same
 mathematics.
 """
 

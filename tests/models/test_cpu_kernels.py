@@ -11,7 +11,7 @@ import pytest
 
 from dmosnet_jax import models
 from dmosnet_jax.core import simd
-from dmosnet_jax.models import convolution, cpu_kernels, fused
+from dmosnet_jax.models import convolution, cpu_kernels, cpu_products, fused
 from dmosnet_jax.models.convolution import pointwise, stem7x7
 
 SHAPES = {
@@ -102,7 +102,7 @@ def test_any_number_of_threads_gives_the_same_bits(rng):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpu_kernels, "target", lambda name=simd_name: name)
             found = with_gradients(fused.normalise, values, 2, True, weights)
-            w = cpu_kernels.panels(columns)
+            w = cpu_products.panels(columns)
             multiply = jax.jit(lambda x, w=w: cpu_kernels.call("multiply", [(1024, 8, 80)], x.reshape(1024, 8, 16), w))
             results.append(found + multiply(values[0]))
     for other in results[1:]:

@@ -87,6 +87,7 @@ def test_several_data_sets_are_scored_as_each_alone(cli, flags, data_dir, checkp
         for part in (
             *parts,
             "multiply-adds of convolutions",
+            "images a second",
             "first true match at rank",
             "show where the network looks",
             f"--config.dataset={name} ",
