@@ -22,6 +22,8 @@ from dmosnet_jax.models.precision import is_full_precision, wide_type, widened
 _SCAN_FROM_ELEMENTS = 1 << 19
 # Where the kernels pay: from this much of an input, up to so many weights, whose sums must stay in the cache.
 _KERNEL_FROM_ELEMENTS, _KERNEL_TO_WEIGHTS = 1 << 16, 384 * 384
+# From so many weights on products by a kernel are faster than XLA's; with fewer both wait for memory.
+_KERNEL_FROM_WEIGHTS = 64 * 64
 # The batch is summed in parts, whatever the number of threads.
 _PARTS = 8
 # Names by which operations are counted.
@@ -59,9 +61,9 @@ def pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    outputs = kernel.shape[-1]
+    outputs, enough = kernel.shape[-1], kernel.size >= _KERNEL_FROM_WEIGHTS
     # Availability first: in a portable program the number of images may be free, and no size can be compared.
-    if simd.available() and x.ndim == 4 and x.dtype == jnp.float32 and outputs % 16 == 0:
+    if simd.available() and x.ndim == 4 and x.dtype == jnp.float32 and outputs % 16 == 0 and enough:
         images, height, width, inputs = x.shape
         positions = images * height * width
         if positions % 8 == 0 and x.size >= _KERNEL_FROM_ELEMENTS:

@@ -35,6 +35,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(simd, "available", lambda: True)
     monkeypatch.setattr(fused, "LEAST_FLOATS", 0)
     monkeypatch.setattr(convolution, "_KERNEL_FROM_ELEMENTS", 0)
+    monkeypatch.setattr(convolution, "_KERNEL_FROM_WEIGHTS", 0)
 
 
 def arguments(rng, shape, depthwise, relu, residual):
@@ -247,7 +248,7 @@ import jax, numpy as np
 from dmosnet_jax.models import cpu_kernels, convolution
 
 rng = np.random.default_rng(0)
-x, w = rng.normal(size=(64, 32, 16, 32)).astype(np.float32), rng.normal(size=(32, 80)).astype(np.float32)
+x, w = rng.normal(size=(64, 32, 16, 64)).astype(np.float32), rng.normal(size=(64, 80)).astype(np.float32)
 run = jax.jit(convolution.pointwise)
 assert "dmosnet_jax" in run.lower(x, w).as_text()
 before = np.asarray(run(x, w))
