@@ -153,11 +153,12 @@ def _run() -> None:
 def main() -> None:
     """Parses the command line and runs the config's recipe."""
     logging.set_verbosity(logging.ERROR)
+    # First: a thread that starts before it, as the watch of signals does, has a heap of its own, which others share.
+    startup.keep_memory()
+    startup.keep_programs()
     startup.outlast_readers()
     startup.quiet_callbacks()
     signals.install(_INTERRUPTED)
-    startup.keep_memory()
-    startup.keep_programs()
     try:
         app.run(lambda _: _run(), flags_parser=_parse)
     except KeyboardInterrupt:

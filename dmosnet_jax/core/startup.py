@@ -27,6 +27,9 @@ def keep_memory() -> bool:
     anew in the next step, which costs a quarter of the processor's time. Where an accelerator computes, the host's
     threads only decode, and one arena for all of them would hold them up: nothing is changed there.
 
+    To be called while there is one thread. Large memory goes back to the system from every arena but the first, and a
+    thread that starts earlier makes another, which later threads are given too.
+
     Returns:
         Whether it was done.
     """

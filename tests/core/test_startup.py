@@ -1,5 +1,6 @@
 """What is set before JAX is loaded."""
 
+import ctypes
 import os
 import pathlib
 import subprocess
@@ -31,6 +32,38 @@ def test_memory_that_was_freed_is_used_again(wanted, least, most):
     assert done.returncode == 0, done.stderr
     # 64 MiB are 16,384 pages of 4 KiB, unless the system has larger ones.
     assert least <= int(done.stdout) <= most or (wanted == "returned" and int(done.stdout) > 20)
+
+
+ARENAS = """
+import ctypes, sys, threading
+from dmosnet_jax import main as program
+
+def run(*_, **__):
+    for _ in range(8):
+        thread = threading.Thread(target=lambda: ctypes.CDLL(None).malloc(1 << 20))
+        thread.start()
+        thread.join()
+    library = ctypes.CDLL(None)
+    library.fopen.restype = ctypes.c_void_p
+    file = ctypes.c_void_p(library.fopen(sys.argv[1].encode(), b"w"))
+    library.malloc_info(0, file)
+    library.fclose(file)
+
+program.app.run = run
+program.main()
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="the allocator of Linux' C library")
+def test_all_threads_of_a_run_share_the_heap_that_keeps_memory(tmp_path):
+    """In another one freed memory goes back, and every step of training clears its gigabyte of pages anew."""
+    environment = {name: value for name, value in os.environ.items() if name != startup.MALLOC}
+    command = [sys.executable, "-c", ARENAS, str(tmp_path / "heaps")]
+    done = subprocess.run(
+        command, env=environment | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "heaps").read_text().count("<heap nr=") == 1
 
 
 @pytest.mark.parametrize("device", ["nvidiactl", "kfd", "accel0", "vfio/0"])
