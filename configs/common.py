@@ -235,6 +235,9 @@ def spcl(config: ConfigDict) -> ConfigDict:
             "refresh_every_steps": 500,
             # Most classes there will ever be; None allows as many as images. Fewer save memory and time.
             "max_classes": config_dict.placeholder(int),
+            # Groups of `model.bn_group_size` images that a device computes at once; None: all of its batch. Fewer take
+            # less of its memory and give the same numbers, to rounding.
+            "groups_at_once": config_dict.placeholder(int),
         }
     )
     return config

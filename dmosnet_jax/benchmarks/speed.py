@@ -5,9 +5,10 @@
 `train` is our whole step (augmentation, cross-entropy and triplet loss, gradients, Adam) against PyTorch's forward and
 backward pass with cross-entropy and Adam; `infer` is features without a classifier; `spcl` is our whole step with the
 memory of 12,936 images, against the same with SpCL's own similarities to all images; `decode` is from JPEG bytes to the
-network's input on one core, of crops of 128x64, in PyTorch Pillow as torchvision calls it; `onnx`, only where `--tasks`
-names it, is `infer` by onnxruntime (`--config.eval.runtime=onnxruntime`), from bytes. PyTorch runs channels-last,
-eager, with autocast where the dtype is bfloat16, on a GPU compiled too (the faster counts).
+network's input on one core, of crops of 128x64, in PyTorch Pillow as torchvision calls it. Only where `--tasks` names
+them: `spcl_groups` is `spcl` with 16 images at a time on each device (`--config.spcl.groups_at_once=1`), `onnx` is
+`infer` by onnxruntime (`--config.eval.runtime=onnxruntime`), from bytes. PyTorch runs channels-last, eager, with
+autocast where the dtype is bfloat16, on a GPU compiled too (the faster counts).
 
 Each round times one call of either side; figures are medians over the rounds after the first calls. `ratio` is our
 rate over PyTorch's. CPU ms are processor time for an image; faults are page faults for a call; `GFLOP/s` counts
@@ -49,9 +50,11 @@ from dmosnet_jax.memory import hybrid  # noqa: E402
 from dmosnet_jax.models.counting import operations  # noqa: E402
 from dmosnet_jax.train import state as train_state  # noqa: E402
 from dmosnet_jax.train import steps  # noqa: E402
+from dmosnet_jax.train.turns import Turns  # noqa: E402
 
-TASKS = ("train", "infer", "spcl", "decode", "onnx")
-CLASSES, MEMORY, RATE, INSTANCES = 751, 12_936, 3.5e-4, 4
+USUAL = ("train", "infer", "spcl", "decode")
+TASKS = (*USUAL, "spcl_groups", "onnx")
+CLASSES, MEMORY, RATE, INSTANCES, GROUP = 751, 12_936, 3.5e-4, 4, 16
 # The fields of the paper's fine-tuning (configs/finetune.py) that a step reads.
 CONFIG = ConfigDict(
     {
@@ -70,12 +73,14 @@ CONFIG = ConfigDict(
 Call = Callable[[], Any]
 
 
-def our_step(name: str, batch: int, dtype: str, image_size: tuple[int, int], *, spcl: bool) -> tuple[Call, Any]:
+def our_step(
+    name: str, batch: int, dtype: str, image_size: tuple[int, int], *, spcl: bool, groups_at_once: int | None = None
+) -> tuple[Call, Any]:
     """A call that takes one training step and waits for it; and the model."""
     mesh = make_mesh()
     rng = np.random.default_rng(0)
     sizes: dict[str, Any] = {"image_size": image_size, "dtype": dtype}
-    model = models.build(name, num_classes=0 if spcl else CLASSES, bn_group_size=16 if spcl else None, **sizes)
+    model = models.build(name, num_classes=0 if spcl else CLASSES, bn_group_size=GROUP if spcl else None, **sizes)
     optimiser = optax.adam(RATE)
     state = train_state.create(*model.init(jax.random.key(0)), optimiser, seed=0, mesh=mesh)
     if spcl:
@@ -84,7 +89,10 @@ def our_step(name: str, batch: int, dtype: str, image_size: tuple[int, int], *, 
         labels = rng.integers(0, MEMORY // 2, MEMORY).astype(np.int32)
         memory = hybrid.init(features, labels, momentum=0.2, temperature=0.05, capacity=MEMORY, mesh=mesh)
         state = state.replace(memory=memory)
-    step = (steps.spcl_step if spcl else steps.supervised_step)(model, optimiser, CONFIG)
+        turns = Turns.of(groups_at_once, GROUP, batch, mesh)
+        step = steps.spcl_step(model, optimiser, CONFIG, turns=turns)
+    else:
+        step = steps.supervised_step(model, optimiser, CONFIG)
     compiled = steps.compile_step(step, state, mesh)
     images = {
         "image": rng.integers(0, 256, (batch, *image_size, 3), np.uint8),
@@ -248,18 +256,19 @@ def measure(
 ) -> dict[str, Any]:
     """One row of the table."""
     size = tuple(options.image_size)
-    inference = task in ("infer", "onnx")
+    inference, spcl = task in ("infer", "onnx"), task.startswith("spcl")
     if inference:
         ours, model = (our_inference if task == "infer" else runtime_inference)(name, batch, dtype, size)
     else:
-        ours, model = our_step(name, batch, dtype, size, spcl=task == "spcl")
+        at_once = 1 if task == "spcl_groups" else None
+        ours, model = our_step(name, batch, dtype, size, spcl=spcl, groups_at_once=at_once)
     theirs: list[Call | None] = []
     if peer is not None:
         for compiled in (False, True) if peer.device == "cuda" else (False,):
             if inference:
                 theirs.append(peer.inference(name, batch, dtype, size, compiled=compiled))
             else:
-                theirs.append(peer.step(name, batch, dtype, size, spcl=task == "spcl", compiled=compiled))
+                theirs.append(peer.step(name, batch, dtype, size, spcl=spcl, compiled=compiled))
     mine, *others = in_turns([ours, *theirs], options.rounds, options.warm)
     assert mine is not None
     best = min((other for other in others if other), key=lambda other: other["seconds"], default=None)
@@ -334,7 +343,7 @@ def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = command.parser("speed", __doc__)
     parser.add_argument("--against", choices=("torch", ""), default="", help="what to compare with")
-    parser.add_argument("--tasks", type=command.some_of(TASKS), default=list(TASKS[:-1]), help=f"of {', '.join(TASKS)}")
+    parser.add_argument("--tasks", type=command.some_of(TASKS), default=list(USUAL), help=f"of {', '.join(TASKS)}")
     parser.add_argument("--models", type=command.some_of(models.names()), default=["osnet_x1_0", "osnet_x0_25"])
     parser.add_argument("--batch", type=command.sizes, default=[64], help="batch sizes, separated by commas")
     parser.add_argument("--dtype", type=command.some_of(("float32", "bfloat16")), default=["float32"])

@@ -26,6 +26,7 @@ from dmosnet_jax.train.steps import Step, compile_step
 
 _TIMED_STEPS = 3
 _GIB = 2**30
+_OF_SPCL = ", or --config.spcl.groups_at_once=1"
 
 
 def describe(
@@ -66,7 +67,7 @@ def describe(
             raise
         raise UserError(
             f"a step of batch_size={size} does not fit into the memory of {mesh.size} devices: lower batch_size, use "
-            "more devices, or --config.model.dtype=bfloat16"
+            f"more devices, or --config.model.dtype=bfloat16{_OF_SPCL if 'spcl' in config else ''}"
         ) from error
     kept = sum(_bytes_on_a_device(*pair) for pair in _pairs(shapes, places))
     tables = sum(_bytes_on_a_device(*pair) for pair in _pairs(shapes.memory, places.memory))

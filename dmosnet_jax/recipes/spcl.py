@@ -31,6 +31,7 @@ from dmosnet_jax.recipes.network import settings_of
 from dmosnet_jax.recipes.training import Experiment, open_experiment, train
 from dmosnet_jax.train.state import RunState, TrainState
 from dmosnet_jax.train.steps import spcl_step
+from dmosnet_jax.train.turns import Turns
 
 # Values of `spcl.memory`: the module of the memory, and settings of its own.
 _MEMORIES: dict[str, tuple[ModuleType, dict[str, Any]]] = {
@@ -53,12 +54,23 @@ def run(config: Any, workdir: pathlib.Path, *, dry: bool = False) -> dict[str, A
     settings = experiment.config.spcl
     memory, own = _MEMORIES[settings.memory]
     epochs = Epochs(experiment, memory, own)
-    step = spcl_step(experiment.model, experiment.optimiser, experiment.config, memory=memory)
+    turns = turns_of(experiment, experiment.config.batch_size)
+    step = spcl_step(experiment.model, experiment.optimiser, experiment.config, memory=memory, turns=turns)
     if dry:
         return describe(experiment, step, epochs.begin, **epochs.hooks())
     results = train(experiment, step, epochs.begin, clusters=epochs.shown, **epochs.hooks())
     feature_pass.clear(workdir)
     return results
+
+
+def turns_of(experiment: Experiment, images: int) -> Turns:
+    """The turns that a step's `images` of one domain take.
+
+    Raises:
+        ConfigError: `spcl.groups_at_once` does not fit the batch and the devices.
+    """
+    groups, group = experiment.config.spcl.groups_at_once, experiment.model.bn_group_size
+    return Turns.of(groups, group, images, experiment.mesh)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,8 @@ def run(config: Any, workdir: pathlib.Path, *, dry: bool = False) -> dict[str, A
     images, source = domain_images(config)
     experiment = open_experiment(config, workdir, images, num_classes=0)
     epochs = Epochs(experiment, hybrid, {}, source)
-    step = spcl_uda_step(experiment.model, experiment.optimiser, experiment.config)
+    turns = spcl.turns_of(experiment, experiment.config.batch_size // 2)
+    step = spcl_uda_step(experiment.model, experiment.optimiser, experiment.config, turns=turns)
     if dry:
         return describe(experiment, step, epochs.begin, **epochs.hooks())
     results = train(experiment, step, epochs.begin, clusters=epochs.shown, **epochs.hooks())

@@ -17,6 +17,7 @@ from dmosnet_jax.memory import hybrid
 from dmosnet_jax.models import Model
 from dmosnet_jax.models.domains import with_norms
 from dmosnet_jax.train.state import TrainState, shardings, step_key, trained
+from dmosnet_jax.train.turns import AT_ONCE, Turns
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -74,22 +75,27 @@ def supervised_step(model: Model, optimiser: optax.GradientTransformation, confi
 
 
 def spcl_step(
-    model: Model, optimiser: optax.GradientTransformation, config: Any, *, memory: ModuleType = hybrid
+    model: Model,
+    optimiser: optax.GradientTransformation,
+    config: Any,
+    *,
+    memory: ModuleType = hybrid,
+    turns: Turns = AT_ONCE,
 ) -> Step:
     """SpCL's contrastive step against the memory, which it then updates (Ge et al. 2020, Eq. 1 and 3).
 
     The batch's `index` holds rows of the memory; `memory` is the module of its kind, `memory.hybrid` or
-    `memory.cluster`. Metrics: `loss`, `gradient_norm`.
+    `memory.cluster`; `turns` are of the images. Metrics: `loss`, `gradient_norm`.
     """
 
-    def losses(params, state, batch):
-        images = _augmented(state, batch, config)
-        outputs, stats = model.apply(params, state.stats, images, train=True)
-        features = unit_rows(outputs["feature"])
-        return memory.loss(state.memory, features, batch["index"]), (stats, features)
-
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        (loss, (stats, features)), gradient = jax.value_and_grad(losses, has_aux=True)(state.params, state, batch)
+        def losses(params, rows):
+            outputs, stats = model.apply(params, state.stats, rows["image"], train=True)
+            features = unit_rows(outputs["feature"])
+            return memory.loss(state.memory, features, rows["index"]), (stats, features)
+
+        rows = {"image": _augmented(state, batch, config), "index": batch["index"]}
+        (loss, (stats, features)), gradient = turns.value_and_gradient(losses, state.params, rows)
         updated = memory.update(state.memory, features, batch["index"], loss=loss)
         state = _apply_gradient(state, gradient, stats, optimiser).replace(memory=updated)
         return state, {"loss": loss, "gradient_norm": _length(gradient)}
@@ -97,35 +103,42 @@ def spcl_step(
     return step
 
 
-def spcl_uda_step(model: Model, optimiser: optax.GradientTransformation, config: Any) -> Step:
+def spcl_uda_step(
+    model: Model, optimiser: optax.GradientTransformation, config: Any, *, turns: Turns = AT_ONCE
+) -> Step:
     """SpCL's step with a labelled source (Ge et al. 2020; `SpCLTrainer_UDA` in `spcl/trainers.py`).
 
     Images of source and target alternate in the batch, so that each device has as many of both; each domain is
     normalised by batch statistics, scale and bias of its own. The batch's `pid` holds rows of the hybrid memory: of a
     source image its class, of a target image its own. The losses of the two are added, both against the memory from
-    before the step (SpCL's backward pass has moved one domain's rows when it comes to the other's gradient).
+    before the step (SpCL's backward pass has moved one domain's rows when it comes to the other's gradient). `turns`
+    are of each domain's images.
     Metrics: `loss`, `loss_source`, `loss_target`, `gradient_norm`.
     """
 
-    def losses(weights, state, batch):
-        images = _augmented(state, batch, config)
-        source = with_norms(weights["params"], weights["source"]), state.source["stats"]
-        target = weights["params"], state.stats
-        features, rows, stats, parts = [], [], [], []
-        for domain, (params, before) in enumerate((source, target)):
-            outputs, moved = model.apply(params, before, _every_second(images, domain), train=True)
-            features.append(unit_rows(outputs["feature"]))
-            rows.append(_every_second(batch["pid"], domain))
-            stats.append(moved)
-            parts.append(hybrid.loss(state.memory, features[-1], rows[-1]))
-        return parts[0] + parts[1], (stats, jnp.concatenate(features), jnp.concatenate(rows), parts)
-
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        norms, memory = state.source, state.memory
+        assert norms is not None
+        assert isinstance(memory, hybrid.Memory)
+
+        def losses(weights, part):
+            source = with_norms(weights["params"], weights["source"]), norms["stats"]
+            target = weights["params"], state.stats
+            features, stats, parts = [], [], []
+            for domain, (params, before) in enumerate((source, target)):
+                images, rows = (_every_second(part[name], domain) for name in ("image", "pid"))
+                outputs, moved = model.apply(params, before, images, train=True)
+                features.append(unit_rows(outputs["feature"]))
+                stats.append(moved)
+                parts.append(hybrid.loss(memory, features[-1], rows))
+            return parts[0] + parts[1], ((stats, parts), features)
+
         weights = trained(state)
-        (loss, aux), gradient = jax.value_and_grad(losses, has_aux=True)(weights, state, batch)
-        (source_stats, stats), features, rows, parts = aux
-        assert isinstance(state.memory, hybrid.Memory)
-        memory = hybrid.update(state.memory, features, rows, loss=loss)
+        images = {"image": _augmented(state, batch, config), "pid": batch["pid"]}
+        (loss, (((source_stats, stats), parts), found)), gradient = turns.value_and_gradient(losses, weights, images)
+        features = jnp.concatenate(found)
+        rows = jnp.concatenate([_every_second(batch["pid"], domain) for domain in (0, 1)])
+        updated = hybrid.update(memory, features, rows, loss=loss)
         updates, opt_state = optimiser.update(gradient, state.opt_state, weights)
         weights = optax.apply_updates(weights, updates)
         state = state.replace(
@@ -133,7 +146,7 @@ def spcl_uda_step(model: Model, optimiser: optax.GradientTransformation, config:
             params=weights["params"],
             stats=stats,
             opt_state=opt_state,
-            memory=memory,
+            memory=updated,
             source={"params": weights["source"], "stats": source_stats},
         )
         metrics = {"loss": loss, "loss_source": parts[0], "loss_target": parts[1]}

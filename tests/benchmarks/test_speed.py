@@ -26,6 +26,12 @@ def test_table_has_a_row_for_each_task(tmp_path, capsys):
     assert "images/s" in capsys.readouterr().out
 
 
+def test_groups_need_as_many_images(capsys):
+    with jax.numpy_dtype_promotion("standard"):
+        assert speed.main([*SMALL, "--tasks=spcl_groups"]) == 2
+    assert "error: spcl.groups_at_once=1 needs groups, and all 8 images share" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argument", ["--models=osnet_x9", "--tasks=sleep", "--batch=0"])
 def test_unknown_names_are_refused(argument):
     with pytest.raises(SystemExit):

@@ -346,3 +346,16 @@ def test_what_is_logged_are_the_labels_that_are_trained_on(capsys):
 def test_radius_of_an_epoch(settings, epoch, epochs, end, expected):
     config = settings(spcl__eps_end=end) if end else settings()
     assert pseudo_labels.radius(config.spcl, epoch, epochs) == pytest.approx(expected)
+
+
+def test_groups_one_after_the_other_are_the_same_run(settings, tmp_path):
+    losses = {}
+    for at_once in (None, 1):
+        # Eight devices, of which each has two groups.
+        config = settings(spcl__groups_at_once=at_once, batch_size=32, model__bn_group_size=2, **AUGMENTED)
+        spcl.run(config, tmp_path / str(at_once))
+        losses[at_once] = [row["loss"] for row in rows(tmp_path / str(at_once)) if "loss" in row]
+    assert len(losses[1]) == 4
+    np.testing.assert_allclose(losses[1], losses[None], rtol=1e-4)
+    with pytest.raises(ConfigError, match=r"spcl\.groups_at_once=1: each of 8 devices has 4 images"):
+        spcl.run(settings(spcl__groups_at_once=1, batch_size=32, model__bn_group_size=8), tmp_path / "refused")
