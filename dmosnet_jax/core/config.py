@@ -144,7 +144,7 @@ def validate(config: Any) -> None:
         *("train.epochs", "train.steps_per_epoch", "train.keep", "train.log_every_steps"),
         *("train.checkpoint_every_steps", "train.checkpoint_every_minutes", "train.eval_every_epochs"),
         *("spcl.temperature", "spcl.eps", "spcl.k1", "spcl.k2", "spcl.min_samples", "spcl.max_classes"),
-        *("spcl.groups_at_once",),
+        "spcl.groups_at_once",
         *("loss.circle_scale", "loss.circle_margin", "cfs.chunk_images", "cfs.sheet_columns", "top_k"),
         *("latency.batch_size", "latency.repeats"),
     )

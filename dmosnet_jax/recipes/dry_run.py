@@ -26,7 +26,7 @@ from dmosnet_jax.train.steps import Step, compile_step
 
 _TIMED_STEPS = 3
 _GIB = 2**30
-_OF_SPCL = ", or --config.spcl.groups_at_once=1"
+_BY_GROUPS = ", or --config.spcl.groups_at_once=1"
 
 
 def describe(
@@ -65,9 +65,10 @@ def describe(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        groups = "spcl" in config and experiment.model.bn_group_size and config.spcl.groups_at_once is None
         raise UserError(
             f"a step of batch_size={size} does not fit into the memory of {mesh.size} devices: lower batch_size, use "
-            f"more devices, or --config.model.dtype=bfloat16{_OF_SPCL if 'spcl' in config else ''}"
+            f"more devices, or --config.model.dtype=bfloat16{_BY_GROUPS if groups else ''}"
         ) from error
     kept = sum(_bytes_on_a_device(*pair) for pair in _pairs(shapes, places))
     tables = sum(_bytes_on_a_device(*pair) for pair in _pairs(shapes.memory, places.memory))
